@@ -1,0 +1,574 @@
+using System.Runtime.InteropServices;
+
+namespace Gpt2;
+
+/// <summary>A failure that one sentence explains to a person: what was expected, and what was found.</summary>
+/// <param name="message">The sentence.</param>
+/// <param name="usage">Whether the command line is at fault (exit status 2), not a file or the machine (1).</param>
+public sealed class Gpt2Exception(string message, bool usage = false) : Exception(message) {
+    /// <summary>The process's exit status: 1 failed, 2 wrong usage.</summary>
+    public int ExitCode => usage ? 2 : 1;
+}
+
+/// <summary>A row-major fp32 array of up to three dimensions in a device's memory; the default value stands for none.</summary>
+/// <param name="Address">Of its first element, in the device's own address space.</param>
+public readonly record struct Tensor(nint Address, int Depth, int Rows, int Columns) {
+    /// <summary>Number of elements.</summary>
+    public long Count => (long)Depth * Rows * Columns;
+
+    /// <summary>Size in memory.</summary>
+    public long Bytes => Count * sizeof(float);
+
+    /// <summary>The (Rows, Columns) part at index <paramref name="i"/> of the first dimension.</summary>
+    public Tensor this[int i] => new(Address + (nint)((long)i * Rows * Columns * sizeof(float)), 1, Rows, Columns);
+
+    /// <summary>Rows [first, first + count) of an array of depth 1.</summary>
+    public Tensor Slice(int first, int count) =>
+        new(Address + (nint)((long)first * Columns * sizeof(float)), 1, count, Columns);
+
+    /// <summary>The flat part of <paramref name="count"/> elements from <paramref name="first"/> on.</summary>
+    public Tensor Flat(long first, int count) => new(Address + (nint)(first * sizeof(float)), 1, 1, count);
+}
+
+/// <summary>One update of AdamW (Loshchilov and Hutter, 2019), whose gradient is first multiplied by a scale.</summary>
+public readonly record struct AdamWStep(
+    int Number, float LearningRate, float WeightDecay, float GradientScale, float Beta1, float Beta2, float Epsilon);
+
+/// <summary>What the model asks of a device: memory, and the dozen operations that GPT-2 is made of. Gradients of
+/// parameters (dw, db) are added to; all other outputs are overwritten, unless said otherwise.</summary>
+public interface IDevice : IDisposable {
+    /// <summary>The device in words.</summary>
+    string Name { get; }
+
+    /// <summary>Floating-point operations a second at best, for the share that training reaches.</summary>
+    double PeakFlops();
+
+    /// <summary>Zeroed memory, released with the device.</summary>
+    nint Allocate(long bytes);
+
+    /// <summary>Copies host values to the device.</summary>
+    void Write(Tensor to, ReadOnlySpan<float> values);
+
+    /// <summary>Copies device values to the host, after all work before it.</summary>
+    void Read(Tensor from, Span<float> values);
+
+    /// <summary>Fills with zeros.</summary>
+    void Clear(Tensor x);
+
+    /// <summary>x (B, T, C) = wte[token] + wpe[start + t].</summary>
+    void Embed(ReadOnlySpan<int> tokens, Tensor wte, Tensor wpe, int start, Tensor x);
+
+    /// <summary>dwte[token] += dx; dwpe[t] += dx.</summary>
+    void EmbedBackward(ReadOnlySpan<int> tokens, Tensor dx, Tensor dwte, Tensor dwpe);
+
+    /// <summary>y (B, T, C) = (x − mean)·rstd·w + b; statistics (B, T, 2) = mean, rstd. Epsilon is 1e-5.</summary>
+    void LayerNorm(Tensor x, Tensor w, Tensor b, Tensor y, Tensor statistics);
+
+    /// <summary>sum = residual + x; y = layer norm of sum.</summary>
+    void ResidualLayerNorm(Tensor residual, Tensor x, Tensor w, Tensor b, Tensor sum, Tensor y, Tensor statistics);
+
+    /// <summary>dx += the layer norm's gradient, where x is its input.</summary>
+    void LayerNormBackward(Tensor dy, Tensor x, Tensor w, Tensor statistics, Tensor dx, Tensor dw, Tensor db);
+
+    /// <summary>y (B, T, OC) = x (B, T, C)·wᵀ + b with w (OC, C); b may be none.</summary>
+    void Linear(Tensor x, Tensor w, Tensor b, Tensor y);
+
+    /// <summary>input = x·wᵀ + b; y = GELU(input).</summary>
+    void LinearGelu(Tensor x, Tensor w, Tensor b, Tensor input, Tensor y);
+
+    /// <summary>dx = dy·w; dw += dyᵀ·x; db += Σ dy over rows, unless db is none.</summary>
+    void LinearBackward(Tensor dy, Tensor x, Tensor w, Tensor dx, Tensor dw, Tensor db);
+
+    /// <summary>The same for x = GELU(input), where dx is the gradient of input.</summary>
+    void LinearGeluBackward(Tensor dy, Tensor x, Tensor input, Tensor w, Tensor dx, Tensor dw, Tensor db);
+
+    /// <summary>y = x/2·(1 + tanh(√(2/π)·(x + 0.044715·x³))).</summary>
+    void Gelu(Tensor x, Tensor y);
+
+    /// <summary>Causal attention of the rows from <paramref name="start"/> on. qkv (B, T, 3·NH·HS) packs queries, keys and
+    /// values; y (B, T − start, NH·HS); lse (B, NH, T − start) is the log-sum-exp of each query's scaled scores.</summary>
+    void Attention(Tensor qkv, int start, int heads, Tensor y, Tensor lse);
+
+    /// <summary>dqkv from dy, for start 0.</summary>
+    void AttentionBackward(Tensor dy, Tensor qkv, Tensor y, Tensor lse, int heads, Tensor dqkv);
+
+    /// <summary>losses (B, T) = cross-entropy of each row of logits (B, T, Vp) against its target; the logits become
+    /// (softmax − one-hot)·gradientScale. Columns from the vocabulary on take no part and become zero.</summary>
+    void Classify(Tensor logits, ReadOnlySpan<int> targets, int vocabulary, Tensor losses, float gradientScale);
+
+    /// <summary>Σ x².</summary>
+    double SumOfSquares(Tensor x);
+
+    /// <summary>Updates w and the moments m and v, and leaves dw zero for the next step.</summary>
+    void AdamW(Tensor w, Tensor dw, Tensor m, Tensor v, in AdamWStep step);
+}
+
+/// <summary>One of the 16 parameter tensors: its name in llm.c, the layers it has (1 where it is not per layer), and the
+/// shape of each layer's part; vectors have one row.</summary>
+public readonly record struct ParameterShape(string Name, int Layers, int Rows, int Columns) {
+    /// <summary>Matrices are drawn at random and decayed; vectors are neither.</summary>
+    public bool IsMatrix => Rows > 1;
+
+    /// <summary>Number of elements, all layers together.</summary>
+    public long Count => (long)Layers * Rows * Columns;
+}
+
+/// <summary>The sizes of a GPT-2 model.</summary>
+/// <param name="MaxT">Longest sequence.</param>
+/// <param name="V">Vocabulary.</param>
+/// <param name="Vp">Vocabulary as padded in memory.</param>
+/// <param name="L">Layers.</param>
+/// <param name="NH">Heads.</param>
+/// <param name="C">Channels.</param>
+public sealed record Config(int MaxT, int V, int Vp, int L, int NH, int C) {
+    const int ModelMagic = 20240326;
+
+    /// <summary>The parameter tensors in the order of checkpoints.</summary>
+    public ParameterShape[] Parameters => [
+        new("wte", 1, Vp, C), new("wpe", 1, MaxT, C),
+        new("ln1w", L, 1, C), new("ln1b", L, 1, C), new("qkvw", L, 3 * C, C), new("qkvb", L, 1, 3 * C),
+        new("attprojw", L, C, C), new("attprojb", L, 1, C), new("ln2w", L, 1, C), new("ln2b", L, 1, C),
+        new("fcw", L, 4 * C, C), new("fcb", L, 1, 4 * C), new("fcprojw", L, C, 4 * C), new("fcprojb", L, 1, C),
+        new("lnfw", 1, 1, C), new("lnfb", 1, 1, C),
+    ];
+
+    /// <summary>Number of parameters, the padding of wte included.</summary>
+    public long ParameterCount => Parameters.Sum(shape => shape.Count);
+
+    /// <summary>The sizes in words.</summary>
+    public string Summary => $"{L} layers, {NH} heads, {C} channels, vocabulary {V}, sequences up to {MaxT}";
+
+    /// <summary>Floating-point operations of a training step per token: 6·N + 6·L·C·T, as llm.c counts them.</summary>
+    public double FlopsPerToken(int T) => 6.0 * ParameterCount + 6.0 * L * C * T;
+
+    /// <summary>The model that a descriptor names: d6, d12 (124M), d24 (350M), d36 (774M) or d48 (1.6B).</summary>
+    public static Config? Of(string descriptor) => descriptor switch {
+        "d6" => new(1024, 50257, 50304, 6, 6, 384),
+        "d12" => new(1024, 50257, 50304, 12, 12, 768),
+        "d24" => new(1024, 50257, 50304, 24, 16, 1024),
+        "d36" => new(1024, 50257, 50304, 36, 20, 1280),
+        "d48" => new(1024, 50257, 50304, 48, 25, 1600),
+        _ => null,
+    };
+
+    /// <summary>Opens a model checkpoint at its first parameter and reads its sizes.</summary>
+    /// <exception cref="Gpt2Exception">A header field is wrong, or the file's size is not what its header says.</exception>
+    public static (BinaryFile File, Config Config) Open(string path) {
+        var file = new BinaryFile(path, "a GPT-2 model", ModelMagic, 3, 5);
+        var header = file.Header;
+        var config = new Config(header[2], header[3], header[7], header[4], header[5], header[6]);
+        file.Check("maximum sequence length", 2, config.MaxT is > 0 and <= 1 << 20, "1 to 1048576");
+        file.Check("vocabulary", 3, config.V is > 1 and <= 65536, "2 to 65536");
+        file.Check("number of layers", 4, config.L is > 0 and <= 1000, "1 to 1000");
+        file.Check("number of heads", 5, config.NH is > 0 and <= 1000, "1 to 1000");
+        file.Check("number of channels", 6, config.C is > 0 and <= 1 << 16 && config.C % config.NH == 0,
+            $"a multiple of the {config.NH} heads, at most 65536");
+        file.Check("padded vocabulary", 7, config.Vp >= config.V && config.Vp <= 1 << 17, $"{config.V} to 131072");
+        file.CheckSize(BinaryFile.HeaderBytes + config.ParameterCount * (header[1] == 3 ? 4 : 2));
+        return (file, config);
+    }
+
+    /// <summary>The header of a checkpoint of this model in fp32.</summary>
+    public int[] Header() {
+        var header = new int[BinaryFile.HeaderLength];
+        int[] fields = [ModelMagic, 3, MaxT, V, L, NH, C, Vp];
+        fields.CopyTo(header, 0);
+        return header;
+    }
+}
+
+/// <summary>All 16 parameter tensors, or their gradients or moments, in one piece of memory.</summary>
+public sealed class Parameters(Config config, nint address) {
+    readonly Tensor[] tensors = Place(config, address);
+
+    /// <summary>The tensors in the order of checkpoints, each (layers, rows, columns).</summary>
+    public ReadOnlySpan<Tensor> Tensors => tensors;
+
+    /// <summary>Everything as one flat array, for as many elements as fit in rows of C.</summary>
+    public Tensor All => new(address, 1, checked((int)(config.ParameterCount / config.C)), config.C);
+
+    public Tensor Wte => tensors[0];
+    public Tensor Wpe => tensors[1];
+    public Tensor Lnfw => tensors[14];
+    public Tensor Lnfb => tensors[15];
+
+    /// <summary>The tensors of one layer.</summary>
+    public LayerParameters this[int layer] => new(tensors, layer);
+
+    static Tensor[] Place(Config config, nint address) {
+        var tensors = new List<Tensor>();
+        foreach (var shape in config.Parameters) {
+            tensors.Add(new Tensor(address, shape.Layers, shape.Rows, shape.Columns));
+            address += (nint)tensors[^1].Bytes;
+        }
+        return [.. tensors];
+    }
+}
+
+/// <summary>One layer's parameters by name.</summary>
+public readonly struct LayerParameters(Tensor[] all, int layer) {
+    public Tensor Ln1w => all[2][layer];
+    public Tensor Ln1b => all[3][layer];
+    public Tensor Qkvw => all[4][layer];
+    public Tensor Qkvb => all[5][layer];
+    public Tensor Attprojw => all[6][layer];
+    public Tensor Attprojb => all[7][layer];
+    public Tensor Ln2w => all[8][layer];
+    public Tensor Ln2b => all[9][layer];
+    public Tensor Fcw => all[10][layer];
+    public Tensor Fcb => all[11][layer];
+    public Tensor Fcprojw => all[12][layer];
+    public Tensor Fcprojb => all[13][layer];
+}
+
+/// <summary>What activations are kept for: all layers' for the backward pass, one layer's for a loss alone, or one
+/// layer's with every layer's keys and values for the rows already generated.</summary>
+public enum Purpose { Train, Evaluate, Generate }
+
+/// <summary>The activations of a forward pass over (B, T) tokens and the buffers of its backward pass, laid out from an
+/// address on; laid out from 0, it tells how much memory that takes.</summary>
+public sealed class Activations {
+    nint next;
+
+    /// <param name="context">Rows of queries, keys and values: T unless earlier rows are to be attended to.</param>
+    /// <param name="recompute">1: GELU's output is computed anew in the backward pass; 2: layer norms' too.</param>
+    public Activations(Config config, int B, int T, int context, Purpose purpose, int recompute, nint address) {
+        var (C, training) = (config.C, purpose == Purpose.Train);
+        next = address;
+        // Queries, keys and values come first: generation lays out one row over the memory of a longer prompt.
+        var qkv = Enumerable.Range(0, config.L).Select(_ => Take(B, context, 3 * C)).ToArray();
+        Encoded = Take(B, T, C);
+        Branch = Take(B, T, C);
+        Final = Take(B, T, C);
+        FinalStatistics = Take(B, T, 2);
+        Logits = Take(B, purpose == Purpose.Generate ? 1 : T, config.Vp);
+        Losses = Take(1, B, T);
+        Layers = new Layer[config.L];
+        for (var l = 0; l < config.L; l++) {
+            // What is not kept for the backward pass lies where the first layer has it.
+            bool Kept(int level) => l == 0 || recompute < level;
+            Layers[l] = l > 0 && !training ? Layers[0] with { Qkv = qkv[l] } : new Layer(
+                Kept(2) ? Take(B, T, C) : Layers[0].Ln1, Take(B, T, 2), qkv[l], Take(B, T, C), Take(B, config.NH, T),
+                Take(B, T, C), Kept(2) ? Take(B, T, C) : Layers[0].Ln2, Take(B, T, 2),
+                Take(B, T, 4 * C), Kept(1) ? Take(B, T, 4 * C) : Layers[0].FchGelu, Take(B, T, C));
+        }
+        if (training) {
+            (DResidual, DBranch, DQkv, DFch) = (Take(B, T, C), Take(B, T, C), Take(B, T, 3 * C), Take(B, T, 4 * C));
+        }
+        Bytes = next - address;
+    }
+
+    /// <summary>Size in memory.</summary>
+    public long Bytes { get; }
+
+    public Tensor Encoded { get; }
+    public Tensor Branch { get; }
+    public Tensor Final { get; }
+    public Tensor FinalStatistics { get; }
+    public Tensor Logits { get; }
+    public Tensor Losses { get; }
+    public Layer[] Layers { get; }
+    public Tensor DResidual { get; }
+    public Tensor DBranch { get; }
+    public Tensor DQkv { get; }
+    public Tensor DFch { get; }
+
+    Tensor Take(int depth, int rows, int columns) {
+        const int alignment = 256;
+        var tensor = new Tensor(next, depth, rows, columns);
+        next += (nint)((tensor.Bytes + alignment - 1) / alignment * alignment);
+        return tensor;
+    }
+
+    /// <summary>One layer's activations in the order in which they are computed; Residual2 and Residual3 are the residual
+    /// stream after attention and after the MLP, Fch the input of GELU.</summary>
+    public sealed record Layer(Tensor Ln1, Tensor Ln1Statistics, Tensor Qkv, Tensor Atty, Tensor Lse, Tensor Residual2,
+        Tensor Ln2, Tensor Ln2Statistics, Tensor Fch, Tensor FchGelu, Tensor Residual3);
+}
+
+/// <summary>GPT-2 (Radford et al., 2019) on a device: its parameters, forward and backward pass.</summary>
+public sealed class Model {
+    readonly int recompute;
+    Activations activations;
+
+    /// <summary>Allocates a model whose weights are all zero.</summary>
+    public Model(Config config, IDevice device, int B, int T, Purpose purpose, int recompute = 0) {
+        (Config, Device, this.recompute) = (config, device, recompute);
+        Weights = new Parameters(config, Allocate("parameters", config.ParameterCount * sizeof(float)));
+        if (purpose == Purpose.Train)
+            Gradients = new Parameters(config, Allocate("gradients", config.ParameterCount * sizeof(float)));
+        activations = Place(B, T, T, purpose, "activations");
+    }
+
+    public Config Config { get; }
+    public IDevice Device { get; }
+    public Parameters Weights { get; }
+
+    /// <summary>Sums of the gradients of every backward pass since the last update; only in training.</summary>
+    public Parameters? Gradients { get; }
+
+    /// <summary>What takes how many bytes.</summary>
+    public List<(string Name, long Bytes)> Memory { get; } = [];
+
+    /// <summary>The logits (B, T, Vp) of the last forward pass, until the loss replaces them by their gradient.</summary>
+    public Tensor Logits => activations.Logits;
+
+    /// <summary>Memory of the device, on record.</summary>
+    public nint Allocate(string name, long bytes) {
+        Memory.Add((name, bytes));
+        return Device.Allocate(bytes);
+    }
+
+    Activations Place(int B, int T, int context, Purpose purpose, string name) {
+        Activations Layout(nint address) => new(Config, B, T, context, purpose, recompute, address);
+        return Layout(Allocate(name, Layout(0).Bytes));
+    }
+
+    /// <summary>Computes the logits of (B, T) tokens.</summary>
+    public void Forward(ReadOnlySpan<int> tokens) {
+        ForwardBlocks(tokens, activations, 0);
+        Device.Linear(activations.Final, Weights.Wte, default, activations.Logits);
+    }
+
+    void ForwardBlocks(ReadOnlySpan<int> tokens, Activations a, int start) {
+        Device.Embed(tokens, Weights.Wte, Weights.Wpe, start, a.Encoded);
+        Device.LayerNorm(a.Encoded, Weights[0].Ln1w, Weights[0].Ln1b, a.Layers[0].Ln1, a.Layers[0].Ln1Statistics);
+        var residual = a.Encoded;
+        for (var l = 0; l < Config.L; l++) {
+            var (w, x) = (Weights[l], a.Layers[l]);
+            var (rows, context) = a.Encoded.Depth > 1 ? (x.Qkv, x.Qkv)
+                : (x.Qkv.Slice(start, a.Encoded.Rows), x.Qkv.Slice(0, start + a.Encoded.Rows));
+            Device.Linear(x.Ln1, w.Qkvw, w.Qkvb, rows);
+            Device.Attention(context, start, Config.NH, x.Atty, x.Lse);
+            Device.Linear(x.Atty, w.Attprojw, w.Attprojb, a.Branch);
+            Device.ResidualLayerNorm(residual, a.Branch, w.Ln2w, w.Ln2b, x.Residual2, x.Ln2, x.Ln2Statistics);
+            Device.LinearGelu(x.Ln2, w.Fcw, w.Fcb, x.Fch, x.FchGelu);
+            Device.Linear(x.FchGelu, w.Fcprojw, w.Fcprojb, a.Branch);
+            var (lnw, lnb, ln, statistics) = l + 1 < Config.L
+                ? (Weights[l + 1].Ln1w, Weights[l + 1].Ln1b, a.Layers[l + 1].Ln1, a.Layers[l + 1].Ln1Statistics)
+                : (Weights.Lnfw, Weights.Lnfb, a.Final, a.FinalStatistics);
+            Device.ResidualLayerNorm(x.Residual2, a.Branch, lnw, lnb, x.Residual3, ln, statistics);
+            residual = x.Residual3;
+        }
+    }
+
+    /// <summary>The cross-entropy of each position of the last forward pass, into <paramref name="losses"/> (B·T).</summary>
+    /// <param name="gradientScale">What one position's loss counts for in the gradients of <see cref="Backward"/>.</param>
+    public void Loss(ReadOnlySpan<int> targets, Span<float> losses, float gradientScale) {
+        Device.Classify(activations.Logits, targets, Config.V, activations.Losses, gradientScale);
+        Device.Read(activations.Losses, losses);
+    }
+
+    /// <summary>Adds the gradients of the last <see cref="Loss"/> to <see cref="Gradients"/>.</summary>
+    public void Backward(ReadOnlySpan<int> tokens) {
+        var (a, g) = (activations, Gradients!);
+        var last = a.Layers[^1].Residual3;
+        Device.LinearBackward(a.Logits, a.Final, Weights.Wte, a.DBranch, g.Wte, default);
+        Device.Clear(a.DResidual);
+        Device.LayerNormBackward(a.DBranch, last, Weights.Lnfw, a.FinalStatistics, a.DResidual, g.Lnfw, g.Lnfb);
+        for (var l = Config.L - 1; l >= 0; l--) {
+            var (w, dw, x) = (Weights[l], g[l], a.Layers[l]);
+            var residual = l > 0 ? a.Layers[l - 1].Residual3 : a.Encoded;
+            if (recompute >= 1)
+                Device.Gelu(x.Fch, x.FchGelu);
+            Device.LinearGeluBackward(a.DResidual, x.FchGelu, x.Fch, w.Fcprojw, a.DFch, dw.Fcprojw, dw.Fcprojb);
+            if (recompute >= 2)
+                Device.LayerNorm(x.Residual2, w.Ln2w, w.Ln2b, x.Ln2, x.Ln2Statistics);
+            Device.LinearBackward(a.DFch, x.Ln2, w.Fcw, a.DBranch, dw.Fcw, dw.Fcb);
+            Device.LayerNormBackward(a.DBranch, x.Residual2, w.Ln2w, x.Ln2Statistics, a.DResidual, dw.Ln2w, dw.Ln2b);
+            Device.LinearBackward(a.DResidual, x.Atty, w.Attprojw, a.DBranch, dw.Attprojw, dw.Attprojb);
+            Device.AttentionBackward(a.DBranch, x.Qkv, x.Atty, x.Lse, Config.NH, a.DQkv);
+            if (recompute >= 2)
+                Device.LayerNorm(residual, w.Ln1w, w.Ln1b, x.Ln1, x.Ln1Statistics);
+            Device.LinearBackward(a.DQkv, x.Ln1, w.Qkvw, a.DBranch, dw.Qkvw, dw.Qkvb);
+            Device.LayerNormBackward(a.DBranch, residual, w.Ln1w, x.Ln1Statistics, a.DResidual, dw.Ln1w, dw.Ln1b);
+        }
+        Device.EmbedBackward(tokens, a.DResidual, g.Wte, g.Wpe);
+    }
+
+    // ---- Generation
+
+    Activations? cache;
+
+    /// <summary>Continues a prompt, one token at a time, until the context is full.</summary>
+    public IEnumerable<int> Generate(int[] prompt, Sampler sampler) {
+        cache ??= Place(1, Config.MaxT, Config.MaxT, Purpose.Generate, "keys and values");
+        var logits = new float[Config.V];
+        var tokens = prompt;
+        for (var start = 0; start + tokens.Length <= Config.MaxT; ) {
+            var a = new Activations(Config, 1, tokens.Length, Config.MaxT, Purpose.Generate, 0, cache.Layers[0].Qkv.Address);
+            ForwardBlocks(tokens, a, start);
+            Device.Linear(a.Final.Slice(tokens.Length - 1, 1), Weights.Wte, default, a.Logits);
+            Device.Read(a.Logits.Flat(0, Config.V), logits);
+            start += tokens.Length;
+            tokens = [sampler.Next(logits)];
+            yield return tokens[0];
+        }
+    }
+
+    // ---- Weights
+
+    /// <summary>Floats that pass through the host at a time.</summary>
+    public const int Chunk = 1 << 20;
+
+    /// <summary>Draws the weights as llm.c and PyTorch do from the same seed: Normal(0, 0.02), the residual projections
+    /// scaled by 1/√(2L); biases 0, layer-norm weights 1.</summary>
+    public void Initialize(uint seed) {
+        var random = new Mt19937(seed);
+        var shapes = Config.Parameters;
+        for (var l = 0; l < Config.L; l++) {
+            for (var i = 0; i < shapes.Length; i++) {
+                var shape = shapes[i];
+                if (l >= shape.Layers)
+                    continue;
+                // The padded rows of wte stay zero.
+                var values = new float[(shape.Name == "wte" ? Config.V : shape.Rows) * shape.Columns];
+                if (shape.IsMatrix)
+                    random.Normal(values, shape.Name.EndsWith("projw") ? 0.02f / MathF.Sqrt(2 * Config.L) : 0.02f);
+                else if (shape.Name is "ln1w" or "ln2w" or "lnfw")
+                    Array.Fill(values, 1);
+                Device.Write(Weights.Tensors[i][l].Flat(0, values.Length), values);
+            }
+        }
+    }
+
+    /// <summary>Reads the weights of an opened checkpoint of this model, fp32 or bf16, and closes it.</summary>
+    public void Load(BinaryFile file) {
+        using (file)
+            Read(file, Weights, file.Header[1] == 5);
+    }
+
+    /// <summary>Reads all 16 tensors.</summary>
+    public void Read(BinaryFile file, Parameters to, bool bfloat16 = false) {
+        var values = new float[Chunk];
+        foreach (var tensor in to.Tensors) {
+            for (long first = 0; first < tensor.Count; first += Chunk) {
+                var part = values.AsSpan(0, (int)Math.Min(Chunk, tensor.Count - first));
+                if (bfloat16)
+                    file.ReadBFloat16(part);
+                else
+                    file.Read(part);
+                Device.Write(tensor.Flat(first, part.Length), part);
+            }
+        }
+    }
+
+    /// <summary>Writes the weights as an fp32 checkpoint.</summary>
+    public void Save(Stream to) {
+        to.Write(MemoryMarshal.AsBytes(Config.Header().AsSpan()));
+        foreach (var tensor in Weights.Tensors)
+            Write(to, tensor);
+    }
+
+    /// <summary>Writes a tensor's values.</summary>
+    public void Write(Stream to, Tensor tensor) {
+        var values = new float[Math.Min(Chunk, tensor.Count)];
+        for (long first = 0; first < tensor.Count; first += Chunk) {
+            var part = values.AsSpan(0, (int)Math.Min(Chunk, tensor.Count - first));
+            Device.Read(tensor.Flat(first, part.Length), part);
+            to.Write(MemoryMarshal.AsBytes(part));
+        }
+    }
+}
+
+/// <summary>Picks the next token from logits.</summary>
+/// <param name="temperature">0 always picks the likeliest.</param>
+/// <param name="topK">How many of the likeliest tokens to choose from; 0 for all.</param>
+/// <param name="topP">Chooses from the likeliest tokens that together have this probability (Holtzman et al., 2020).</param>
+public sealed class Sampler(float temperature, int topK, float topP, uint seed) {
+    readonly Mt19937 random = new(seed);
+
+    /// <summary>A token's index; the logits are overwritten.</summary>
+    public int Next(float[] logits) {
+        var likeliest = 0;
+        for (var i = 1; i < logits.Length; i++)
+            likeliest = logits[i] > logits[likeliest] ? i : likeliest;
+        if (temperature == 0)
+            return likeliest;
+        var max = logits[likeliest];
+        for (var i = 0; i < logits.Length; i++)
+            logits[i] = MathF.Exp((logits[i] - max) / temperature);
+        var count = topK > 0 ? Math.Min(topK, logits.Length) : logits.Length;
+        int[]? order = null;
+        if (count < logits.Length || topP < 1) {
+            order = [.. Enumerable.Range(0, logits.Length)];
+            Array.Sort(logits, order, Comparer<float>.Create((x, y) => y.CompareTo(x)));
+        }
+        var total = logits.Take(count).Sum(x => (double)x) * topP;
+        double kept = 0;
+        for (var i = 0; i < count; i++) {
+            kept += logits[i];
+            if (kept >= total)
+                count = i + 1;
+        }
+        var threshold = random.NextFloat() * kept;
+        for (var i = 0; i < count; i++) {
+            threshold -= logits[i];
+            if (threshold < 0)
+                return order?[i] ?? i;
+        }
+        return order?[count - 1] ?? count - 1;
+    }
+}
+
+/// <summary>A model's logits, loss and gradients beside those that PyTorch computed.</summary>
+public static class Verification {
+    /// <summary>The largest ‖a − b‖/‖b‖ that counts as equal in fp32.</summary>
+    public const double Tolerance = 1e-4;
+
+    /// <summary>Compares with a debug state: for each tensor the largest difference, and ‖a − b‖/‖b‖.</summary>
+    public static IEnumerable<(string Name, double Largest, double Relative)> Run(string init, string state, IDevice device) {
+        var (file, config) = Config.Open(init);
+        using var reference = new BinaryFile(state, "a PyTorch debug state", 20240327, 2);
+        var (B, T) = (reference.Header[2], reference.Header[3]);
+        reference.Check("batch size", 2, B is > 0 and <= 1 << 16, "1 to 65536");
+        reference.Check("sequence length", 3, T > 0 && T <= config.MaxT, $"1 to {config.MaxT}, the model's longest");
+        reference.CheckSize(BinaryFile.HeaderBytes + 4 * (2L * B * T + (long)B * T * config.V + 1 + config.ParameterCount));
+        var (tokens, targets, losses) = (new int[B * T], new int[B * T], new float[B * T]);
+        reference.Read(tokens.AsSpan());
+        reference.Read(targets.AsSpan());
+        if (tokens.Concat(targets).Any(token => token < 0 || token >= config.V))
+            throw reference.Fail($"tokens below the model's vocabulary of {config.V}", "others");
+        var model = new Model(config, device, B, T, Purpose.Train);
+        model.Load(file);
+        model.Forward(tokens);
+        var difference = new Difference();
+        for (var row = 0; row < B * T; row++)
+            difference.Add(device, model.Logits.Flat((long)row * config.Vp, config.V), reference);
+        yield return difference.Of("logits");
+        model.Loss(targets, losses, 1f / (B * T));
+        difference = new Difference();
+        difference.Add([losses.Average()], [reference.Read<float>()]);
+        yield return difference.Of("loss");
+        model.Backward(tokens);
+        for (var i = 0; i < config.Parameters.Length; i++) {
+            var gradient = model.Gradients!.Tensors[i];
+            difference = new Difference();
+            for (long first = 0; first < gradient.Count; first += Model.Chunk)
+                difference.Add(device, gradient.Flat(first, (int)Math.Min(Model.Chunk, gradient.Count - first)), reference);
+            yield return difference.Of(config.Parameters[i].Name);
+        }
+    }
+
+    sealed class Difference {
+        double largest, squares, norm;
+
+        public void Add(IDevice device, Tensor values, BinaryFile reference) {
+            var (found, expected) = (new float[values.Count], new float[values.Count]);
+            device.Read(values, found);
+            reference.Read(expected.AsSpan());
+            Add(found, expected);
+        }
+
+        public void Add(float[] found, float[] expected) {
+            for (var i = 0; i < found.Length; i++) {
+                double difference = found[i] - expected[i];
+                largest = Math.Max(largest, Math.Abs(difference));
+                squares += difference * difference;
+                norm += (double)expected[i] * expected[i];
+            }
+        }
+
+        public (string, double, double) Of(string name) => (name, largest, Math.Sqrt(squares / Math.Max(norm, double.Epsilon)));
+    }
+}

@@ -1,0 +1,228 @@
+using System.Globalization;
+using ConsoleAppFramework;
+using Gpt2;
+using Microsoft.Extensions.Logging;
+using ZLogger;
+
+var misused = false;
+ConsoleApp.LogError = message => {
+    misused = true;
+    Console.Error.WriteLine(message);
+};
+var app = ConsoleApp.Create();
+app.Add<Commands>();
+app.Run(args);
+return misused ? 2 : Environment.ExitCode;
+
+/// <summary>Which device computes.</summary>
+internal enum DeviceKind { Auto, Cuda, Cpu }
+
+/// <summary>The commands; each one's comment is its help.</summary>
+internal sealed class Commands {
+    /// <summary>Trains GPT-2 from scratch or from a checkpoint, on token shards.</summary>
+    /// <param name="trainData">-i, Token shards to train on; * and ? match in file names.</param>
+    /// <param name="valData">-j, Token shards to validate on.</param>
+    /// <param name="init">-e, A model file, or d6, d12, d24, d36 or d48 for random weights. [d6 on a CPU]</param>
+    /// <param name="out">-o, Folder for checkpoints, main.log and loss.svg.</param>
+    /// <param name="batch">-b, Sequences in a batch.</param>
+    /// <param name="seq">-t, Tokens in a sequence.</param>
+    /// <param name="totalBatch">-d, Tokens in an update, a multiple of batch x seq. [one batch]</param>
+    /// <param name="maxSteps">-x, Updates in all.</param>
+    /// <param name="lr">-l, Highest learning rate.</param>
+    /// <param name="warmup">-u, Updates until the highest learning rate.</param>
+    /// <param name="finalLrFrac">-q, Last learning rate as a fraction of the highest.</param>
+    /// <param name="weightDecay">-c, Weight decay of the matrices.</param>
+    /// <param name="schedule">-k, How the learning rate goes down: cosine, linear, constant or wsd.</param>
+    /// <param name="valEvery">-v, Updates between validations; 0 for one at the end.</param>
+    /// <param name="valBatches">-m, Batches in a validation.</param>
+    /// <param name="sampleEvery">-s, Updates between samples of text; 0 for one at the end.</param>
+    /// <param name="genTokens">-g, Tokens in a sample.</param>
+    /// <param name="checkpointEvery">-n, Updates between checkpoints; 0 for one at the end.</param>
+    /// <param name="keep">Newest checkpoints to keep.</param>
+    /// <param name="resume">-y, Go on from the last checkpoint in the output folder.</param>
+    /// <param name="recompute">-r, Less memory, more work: 1 recomputes GELU, 2 layer norms too.</param>
+    /// <param name="overfit">-a, Train on the first batches alone.</param>
+    /// <param name="noShuffle">Take the data in order.</param>
+    /// <param name="device">auto, cuda or cpu.</param>
+    /// <param name="seed">Seed of weights, order and samples.</param>
+    /// <param name="verbose">Show where an error came from.</param>
+    public int Train(string trainData = "data/*train_*.bin", string valData = "data/*val_*.bin", string? init = null,
+        string @out = "log", int batch = 4, int seq = 64, int totalBatch = 0, int maxSteps = 400, float lr = 1e-3f,
+        int warmup = 20, float finalLrFrac = 0.1f, float weightDecay = 0.1f, Schedule schedule = Schedule.Cosine,
+        int valEvery = 100, int valBatches = 20, int sampleEvery = 0, int genTokens = 64, int checkpointEvery = 200,
+        int keep = 2, bool resume = false, int recompute = 0, bool overfit = false, bool noShuffle = false,
+        DeviceKind device = DeviceKind.Auto, uint seed = 42, bool verbose = false) => Guard(verbose, () => {
+            using var logs = LoggerFactory.Create(logging => logging.AddZLoggerConsole(options =>
+                options.LogToStandardErrorThreshold = LogLevel.Trace));
+            using var computer = Open(device);
+            var options = new TrainOptions(trainData, valData, init, @out, batch, seq, totalBatch > 0 ? totalBatch : batch * seq,
+                maxSteps, lr, warmup, finalLrFrac, weightDecay, schedule, valEvery, valBatches, sampleEvery, genTokens,
+                checkpointEvery, keep, resume, recompute, overfit, !noShuffle, seed);
+            using var trainer = new Trainer(options, computer, Console.Out, logs.CreateLogger("gpt2"));
+            trainer.Run();
+            return 0;
+        });
+
+    /// <summary>Continues a text.</summary>
+    /// <param name="init">-e, A model file.</param>
+    /// <param name="prompt">-p, Text to continue.</param>
+    /// <param name="promptIds">Token ids to continue, in place of a text: 1,2,3. Ids are printed then.</param>
+    /// <param name="tokens">-n, Tokens to add at most.</param>
+    /// <param name="temperature">Above 1 is wilder, below tamer; 0 always takes the likeliest token.</param>
+    /// <param name="topK">Choose among this many of the likeliest tokens; 0 for all.</param>
+    /// <param name="topP">Choose among the likeliest tokens of this probability together.</param>
+    /// <param name="num">Samples.</param>
+    /// <param name="seed">Seed of the choices.</param>
+    /// <param name="device">auto, cuda or cpu.</param>
+    /// <param name="verbose">Show where an error came from.</param>
+    public int Sample(string init, string? prompt = null, int[]? promptIds = null, int tokens = 256, float temperature = 1,
+        int topK = 0, float topP = 1, int num = 1, uint seed = 42, DeviceKind device = DeviceKind.Auto,
+        bool verbose = false) => Guard(verbose, () => {
+            Require(tokens > 0, "--tokens", "1 or more", tokens);
+            Require(temperature >= 0, "--temperature", "0 or more", temperature);
+            Require(topK >= 0, "--top-k", "0 or more", topK);
+            Require(topP is > 0 and <= 1, "--top-p", "more than 0, at most 1", topP);
+            Require(num > 0, "--num", "1 or more", num);
+            Require(prompt == null || promptIds == null, "--prompt-ids", "no --prompt beside it", "both");
+            var (file, config) = Config.Open(init);
+            using var _ = file;
+            var isText = promptIds == null;
+            if (isText && config.V != Tokenizer.EndOfTextId + 1)
+                throw file.Fail($"the tokenizer's vocabulary of {Tokenizer.EndOfTextId + 1} (or --prompt-ids 1,2,3)", $"{config.V}");
+            var tokenizer = isText ? new Tokenizer() : null;
+            int[] ids = promptIds ?? [Tokenizer.EndOfTextId, .. tokenizer!.Encode(prompt ?? "")];
+            Require(ids.Length > 0 && ids.Length <= config.MaxT, "the prompt", $"1 to {config.MaxT} tokens", ids.Length);
+            Require(ids.All(id => id >= 0 && id < config.V), "--prompt-ids", $"ids from 0 to {config.V - 1}", string.Join(',', ids));
+            using var computer = Open(device);
+            var model = new Model(config, computer, 1, 1, Purpose.Generate);
+            model.Load(file);
+            var sampler = new Sampler(temperature, topK, topP, seed);
+            for (var i = 0; i < num; i++) {
+                var generated = model.Generate(ids, sampler).Take(tokens);
+                if (i > 0)
+                    Console.Out.Write("---\n");
+                if (isText)
+                    Print([prompt ?? ""], tokenizer!.Decode(generated.TakeWhile(id => id != Tokenizer.EndOfTextId)), "");
+                else
+                    Print(ids.Select(id => $"{id}"), generated.Select(id => $"{id}"), " ");
+            }
+            return 0;
+        });
+
+    /// <summary>Measures a model's loss and perplexity on token shards, and its accuracy on multiple choices.</summary>
+    /// <param name="init">-e, A model file.</param>
+    /// <param name="valData">-j, Token shards.</param>
+    /// <param name="valBatches">-m, Batches at most; 0 for all.</param>
+    /// <param name="batch">-b, Sequences in a batch.</param>
+    /// <param name="seq">-t, Tokens in a sequence.</param>
+    /// <param name="hellaswag">A multiple-choice file, such as hellaswag_val.bin.</param>
+    /// <param name="device">auto, cuda or cpu.</param>
+    /// <param name="verbose">Show where an error came from.</param>
+    public int Eval(string init, string valData = "data/*val_*.bin", int valBatches = 0, int batch = 4, int seq = 64,
+        string? hellaswag = null, DeviceKind device = DeviceKind.Auto, bool verbose = false) => Guard(verbose, () => {
+            var (file, config) = Config.Open(init);
+            using var _ = file;
+            Require(batch > 0, "--batch", "1 or more", batch);
+            Require(seq > 0 && seq <= config.MaxT, "--seq", $"1 to {config.MaxT}, the model's longest sequence", seq);
+            Require(valBatches >= 0, "--val-batches", "0 or more", valBatches);
+            using var loader = new TokenLoader(valData, batch, seq, config.V, shuffle: false);
+            var examples = hellaswag == null ? [] : MultipleChoice.Read(hellaswag, config.V).ToArray();
+            using var computer = Open(device);
+            var model = new Model(config, computer, batch, seq, Purpose.Evaluate);
+            model.Load(file);
+            var batches = valBatches > 0 ? Math.Min(valBatches, loader.Batches) : loader.Batches;
+            var loss = Trainer.Evaluate(model, loader, batches, batch, seq);
+            Print($"loss {loss:F6} | perplexity {Math.Exp(loss):F3} | {batches * batch * seq} tokens");
+            if (examples.Length > 0)
+                Print($"accuracy {Trainer.EvaluateChoices(model, examples, batch, seq):F4} | {examples.Length} examples");
+            return 0;
+        });
+
+    /// <summary>Encodes text files as token shards PREFIX_val_000000.bin and PREFIX_train_000001.bin, ...</summary>
+    /// <param name="out">-o, Prefix of the shards' names.</param>
+    /// <param name="valTokens">First tokens to hold out for validation.</param>
+    /// <param name="verbose">Show where an error came from.</param>
+    /// <param name="files">Text files in UTF-8; documents in one are divided by &lt;|endoftext|&gt;.</param>
+    public int Tokenize(string @out, int valTokens = 0, bool verbose = false, [Argument] params string[] files) =>
+        Guard(verbose, () => {
+            Require(files.Length > 0, "FILE", "one text file or more", "none");
+            Require(valTokens is >= 0 and <= Tokenizer.ShardTokens, "--val-tokens", $"0 to {Tokenizer.ShardTokens}", valTokens);
+            var total = files.Where(File.Exists).Sum(file => new FileInfo(file).Length);
+            var done = 0L;
+            var (tokens, shards) = new Tokenizer().WriteShards(@out, valTokens, files, bytes => {
+                done += bytes;
+                if (!Console.IsErrorRedirected)
+                    Console.Error.Write($"\r{new string('#', (int)(40 * done / total)),-40} {done >> 20} of {total >> 20} MiB");
+            });
+            if (!Console.IsErrorRedirected)
+                Console.Error.WriteLine();
+            Console.Error.WriteLine($"{tokens} tokens, {valTokens} of them for validation, in {shards} training shards");
+            return 0;
+        });
+
+    /// <summary>Compares a model's logits, loss and gradients with a PyTorch debug state; exit status 1 if they differ.</summary>
+    /// <param name="init">-e, A model file.</param>
+    /// <param name="state">The debug state that PyTorch wrote for it.</param>
+    /// <param name="device">auto, cuda or cpu.</param>
+    /// <param name="verbose">Show where an error came from.</param>
+    public int Verify(string init, string state, DeviceKind device = DeviceKind.Auto, bool verbose = false) =>
+        Guard(verbose, () => {
+            using var computer = Open(device);
+            var good = true;
+            Console.WriteLine($"{"tensor",-12}{"largest",12}{"relative",12}");
+            foreach (var (name, largest, relative) in Verification.Run(init, state, computer)) {
+                var ok = relative < Verification.Tolerance;
+                good &= ok;
+                Print($"{name,-12}{largest,12:0.00e+00}{relative,12:0.00e+00}  {(ok ? "ok" : "DIFFERS")}");
+            }
+            return good ? 0 : 1;
+        });
+
+    /// <summary>Times training by operation, beside the device's measured peak.</summary>
+    /// <param name="init">-e, A model file or descriptor.</param>
+    /// <param name="batch">-b, Sequences in a batch.</param>
+    /// <param name="seq">-t, Tokens in a sequence.</param>
+    /// <param name="steps">-x, Steps, of which the median counts.</param>
+    /// <param name="device">auto, cuda or cpu.</param>
+    /// <param name="verbose">Show where an error came from.</param>
+    public int Bench(string init = "d12", int batch = 4, int seq = 64, int steps = 5, DeviceKind device = DeviceKind.Auto,
+        bool verbose = false) => Guard(verbose, () => {
+            Require(batch > 0, "--batch", "1 or more", batch);
+            Require(steps > 0, "--steps", "1 or more", steps);
+            using var computer = Open(device);
+            Benchmark.Run(init, batch, seq, steps, computer, Console.Out);
+            return 0;
+        });
+
+    static Cpu Open(DeviceKind device) => device != DeviceKind.Cuda ? new Cpu()
+        : throw new Gpt2Exception("--device cuda: expected a build with GPU kernels, found one without; use --device cpu");
+
+    static void Require(bool right, string option, string expected, object found) {
+        if (!right)
+            throw new Gpt2Exception(FormattableString.Invariant($"{option}: expected {expected}, found {found}"), usage: true);
+    }
+
+    static void Print(FormattableString line) => Console.Out.WriteLine(line.ToString(CultureInfo.InvariantCulture));
+
+    /// <summary>Streams a prompt and what follows, ended by a new line.</summary>
+    static void Print(IEnumerable<string> prompt, IEnumerable<string> generated, string separator) {
+        var first = true;
+        foreach (var part in prompt.Concat(generated)) {
+            Console.Out.Write(first ? part : separator + part);
+            Console.Out.Flush();
+            first = false;
+        }
+        Console.Out.WriteLine();
+    }
+
+    /// <summary>The one place that turns errors into a sentence and an exit status.</summary>
+    static int Guard(bool verbose, Func<int> command) {
+        try {
+            return command();
+        } catch (Exception e) when (!verbose) {
+            var failure = e as Gpt2Exception ?? (e as AggregateException)?.InnerException as Gpt2Exception;
+            Console.Error.WriteLine($"gpt2: {failure?.Message ?? e.Message}");
+            return failure?.ExitCode ?? 1;
+        }
+    }
+}
