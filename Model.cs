@@ -16,6 +16,9 @@ public readonly record struct Tensor(nint Address, int Depth, int Rows, int Colu
     /// <summary>Number of elements.</summary>
     public long Count => (long)Depth * Rows * Columns;
 
+    /// <summary>Rows of all depths together.</summary>
+    public int AllRows => Depth * Rows;
+
     /// <summary>Size in memory.</summary>
     public long Bytes => Count * sizeof(float);
 
@@ -34,6 +37,16 @@ public readonly record struct Tensor(nint Address, int Depth, int Rows, int Colu
 public readonly record struct AdamWStep(
     int Number, float LearningRate, float WeightDecay, float GradientScale, float Beta1, float Beta2, float Epsilon);
 
+/// <summary>Calls, seconds and floating-point operations by operation.</summary>
+public sealed class Profile {
+    public Dictionary<string, (int Calls, double Seconds, double Flops)> Operations { get; } = [];
+
+    public void Add(string operation, double seconds, double flops) {
+        var sum = Operations.GetValueOrDefault(operation);
+        Operations[operation] = (sum.Calls + 1, sum.Seconds + seconds, sum.Flops + flops);
+    }
+}
+
 /// <summary>What the model asks of a device: memory, and the dozen operations that GPT-2 is made of. Gradients of
 /// parameters (dw, db) are added to; all other outputs are overwritten, unless said otherwise.</summary>
 public interface IDevice : IDisposable {
@@ -42,6 +55,9 @@ public interface IDevice : IDisposable {
 
     /// <summary>Floating-point operations a second at best, for the share that training reaches.</summary>
     double PeakFlops();
+
+    /// <summary>Takes the time of every operation while it is there.</summary>
+    Profile? Profile { get; set; }
 
     /// <summary>Zeroed memory, released with the device.</summary>
     nint Allocate(long bytes);

@@ -448,8 +448,7 @@ public static class Benchmark {
     /// <summary>Prints the time of a training step on random tokens, and of its operations.</summary>
     public static void Run(string init, int B, int T, int steps, IDevice device, TextWriter output) {
         var (file, config) = Trainer.Open(init);
-        var profiler = new Profiler(device);
-        var model = new Model(config, profiler, B, T, Purpose.Train);
+        var model = new Model(config, device, B, T, Purpose.Train);
         var m = new Parameters(config, model.Allocate("first moments", config.ParameterCount * sizeof(float)));
         var v = new Parameters(config, model.Allocate("second moments", config.ParameterCount * sizeof(float)));
         if (file == null)
@@ -462,7 +461,7 @@ public static class Benchmark {
         var times = new double[steps];
         for (var step = -1; step < steps; step++) {
             if (step == 0)
-                profiler.Reset();
+                device.Profile = new Profile();
             var start = Stopwatch.GetTimestamp();
             model.Forward(tokens);
             model.Loss(tokens, losses, 1f / tokens.Length);
@@ -477,95 +476,11 @@ public static class Benchmark {
         Print($"{device.Name}; measured peak {peak / 1e9:F0} GFLOP/s");
         Print($"{config.Summary}; batch {B} x {T}");
         Print($"step {median * 1e3:F1} ms | {B * T / median:F0} tok/s | {config.FlopsPerToken(T) * B * T / median / peak:0.0%} MFU");
-        Print($"{"operation",-34}{"calls",6}{"ms",10}{"share",8}{"GFLOP/s",9}{"of peak",9}");
-        foreach (var (name, entry) in profiler.Entries.OrderByDescending(entry => entry.Value.Seconds)) {
+        Print($"{"operation",-42}{"calls",6}{"ms",10}{"share",8}{"GFLOP/s",9}{"of peak",9}");
+        foreach (var (name, entry) in device.Profile!.Operations.OrderByDescending(entry => entry.Value.Seconds)) {
             var rate = entry.Flops > 0 ? string.Create(CultureInfo.InvariantCulture,
                 $"{entry.Flops / entry.Seconds / 1e9,9:F1}{entry.Flops / entry.Seconds / peak,9:0.0%}") : "";
-            Print($"{name,-34}{entry.Calls / steps,6}{entry.Seconds / steps * 1e3,10:F2}{entry.Seconds / times.Sum(),8:0.0%}{rate}");
+            Print($"{name,-42}{entry.Calls / steps,6}{entry.Seconds / steps * 1e3,10:F2}{entry.Seconds / times.Sum(),8:0.0%}{rate}");
         }
-    }
-}
-
-/// <summary>Passes every operation on to a device and adds up its time.</summary>
-public sealed class Profiler(IDevice device) : IDevice {
-    /// <summary>By operation and shape: calls, seconds, and floating-point operations of the products.</summary>
-    public Dictionary<string, (int Calls, double Seconds, double Flops)> Entries { get; } = [];
-
-    /// <summary>Forgets everything so far.</summary>
-    public void Reset() => Entries.Clear();
-
-    void Time(string name, Action operation, double flops = 0) {
-        var start = Stopwatch.GetTimestamp();
-        operation();
-        var entry = Entries.GetValueOrDefault(name);
-        Entries[name] = (entry.Calls + 1, entry.Seconds + Stopwatch.GetElapsedTime(start).TotalSeconds, entry.Flops + flops);
-    }
-
-    static double Flops(Tensor x, Tensor w) => 2.0 * x.Depth * x.Rows * w.Count;
-
-    static double AttentionFlops(Tensor qkv) => 2.0 * 2 * qkv.Depth * qkv.Rows * (qkv.Rows + 1) / 2 * (qkv.Columns / 3);
-
-    public string Name => device.Name;
-    public double PeakFlops() => device.PeakFlops();
-    public nint Allocate(long bytes) => device.Allocate(bytes);
-    public void Write(Tensor to, ReadOnlySpan<float> values) => device.Write(to, values);
-    public void Read(Tensor from, Span<float> values) => device.Read(from, values);
-    public void Dispose() => device.Dispose();
-    public void Clear(Tensor x) => Time("clear", () => device.Clear(x));
-
-    public void Embed(ReadOnlySpan<int> tokens, Tensor wte, Tensor wpe, int start, Tensor x) {
-        var ids = tokens.ToArray();
-        Time("embed", () => device.Embed(ids, wte, wpe, start, x));
-    }
-
-    public void EmbedBackward(ReadOnlySpan<int> tokens, Tensor dx, Tensor dwte, Tensor dwpe) {
-        var ids = tokens.ToArray();
-        Time("embed backward", () => device.EmbedBackward(ids, dx, dwte, dwpe));
-    }
-
-    public void LayerNorm(Tensor x, Tensor w, Tensor b, Tensor y, Tensor statistics) =>
-        Time("layer norm", () => device.LayerNorm(x, w, b, y, statistics));
-
-    public void ResidualLayerNorm(Tensor residual, Tensor x, Tensor w, Tensor b, Tensor sum, Tensor y, Tensor statistics) =>
-        Time("residual + layer norm", () => device.ResidualLayerNorm(residual, x, w, b, sum, y, statistics));
-
-    public void LayerNormBackward(Tensor dy, Tensor x, Tensor w, Tensor statistics, Tensor dx, Tensor dw, Tensor db) =>
-        Time("layer norm backward", () => device.LayerNormBackward(dy, x, w, statistics, dx, dw, db));
-
-    public void Linear(Tensor x, Tensor w, Tensor b, Tensor y) =>
-        Time($"linear {w.Columns} to {w.Rows}", () => device.Linear(x, w, b, y), Flops(x, w));
-
-    public void LinearGelu(Tensor x, Tensor w, Tensor b, Tensor input, Tensor y) =>
-        Time($"linear {w.Columns} to {w.Rows}, GELU", () => device.LinearGelu(x, w, b, input, y), Flops(x, w));
-
-    public void LinearBackward(Tensor dy, Tensor x, Tensor w, Tensor dx, Tensor dw, Tensor db) =>
-        Time($"linear {w.Columns} to {w.Rows} backward", () => device.LinearBackward(dy, x, w, dx, dw, db), 2 * Flops(x, w));
-
-    public void LinearGeluBackward(Tensor dy, Tensor x, Tensor input, Tensor w, Tensor dx, Tensor dw, Tensor db) =>
-        Time($"GELU, linear {w.Columns} to {w.Rows} backward",
-            () => device.LinearGeluBackward(dy, x, input, w, dx, dw, db), 2 * Flops(x, w));
-
-    public void Gelu(Tensor x, Tensor y) => Time("GELU", () => device.Gelu(x, y));
-
-    public void Attention(Tensor qkv, int start, int heads, Tensor y, Tensor lse) =>
-        Time("attention", () => device.Attention(qkv, start, heads, y, lse), AttentionFlops(qkv));
-
-    public void AttentionBackward(Tensor dy, Tensor qkv, Tensor y, Tensor lse, int heads, Tensor dqkv) =>
-        Time("attention backward", () => device.AttentionBackward(dy, qkv, y, lse, heads, dqkv), 2.5 * AttentionFlops(qkv));
-
-    public void Classify(Tensor logits, ReadOnlySpan<int> targets, int vocabulary, Tensor losses, float gradientScale) {
-        var ids = targets.ToArray();
-        Time("classifier", () => device.Classify(logits, ids, vocabulary, losses, gradientScale));
-    }
-
-    public double SumOfSquares(Tensor x) {
-        var sum = 0.0;
-        Time("gradient norm", () => sum = device.SumOfSquares(x));
-        return sum;
-    }
-
-    public void AdamW(Tensor w, Tensor dw, Tensor m, Tensor v, in AdamWStep step) {
-        var update = step;
-        Time("AdamW", () => device.AdamW(w, dw, m, v, update));
     }
 }

@@ -1,0 +1,166 @@
+# make            ./gpt2, a native executable
+# make train      build, data, training; more options in ARGS, as in: make train ARGS="-e d12 -x 1000"
+# make test       every test that this machine can run
+# make data, make test-bin, make toolkit, make clean: said where they stand
+
+# Instruction set of the binaries: native is this machine's vector units, x86-64-v3 is any machine with AVX2.
+ISA ?= native
+# The CUDA compiler: one on PATH that is new enough, or else the one that `make toolkit` unpacks.
+CUDA ?= $(HOME)/.cache/gpt2/cuda
+NVCC ?= $(or $(shell command -v nvcc >/dev/null && nvcc --version | sed -n 's/.*release \([0-9.]*\).*/\1/p' \
+	| sed '1i 12.4' | sort -CV && command -v nvcc),$(CUDA)/nvcc)
+
+export DOTNET_NOLOGO := 1
+export DOTNET_CLI_TELEMETRY_OPTOUT := 1
+
+sources := $(wildcard *.cs) Gpt2Cli.csproj $(wildcard packages.lock.json) bin/isa
+tests := $(wildcard tests/*.cs tests/*.csproj tests/packages.lock.json)
+shards := $(wildcard data/*train_*.bin)
+
+# $(call need,TOOL,HOW TO GET IT) stops with one line.
+need = command -v $1 >/dev/null || { echo "make $@: $1 is missing: $2" >&2; exit 1; }
+need_sdk = dotnet --list-sdks 2>/dev/null | grep -q '^[1-9][0-9]\.' || \
+	{ echo "make $@: the .NET 10 SDK is missing: install dotnet-sdk-10.0, or put dotnet on PATH" >&2; exit 1; }
+# $(call publish,PROJECT,FOLDER): -p:CppCompilerAndLinker=gcc spares us clang.
+publish = dotnet publish $1 -c Release -r linux-x64 -p:CppCompilerAndLinker=gcc -p:IlcInstructionSet=$(ISA) \
+	-o $2 --nologo -v quiet
+
+.PHONY: train test test-bin data toolkit clean always
+.DELETE_ON_ERROR:
+
+# Both binaries appear by rename: a run that is going on keeps the file that it started from.
+gpt2: $(sources)
+	@$(need_sdk)
+	@$(call need,gcc,install your distribution's gcc)
+	$(call publish,Gpt2Cli.csproj,bin/publish)
+	@cp bin/publish/gpt2 $@.new && mv $@.new $@
+
+# The tests as one native executable, for a GPU box without an SDK; the tests run ./gpt2 as well, so take both:
+# make gpt2 test-bin ISA=x86-64-v3
+test-bin: gpt2-tests
+gpt2-tests: $(sources) $(tests)
+	@$(need_sdk)
+	@$(call need,gcc,install your distribution's gcc)
+	$(call publish,tests/Gpt2Cli.Tests.csproj,bin/tests)
+	@cp bin/tests/$@ $@.new && mv $@.new $@
+
+# Rewritten only when ISA is another one than last time, and then the binaries are out of date.
+bin/isa: always
+	@mkdir -p bin
+	@echo $(ISA) | cmp -s - $@ || echo $(ISA) >$@
+
+train: gpt2 data
+	./gpt2 train -y -i 'data/*train_*.bin' -j 'data/*val_*.bin' -o log $(ARGS)
+
+# Token shards: any that are in data/ already, or those of data/text.txt, which may be a text of your own.
+.SECONDARY: data/text.txt
+data: $(or $(firstword $(shards)),data/text_train_000001.bin)
+data/text_train_000001.bin: data/text.txt | gpt2
+	./gpt2 tokenize -o data/text --val-tokens 32768 data/text.txt
+
+# Shakespeare's speeches, a document each as in llm.c, if the network is there; if not, the SDK's own documentation.
+SHAKESPEARE ?= https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt
+data/text.txt:
+	@mkdir -p data
+	@if { curl -fsL --connect-timeout 5 --max-time 60 -o $@.part $(SHAKESPEARE) || \
+		wget -q -T 5 -t 1 -O $@.part $(SHAKESPEARE); } 2>/dev/null && \
+		grep -q '^First Citizen:$$' $@.part; then \
+		awk '{ print } /^$$/ && !gap { printf "<|endoftext|>" } { gap = /^$$/ }' $@.part >$@.new || exit 1; \
+		echo "data: $(SHAKESPEARE)"; \
+	else \
+		packs=$$(dotnet --list-sdks 2>/dev/null | sed -n '$$s/.*\[\(.*\)\/sdk\]$$/\1\/packs/p'); \
+		find "$$packs" -path '*.Ref/*' -name '*.xml' ! -name '*Intrinsics.xml' 2>/dev/null | sort >$@.part; \
+		[ -s $@.part ] || { echo "make data: no network and no documentation in the SDK (packs/*.Ref):" \
+			"put a text of your own into $@" >&2; exit 1; }; \
+		LC_ALL=C xargs -d '\n' awk -f tests/apidocs.awk <$@.part >$@.new || exit 1; \
+		echo "data: the .NET documentation in $$packs, for there is no network"; \
+	fi && rm -f $@.part && mv $@.new $@ && wc -c $@
+
+# The last line is the count. A run that fails without saying which test failed counts as one failure.
+define count_tests
+BEGIN { status = "unknown" }
+{ gsub(/\033\[[0-9;]*m/, "") } # the colours, which CI=true turns on
+/^Test run summary:/ { summary = 1 }
+summary && /^  [a-z]+: [0-9]+$$/ { count[$$1] = $$2 }
+/^exit status [0-9]+$$/ { status = $$3; next }
+{ print; fflush() }
+END {
+    failed = count["failed:"] + 0
+    if (failed == 0 && (status != 0 || !count["succeeded:"])) {
+        print "make test: exit status " status (summary ? "" : " without a summary") " and no failed test: one failure"
+        failed = 1
+    }
+    printf "%d passed, %d failed", count["succeeded:"], failed
+    if (count["skipped:"]) printf ", %d skipped", count["skipped:"]
+    print ""
+    exit failed > 0
+}
+endef
+export count_tests
+test: gpt2
+	@$(need_sdk)
+	@{ dotnet run --project tests -c Release; echo "exit status $$?"; } 2>&1 | awk "$$count_tests"
+
+# nvcc 12.4 for a machine that has none: packages of Debian trixie, which apt checks with the keys that this machine
+# trusts, unpacked into a folder of the user's home. Nothing is installed, and the system's apt state is not touched.
+# 1.0 GB comes, 0.25 GB stays; interrupted, it goes on with the packages that have come.
+define probe
+__global__ void probe(float *out, unsigned long long a, unsigned long long b) {
+    float d[4] = {};
+    asm volatile("wgmma.fence.sync.aligned;"
+        "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%0, %1, %2, %3}, %4, %5, 1, 1, 1, 0, 0;"
+        "wgmma.commit_group.sync.aligned;"
+        "wgmma.wait_group.sync.aligned 0;"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "l"(a), "l"(b));
+    out[threadIdx.x] = tanhf(d[0]) + erfcf(d[1]) + d[2] + d[3];
+}
+endef
+# Debian's nvcc.profile has paths of an installed toolkit; this one finds its parts beside itself.
+define profile
+TOP = $$(_HERE_)/../../..
+NVVMIR_LIBRARY_DIR = $$(_HERE_)/../libdevice
+LD_LIBRARY_PATH += $$(TOP)/lib/x86_64-linux-gnu:
+PATH += $$(_HERE_):$$(TOP)/bin:
+INCLUDES += "-I$$(TOP)/include" $$(_SPACE_)
+endef
+# nvcc 12.4 takes g++ up to version 13.
+define wrapper
+#!/bin/sh
+gxx=$$(command -v g++-13 || command -v g++-12 || command -v g++)
+exec "$$(dirname "$$(readlink -f "$$0")")/usr/lib/nvidia-cuda-toolkit/bin/nvcc" -ccbin "$$gxx" "$$@"
+endef
+# An apt of our own: its folders are the current one, and hooks of the system's (which may empty its cache) do not run.
+define apt_hooks
+#clear APT::Update::Pre-Invoke;
+#clear APT::Update::Post-Invoke;
+#clear APT::Update::Post-Invoke-Success;
+endef
+apt = apt-get -qq -c=hooks -o Dir::Etc::SourceList=$$PWD/source -o Dir::Etc::SourceParts=- -o Dir::State=$$PWD \
+	-o Dir::State::status=$$PWD/status -o Dir::Cache=$$PWD -o Acquire::Languages=none \
+	-o Acquire::http::Timeout=20 -o APT::Sandbox::User=
+get_nvcc = install CUDA 12.4 or newer and put its nvcc on PATH
+export probe profile wrapper apt_hooks
+
+toolkit: $(NVCC)
+	@echo "$(NVCC): $$($(NVCC) --version | grep release)"
+
+$(CUDA)/nvcc:
+	@$(call need,apt-get,$(get_nvcc))
+	@$(call need,g++,install your distribution's g++)
+	@echo "make toolkit: fetching 1.0 GB of packages"
+	@mkdir -p $(CUDA).part/lists/partial && cd $(CUDA).part && touch status && \
+	site=$$(apt-get update --print-uris | sed -n "s|^'\(.*/debian\)/dists/.*/InRelease'.*|\1|p" | head -n 1) && \
+	echo "deb $$site trixie main non-free" >source && echo "$$apt_hooks" >hooks && \
+	$(apt) update && $(apt) download nvidia-cuda-toolkit nvidia-cuda-dev libnvvm4 libcu++-dev || \
+		{ echo "make toolkit: no package source for Debian trixie is within reach: $(get_nvcc)" >&2; exit 1; }
+	@cd $(CUDA).part && rm -rf root && mkdir root && \
+	for deb in nvidia-cuda-toolkit_*.deb libnvvm4_*.deb libcu++-dev_*.deb; do \
+		dpkg-deb -x $$deb root || exit 1; done && \
+	dpkg-deb --fsys-tarfile nvidia-cuda-dev_*.deb | tar -x -C root ./usr/include && \
+	bin=root/usr/lib/nvidia-cuda-toolkit/bin && rm $$bin/nvcc.profile && echo "$$profile" >$$bin/nvcc.profile && \
+	echo "$$wrapper" >root/nvcc && chmod +x root/nvcc && echo "$$probe" >probe.cu && \
+	root/nvcc -arch=sm_90a -cubin -o probe.cubin probe.cu && mv -T root $(CUDA) && rm -rf $(CUDA).part
+
+# What was built; data/ and log/ stay.
+clean:
+	rm -rf bin obj tests/bin tests/obj gpt2 gpt2-tests

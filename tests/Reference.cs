@@ -1,0 +1,131 @@
+namespace Gpt2.Tests;
+
+/// <summary>The forward pass of each operation in float64, one number at a time, from its formula; derivatives come from
+/// differences of these. Arrays are row-major.</summary>
+static class Reference {
+    /// <summary>x (B, T, C) = wte[token] + wpe[start + t].</summary>
+    public static double[] Embed(int[] tokens, double[] wte, double[] wpe, int start, int T, int C) {
+        var x = new double[tokens.Length * C];
+        for (var row = 0; row < tokens.Length; row++) {
+            for (var i = 0; i < C; i++)
+                x[row * C + i] = wte[tokens[row] * C + i] + wpe[(start + row % T) * C + i];
+        }
+        return x;
+    }
+
+    /// <summary>The mean and 1/√(variance + 1e-5) of each row of x (…, C), in pairs.</summary>
+    public static double[] Statistics(double[] x, int C) {
+        var statistics = new double[x.Length / C * 2];
+        for (var row = 0; row < x.Length / C; row++) {
+            var values = x.AsSpan(row * C, C);
+            double mean = 0, variance = 0;
+            foreach (var value in values)
+                mean += value / C;
+            foreach (var value in values)
+                variance += (value - mean) * (value - mean) / C;
+            (statistics[2 * row], statistics[2 * row + 1]) = (mean, 1 / Math.Sqrt(variance + 1e-5));
+        }
+        return statistics;
+    }
+
+    /// <summary>y = (x − mean)·rstd·w + b.</summary>
+    public static double[] LayerNorm(double[] x, double[] w, double[] b) {
+        var (C, statistics, y) = (w.Length, Statistics(x, w.Length), new double[x.Length]);
+        for (var i = 0; i < x.Length; i++)
+            y[i] = (x[i] - statistics[i / C * 2]) * statistics[i / C * 2 + 1] * w[i % C] + b[i % C];
+        return y;
+    }
+
+    /// <summary>x + y.</summary>
+    public static double[] Add(double[] x, double[] y) => [.. x.Zip(y, (left, right) => left + right)];
+
+    /// <summary>y (rows, OC) = x (rows, C)·wᵀ + b with w (OC, C); b may be null.</summary>
+    public static double[] Linear(double[] x, double[] w, double[]? b, int C) {
+        var (rows, OC) = (x.Length / C, w.Length / C);
+        var y = new double[rows * OC];
+        for (var row = 0; row < rows; row++) {
+            for (var o = 0; o < OC; o++) {
+                var sum = b?[o] ?? 0;
+                for (var i = 0; i < C; i++)
+                    sum += x[row * C + i] * w[o * C + i];
+                y[row * OC + o] = sum;
+            }
+        }
+        return y;
+    }
+
+    /// <summary>x (rows, columns) as (columns, rows).</summary>
+    public static double[] Transpose(double[] x, int columns) {
+        var (rows, y) = (x.Length / columns, new double[x.Length]);
+        for (var i = 0; i < x.Length; i++)
+            y[i % columns * rows + i / columns] = x[i];
+        return y;
+    }
+
+    /// <summary>x/2·(1 + tanh(√(2/π)·(x + 0.044715·x³))).</summary>
+    public static double[] Gelu(double[] x) =>
+        [.. x.Select(v => v / 2 * (1 + Math.Tanh(Math.Sqrt(2 / Math.PI) * (v + 0.044715 * v * v * v))))];
+
+    /// <summary>Causal attention: y (B, T − start, NH·HS) and the log-sum-exp (B, NH, T − start) of each query's scores,
+    /// from qkv (B, T, 3·NH·HS).</summary>
+    public static (double[] Y, double[] Lse) Attention(double[] qkv, int B, int T, int start, int NH, int HS) {
+        var C = NH * HS;
+        var (y, lse) = (new double[B * (T - start) * C], new double[B * NH * (T - start)]);
+        for (var b = 0; b < B; b++) {
+            for (var head = 0; head < NH; head++) {
+                for (var t = start; t < T; t++) {
+                    // Query, key or value of this head at time s: part 0, 1 or 2.
+                    double Packed(int part, int s, int i) => qkv[(b * T + s) * 3 * C + part * C + head * HS + i];
+                    var scores = new double[t + 1];
+                    for (var s = 0; s <= t; s++) {
+                        for (var i = 0; i < HS; i++)
+                            scores[s] += Packed(0, t, i) * Packed(1, s, i) / Math.Sqrt(HS);
+                    }
+                    var logSum = LogSumExp(scores);
+                    lse[(b * NH + head) * (T - start) + t - start] = logSum;
+                    for (var s = 0; s <= t; s++) {
+                        for (var i = 0; i < HS; i++)
+                            y[(b * (T - start) + t - start) * C + head * HS + i] += Math.Exp(scores[s] - logSum) * Packed(2, s, i);
+                    }
+                }
+            }
+        }
+        return (y, lse);
+    }
+
+    /// <summary>The cross-entropy of each row of logits (rows, Vp), of which the first V columns count.</summary>
+    public static double[] Losses(double[] logits, int[] targets, int V, int Vp) =>
+        [.. targets.Select((target, row) => LogSumExp(logits[(row * Vp)..(row * Vp + V)]) - logits[row * Vp + target])];
+
+    /// <summary>ln Σ eˣ.</summary>
+    public static double LogSumExp(double[] x) {
+        var max = x.Max();
+        return max + Math.Log(x.Sum(value => Math.Exp(value - max)));
+    }
+
+    /// <summary>The derivative of a function of <paramref name="x"/> in each of its elements, or in those at
+    /// <paramref name="indices"/> alone, by central differences; x is as it was afterwards.</summary>
+    public static double[] Gradient(double[] x, Func<double> function, int[]? indices = null) {
+        // With float64 this leaves a truncation error of some 1e-8 of the third derivative, and a smaller rounding error.
+        const double step = 1e-4;
+        indices ??= [.. Enumerable.Range(0, x.Length)];
+        var gradient = new double[indices.Length];
+        for (var i = 0; i < indices.Length; i++) {
+            var value = x[indices[i]];
+            x[indices[i]] = value + step;
+            var above = function();
+            x[indices[i]] = value - step;
+            gradient[i] = (above - function()) / (2 * step);
+            x[indices[i]] = value;
+        }
+        return gradient;
+    }
+
+    /// <summary>Σ x·y.</summary>
+    public static double Dot(double[] x, double[] y) {
+        var sum = 0.0;
+        for (var i = 0; i < x.Length; i++)
+            sum += x[i] * y[i];
+        return sum;
+    }
+}

@@ -1,0 +1,89 @@
+using System.Runtime.InteropServices;
+
+namespace Gpt2.Tests;
+
+/// <summary>What several tests need: devices, files, random numbers, and how far arrays are apart.</summary>
+static class Support {
+    /// <summary>The devices that the operations and the model are tested on.</summary>
+    public static IEnumerable<Func<IDevice>> Devices() {
+        yield return () => new Cpu();
+    }
+
+    /// <summary>The repository's root: the folder above the tests' binary, or above the current one, that holds
+    /// tests/golden.</summary>
+    public static string Root { get; } = FindRoot();
+
+    static string FindRoot() {
+        foreach (var start in (string[])[AppContext.BaseDirectory, Environment.CurrentDirectory]) {
+            for (var folder = new DirectoryInfo(start); folder != null; folder = folder.Parent) {
+                if (Directory.Exists(Path.Combine(folder.FullName, "tests", "golden")))
+                    return folder.FullName;
+            }
+        }
+        throw new DirectoryNotFoundException("tests/golden is in no folder above the binary or the current one");
+    }
+
+    /// <summary>The path of a file in tests/golden.</summary>
+    public static string Golden(string name) => Path.Combine(Root, "tests", "golden", name);
+
+    /// <summary>Writes a token shard without the code under test.</summary>
+    public static void WriteShard(string path, params ReadOnlySpan<ushort> tokens) {
+        var header = new int[256];
+        (header[0], header[1], header[2]) = (20240520, 1, tokens.Length);
+        using var file = File.Create(path);
+        file.Write(MemoryMarshal.AsBytes(header.AsSpan()));
+        file.Write(MemoryMarshal.AsBytes(tokens));
+    }
+
+    /// <summary>Normal draws that depend on the seed alone.</summary>
+    public static float[] Floats(int seed, long count, double std = 1) {
+        var random = new Random(seed);
+        var values = new float[count];
+        foreach (ref var value in values.AsSpan())
+            value = (float)(std * Math.Sqrt(-2 * Math.Log(1 - random.NextDouble())) * Math.Cos(Math.Tau * random.NextDouble()));
+        return values;
+    }
+
+    /// <summary>Uniform ids below a vocabulary that depend on the seed alone.</summary>
+    public static int[] Tokens(int seed, int count, int vocabulary) {
+        var random = new Random(seed);
+        return [.. Enumerable.Range(0, count).Select(_ => random.Next(vocabulary))];
+    }
+
+    /// <summary>‖found − expected‖/‖expected‖; infinite if anything found is not a number, or the lengths differ.</summary>
+    public static double RelativeError(ReadOnlySpan<float> found, ReadOnlySpan<double> expected) {
+        if (found.Length != expected.Length)
+            return double.PositiveInfinity;
+        double squares = 0, norm = 0;
+        for (var i = 0; i < found.Length; i++) {
+            squares += (found[i] - expected[i]) * (found[i] - expected[i]);
+            norm += expected[i] * expected[i];
+        }
+        var error = squares == 0 ? 0 : Math.Sqrt(squares / norm);
+        return double.IsNaN(error) ? double.PositiveInfinity : error;
+    }
+
+    /// <summary>The same of fp32 values.</summary>
+    public static double RelativeError(ReadOnlySpan<float> found, ReadOnlySpan<float> expected) =>
+        RelativeError(found, Doubles(expected));
+
+    /// <summary>The values in float64.</summary>
+    public static double[] Doubles(ReadOnlySpan<float> values) {
+        var doubles = new double[values.Length];
+        for (var i = 0; i < values.Length; i++)
+            doubles[i] = values[i];
+        return doubles;
+    }
+}
+
+/// <summary>An empty folder that goes away with everything in it.</summary>
+sealed class TemporaryFolder : IDisposable {
+    /// <summary>Its path.</summary>
+    public string Path { get; } = Directory.CreateTempSubdirectory("gpt2-tests-").FullName;
+
+    /// <summary>The path of something in it.</summary>
+    public string this[string name] => System.IO.Path.Combine(Path, name);
+
+    /// <summary>Removes it.</summary>
+    public void Dispose() => Directory.Delete(Path, recursive: true);
+}
