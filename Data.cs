@@ -5,37 +5,36 @@ using SharpToken;
 
 namespace Gpt2;
 
-/// <summary>A little-endian file that begins with llm.c's header: 256 int32, a magic number and a version first. Every
-/// error names the file, what was expected and what was found.</summary>
-public sealed class BinaryFile : IDisposable {
-    /// <summary>Number of int32 in a header.</summary>
-    public const int HeaderLength = 256;
+/// <summary>A failure that one sentence explains to a person: what was expected, and what was found.</summary>
+/// <param name="usage">Whether the command line is at fault (exit status 2), not a file or the machine (1).</param>
+public sealed class Gpt2Exception(string message, bool usage = false) : Exception(message) {
+    public int ExitCode => usage ? 2 : 1;
 
-    /// <summary>Size of a header.</summary>
-    public const int HeaderBytes = HeaderLength * sizeof(int);
+    /// <summary>Requires a command-line option to be right.</summary>
+    public static void Require(bool right, string option, string expected, object found) {
+        if (!right)
+            throw new Gpt2Exception(FormattableString.Invariant($"{option}: expected {expected}, found {found}"), usage: true);
+    }
+}
+
+/// <summary>A little-endian file that begins with llm.c's header: 256 int32, a magic number and a version first.</summary>
+public sealed class BinaryFile : IDisposable {
+    public const int HeaderLength = 256, HeaderBytes = HeaderLength * sizeof(int);
 
     readonly FileStream stream;
 
     /// <summary>Opens a file and reads its header.</summary>
     /// <param name="kind">What the file should be, for messages.</param>
-    /// <exception cref="Gpt2Exception">It cannot be read, or is not of this kind.</exception>
+    /// <exception cref="Gpt2Exception">It is not of this kind.</exception>
     public BinaryFile(string path, string kind, int magic, params ReadOnlySpan<int> versions) {
-        Path = path;
-        try {
-            stream = new FileStream(path, FileMode.Open, FileAccess.Read, FileShare.Read);
-        } catch (Exception e) when (e is IOException or UnauthorizedAccessException) {
-            throw new Gpt2Exception($"{path}: expected {kind}, found {Files.Reason(e)}");
-        }
+        stream = new FileStream(path, FileMode.Open, FileAccess.Read, FileShare.Read);
         if (stream.Length < HeaderBytes)
             throw Fail($"{kind} with a header of {HeaderBytes} bytes", $"a file of {stream.Length} bytes");
         Read(Header.AsSpan());
-        if (Header[0] != magic)
-            throw Fail($"{kind} (magic number {magic})", $"magic number {Header[0]}");
-        if (!versions.Contains(Header[1]))
-            throw Fail($"{kind} of version {string.Join(" or ", versions.ToArray())}", $"version {Header[1]}");
+        Check("magic number", 0, Header[0] == magic, $"of {kind} ({magic})");
+        Check("version", 1, versions.Contains(Header[1]), $"of {kind} ({string.Join(" or ", versions.ToArray())})");
     }
 
-    public string Path { get; }
     public int[] Header { get; } = new int[HeaderLength];
 
     /// <summary>Requires a header field to be right.</summary>
@@ -56,16 +55,15 @@ public sealed class BinaryFile : IDisposable {
     /// <summary>The exception for something wrong in this file, which is closed.</summary>
     public Gpt2Exception Fail(string expected, string found) {
         Dispose();
-        return new Gpt2Exception($"{Path}: expected {expected}, found {found}");
+        return new Gpt2Exception($"{stream.Name}: expected {expected}, found {found}");
     }
 
-    /// <summary>Fills a span with the values that follow.</summary>
-    public void Read<T>(Span<T> values) where T : unmanaged {
-        try {
-            stream.ReadExactly(MemoryMarshal.AsBytes(values));
-        } catch (EndOfStreamException) {
-            throw Fail("more data", "its end");
-        }
+    /// <summary>Fills a span with the values that follow, or that begin at a byte from the file's start.</summary>
+    public void Read<T>(Span<T> values, long? offset = null) where T : unmanaged {
+        stream.Position = offset ?? stream.Position;
+        if (stream.ReadAtLeast(MemoryMarshal.AsBytes(values), values.Length * Marshal.SizeOf<T>(), throwOnEndOfStream: false)
+            < values.Length * Marshal.SizeOf<T>())
+            throw Fail("more data", $"its end at byte {stream.Length}");
     }
 
     /// <summary>The value that follows.</summary>
@@ -77,95 +75,78 @@ public sealed class BinaryFile : IDisposable {
 
     /// <summary>Fills a span from the bfloat16 values that follow.</summary>
     public void ReadBFloat16(Span<float> values) {
-        // Read into the second half, so that widening from the front overwrites nothing unread.
+        // They lie in the second half first, so that widening from the front overwrites nothing unread.
         var halves = MemoryMarshal.Cast<float, ushort>(values)[values.Length..];
         Read(halves);
         for (var i = 0; i < values.Length; i++)
             values[i] = BitConverter.Int32BitsToSingle(halves[i] << 16);
     }
 
-    /// <summary>Moves to a byte from the file's start.</summary>
-    public void Seek(long offset) => stream.Position = offset;
-
-    /// <summary>Closes the file.</summary>
     public void Dispose() => stream.Dispose();
 }
 
 /// <summary>Files as a whole: finding them, and writing them so that a name always stands for a complete file.</summary>
 public static class Files {
-    /// <summary>What went wrong with a file, in words.</summary>
-    public static string Reason(Exception e) => e switch {
-        FileNotFoundException or DirectoryNotFoundException => "no such file",
-        UnauthorizedAccessException => "a file that may not be read or written, or a directory",
-        // The runtime appends the path, which the sentence already has.
-        _ => e.Message.Split(" : '")[0],
-    };
-
-    /// <summary>The files that a pattern with * and ? in its last part names, in ordinal order.</summary>
+    /// <summary>The files that a path with * and ? in its last part names, in ordinal order.</summary>
     public static string[] Glob(string pattern) {
-        var directory = Path.GetDirectoryName(pattern);
-        directory = string.IsNullOrEmpty(directory) ? "." : directory;
-        if (!Directory.Exists(directory))
+        var folder = Path.GetDirectoryName(pattern) ?? "/";
+        if (!Directory.Exists(Path.Combine(".", folder)))
             return [];
-        var files = Directory.GetFiles(directory, Path.GetFileName(pattern));
-        var found = files.Select(file => pattern.StartsWith("./") ? file : file.StartsWith("./") ? file[2..] : file).ToArray();
-        Array.Sort(found, string.CompareOrdinal);
-        return found;
+        var names = Directory.GetFiles(Path.Combine(".", folder), Path.GetFileName(pattern)).Select(Path.GetFileName);
+        return [.. names.Select(name => Path.Combine(folder, name!)).Order(StringComparer.Ordinal)];
     }
 
-    /// <summary>Writes a file under a temporary name, flushes it to the disk and renames it.</summary>
-    /// <exception cref="Gpt2Exception">It cannot be written; what had its name before is untouched.</exception>
+    /// <summary>Writes a file under a temporary name, flushes it to the disk and renames it; makes its folder.</summary>
     public static void Write(string path, Action<Stream> content) {
         var temporary = path + ".tmp";
+        Directory.CreateDirectory(Path.GetDirectoryName(Path.GetFullPath(path))!);
         try {
             using (var stream = new FileStream(temporary, FileMode.Create, FileAccess.Write, FileShare.None, 1 << 16)) {
                 content(stream);
                 stream.Flush(flushToDisk: true);
             }
             File.Move(temporary, path, overwrite: true);
-        } catch (Exception e) when (e is IOException or UnauthorizedAccessException) {
-            // On a full disk this makes room again; what cannot be deleted has a name that no reader takes for a file.
-            if (File.Exists(temporary))
-                File.Delete(temporary);
-            throw new Gpt2Exception($"{path}: expected to write it, found {Reason(e)}");
+        } catch (IOException) {
+            File.Delete(temporary); // room again on a full disk
+            throw;
         }
     }
 
     /// <summary>A line that tells whether a file is still the same: its name, size, and XXH3 hash.</summary>
     public static string Describe(string path) {
-        try {
-            using var stream = File.OpenRead(path);
-            var hash = new XxHash3();
-            hash.Append(stream);
-            return $"{Path.GetFileName(path)} {stream.Length} {hash.GetCurrentHashAsUInt64():x16}";
-        } catch (Exception e) when (e is IOException or UnauthorizedAccessException) {
-            throw new Gpt2Exception($"{path}: expected a file of the checkpoint, found {Reason(e)}");
-        }
+        using var stream = File.OpenRead(path);
+        var hash = new XxHash3();
+        hash.Append(stream);
+        return $"{Path.GetFileName(path)} {stream.Length} {hash.GetCurrentHashAsUInt64():x16}";
     }
 }
 
 /// <summary>The Mersenne Twister (Matsumoto and Nishimura, 1998), with the draws that torch's CPU generator makes from
 /// it and the state that llm.c saves.</summary>
-public sealed class Mt19937(uint seed) {
+public sealed class Mt19937 {
     const int N = 624, M = 397;
+    const uint Matrix = 0x9908b0df;
 
-    ulong seed = seed;
+    readonly uint[] state = new uint[N];
+    ulong seed;
     int left = 1;
     uint next;
-    readonly uint[] state = Seeded(seed);
 
-    static uint[] Seeded(uint seed) {
-        var state = new uint[N];
-        state[0] = seed;
+    public Mt19937(uint seed) {
+        this.seed = state[0] = seed;
         for (var i = 1u; i < N; i++)
             state[i] = 1812433253 * (state[i - 1] ^ state[i - 1] >> 30) + i;
-        return state;
     }
 
     /// <summary>A uniform 32-bit number.</summary>
     public uint NextUInt32() {
-        if (--left == 0)
-            Twist();
+        if (--left == 0) {
+            for (var i = 0; i < N; i++) {
+                var bits = state[i] & 0x80000000 | state[(i + 1) % N] & 0x7fffffff;
+                state[i] = state[(i + M) % N] ^ bits >> 1 ^ ((bits & 1) != 0 ? Matrix : 0);
+            }
+            (left, next) = (N, 0);
+        }
         var y = state[next++];
         y ^= y >> 11;
         y ^= y << 7 & 0x9d2c5680;
@@ -173,39 +154,31 @@ public sealed class Mt19937(uint seed) {
         return y ^ y >> 18;
     }
 
-    void Twist() {
-        for (var i = 0; i < N; i++) {
-            var bits = state[i] & 0x80000000 | state[(i + 1) % N] & 0x7fffffff;
-            state[i] = state[(i + M) % N] ^ bits >> 1 ^ ((bits & 1) != 0 ? 0x9908b0df : 0);
-        }
-        (left, next) = (N, 0);
-    }
-
     /// <summary>A uniform number in [0, 1) of 24 bits.</summary>
     public float NextFloat() => (NextUInt32() & 0xffffff) / 16777216f;
 
     /// <summary>Fills with Normal(0, std) draws as torch's normal_ does for 16 or more floats.</summary>
     public void Normal(float[] values, float std) {
-        for (var i = 0; i < values.Length; i++)
-            values[i] = NextFloat();
-        const int blocks = 4096;
-        Parallel.For(0, (values.Length / 16 + blocks - 1) / blocks, chunk => {
-            for (var block = chunk * blocks; block < Math.Min(values.Length / 16, (chunk + 1) * blocks); block++)
-                BoxMuller(values.AsSpan(block * 16, 16), std);
-        });
-        if (values.Length % 16 != 0) {
-            var last = values.AsSpan(values.Length - 16);
-            foreach (ref var value in last)
-                value = NextFloat();
-            BoxMuller(last, std);
-        }
+        foreach (ref var value in values.AsSpan())
+            value = NextFloat();
+        const int block = 1 << 16;
+        Parallel.For(0, (values.Length + block - 1) / block, i =>
+            BoxMuller(values.AsSpan(i * block, Math.Min(block, values.Length - i * block)), std));
+        if (values.Length % 16 == 0)
+            return;
+        var last = values.AsSpan(^16);
+        foreach (ref var value in last)
+            value = NextFloat();
+        BoxMuller(last, std);
     }
 
     static void BoxMuller(Span<float> x, float std) {
-        for (var t = 0; t < 8; t++) {
-            var radius = MathF.Sqrt(-2 * MathF.Log(1 - x[t] + 1e-12f));
-            var angle = (float)(2 * Math.PI * x[t + 8]);
-            (x[t], x[t + 8]) = (radius * MathF.Cos(angle) * std, radius * MathF.Sin(angle) * std);
+        for (; x.Length >= 16; x = x[16..]) {
+            for (var t = 0; t < 8; t++) {
+                var radius = MathF.Sqrt(-2 * MathF.Log(1 - x[t] + 1e-12f));
+                var angle = (float)(2 * Math.PI * x[t + 8]);
+                (x[t], x[t + 8]) = (radius * MathF.Cos(angle) * std, radius * MathF.Sin(angle) * std);
+            }
         }
     }
 
@@ -217,24 +190,17 @@ public sealed class Mt19937(uint seed) {
         }
     }
 
-    /// <summary>Writes the state as llm.c's C struct lies in memory.</summary>
-    public void Save(BinaryWriter to) {
-        to.Write(seed);
-        to.Write(left);
-        to.Write(next);
-        foreach (var word in state)
-            to.Write(word);
-        to.Write(0u);
-        to.Write(0x9908b0dfu);
-    }
+    /// <summary>The state as llm.c's C struct lies in memory.</summary>
+    public uint[] Save() => [(uint)seed, (uint)(seed >> 32), (uint)left, next, .. state, 0, Matrix];
 
-    /// <summary>Reads what <see cref="Save"/> wrote.</summary>
+    /// <summary>Reads what <see cref="Save"/> returned.</summary>
     public void Load(BinaryFile from) {
-        (seed, left, next) = (from.Read<ulong>(), from.Read<int>(), from.Read<uint>());
-        from.Read<uint>(state);
-        from.Read<ulong>();
+        var words = new uint[Save().Length];
+        from.Read(words.AsSpan());
+        (seed, left, next) = (words[0] | (ulong)words[1] << 32, (int)words[2], words[3]);
+        words.AsSpan(4, N).CopyTo(state);
         if (left is < 1 or > N || next > N)
-            throw from.Fail("a generator's state", $"{left} numbers left and {next} as the next one");
+            throw from.Fail("a random generator's state", $"{left} numbers left and number {next} next");
     }
 }
 
@@ -247,17 +213,20 @@ public sealed class TokenShard : IDisposable {
     /// <summary>Opens a shard and checks its header against its size.</summary>
     public TokenShard(string path) {
         file = new BinaryFile(path, "a token shard", Magic, 1);
-        file.Check("number of tokens", 2, file.Header[2] >= 0, "0 or more");
+        file.Check("number of tokens", 2, Count >= 0, "0 or more");
         file.CheckSize(BinaryFile.HeaderBytes + (long)Count * sizeof(ushort));
     }
 
     /// <summary>Number of tokens.</summary>
     public int Count => file.Header[2];
 
+    /// <summary>Number of batches, each with one token more than the given number.</summary>
+    public int Batches(int tokens) =>
+        Count > tokens ? (Count - 1) / tokens : throw file.Fail($"more than the {tokens} tokens of a batch", $"{Count}");
+
     /// <summary>Reads the tokens from <paramref name="first"/> on, all below the vocabulary.</summary>
     public void Read(long first, Span<ushort> tokens, int vocabulary) {
-        file.Seek(BinaryFile.HeaderBytes + first * sizeof(ushort));
-        file.Read(tokens);
+        file.Read(tokens, BinaryFile.HeaderBytes + first * sizeof(ushort));
         for (var i = 0; i < tokens.Length; i++) {
             if (tokens[i] >= vocabulary)
                 throw file.Fail($"tokens below the model's vocabulary of {vocabulary}", $"{tokens[i]} at position {first + i}");
@@ -272,100 +241,78 @@ public sealed class TokenShard : IDisposable {
         Files.Write(path, to => to.Write(bytes));
     }
 
-    /// <summary>Closes the file.</summary>
     public void Dispose() => file.Dispose();
 }
 
 /// <summary>Batches of (B, T) tokens from shards, in order or shuffled, as llm.c draws them.</summary>
 public sealed class TokenLoader : IDisposable {
-    readonly string[] paths;
-    readonly int B, T, vocabulary;
+    readonly TokenShard[] shards;
+    readonly int vocabulary;
     readonly bool shuffle;
     readonly Mt19937 random;
     readonly int[] shardOrder;
     readonly ushort[] buffer;
     int[] sampleOrder = [];
-    TokenShard shard;
-    int shardIndex, sampleIndex, samples;
 
     /// <summary>Opens all shards that a pattern names.</summary>
     /// <exception cref="Gpt2Exception">There are none, or one is not a shard or shorter than a batch.</exception>
     public TokenLoader(string pattern, int B, int T, int vocabulary, bool shuffle, uint seed = 42) {
-        paths = Files.Glob(pattern);
-        if (paths.Length == 0)
-            throw new Gpt2Exception($"{pattern}: expected token shards, found no such file; `make data` prepares some, " +
-                "`gpt2 tokenize` makes them from text");
-        (this.B, this.T, this.vocabulary, this.shuffle) = (B, T, vocabulary, shuffle);
-        random = new Mt19937(seed);
-        shardOrder = [.. Enumerable.Range(0, paths.Length)];
-        buffer = new ushort[B * T + 1];
-        foreach (var path in paths) {
-            using var shard = new TokenShard(path);
-            Tokens += shard.Count;
-            Batches += SamplesIn(shard, path);
-        }
-        shard = new TokenShard(paths[0]);
+        shards = [.. Files.Glob(pattern).Select(path => new TokenShard(path))];
+        if (shards.Length == 0)
+            throw new Gpt2Exception($"{pattern}: expected token shards, found no such file; run make data, or gpt2 tokenize");
+        (BatchTokens, this.vocabulary, this.shuffle, random) = (B * T, vocabulary, shuffle, new Mt19937(seed));
+        shardOrder = [.. Enumerable.Range(0, shards.Length)];
+        buffer = new ushort[BatchTokens + 1];
+        Batches = shards.Sum(shard => (long)shard.Batches(BatchTokens));
         Reset();
     }
 
-    /// <summary>Number of shards.</summary>
-    public int Shards => paths.Length;
+    /// <summary>Whether batches come in a random order.</summary>
+    public bool Shuffles => shuffle;
 
     /// <summary>Tokens in all shards.</summary>
-    public long Tokens { get; }
+    public long Tokens => shards.Sum(shard => (long)shard.Count);
 
     /// <summary>Batches in all shards: an epoch.</summary>
     public long Batches { get; }
 
-    /// <summary>The shard being read, in this epoch's order, and the next batch in it.</summary>
-    public (int Shard, int Sample) Position => (shardIndex, sampleIndex);
+    /// <summary>Tokens in a batch.</summary>
+    public int BatchTokens { get; }
 
-    int SamplesIn(TokenShard shard, string path) => shard.Count > B * T ? (shard.Count - 1) / (B * T)
-        : throw new Gpt2Exception($"{path}: expected at least {B * T + 1} tokens for a batch of {B} x {T}, found {shard.Count}");
+    /// <summary>The shard being read, in this epoch's order, and the next batch in it.</summary>
+    public (int Shard, int Sample) Position { get; private set; }
+
+    TokenShard Shard => shards[shardOrder[Position.Shard]];
 
     /// <summary>Starts an epoch.</summary>
     public void Reset() {
-        shardIndex = 0;
         if (shuffle)
             random.Permute(shardOrder);
-        OpenShard();
-        ShuffleSamples();
+        Open(0);
     }
 
-    void OpenShard() {
-        shard.Dispose();
-        var path = paths[shardOrder[shardIndex]];
-        shard = new TokenShard(path);
-        samples = SamplesIn(shard, path);
-        sampleIndex = 0;
-    }
-
-    void ShuffleSamples() {
-        if (shuffle) {
-            sampleOrder = [.. Enumerable.Range(0, samples)];
+    void Open(int shard) {
+        Position = (shard, 0);
+        sampleOrder = [.. Enumerable.Range(0, Shard.Batches(BatchTokens))];
+        if (shuffle)
             random.Permute(sampleOrder);
-        }
     }
 
     /// <summary>Reads the next batch: B·T inputs, and as targets the token after each.</summary>
     public void Next(Span<int> inputs, Span<int> targets) {
-        if (sampleIndex >= samples) {
-            if (shardIndex + 1 == paths.Length) {
+        if (Position.Sample == sampleOrder.Length) {
+            if (Position.Shard + 1 < shards.Length)
+                Open(Position.Shard + 1);
+            else
                 Reset();
-            } else {
-                shardIndex++;
-                OpenShard();
-                ShuffleSamples();
-            }
         }
-        var sample = shuffle ? sampleOrder[sampleIndex] : sampleIndex;
-        shard.Read((long)sample * B * T, buffer, vocabulary);
-        sampleIndex++;
-        for (var i = 0; i < B * T; i++)
+        Shard.Read((long)sampleOrder[Position.Sample] * BatchTokens, buffer, vocabulary);
+        Position = (Position.Shard, Position.Sample + 1);
+        for (var i = 0; i < BatchTokens; i++)
             (inputs[i], targets[i]) = (buffer[i], buffer[i + 1]);
     }
 
-    /// <summary>Writes the order of shards and samples and the generator's state, if this loader shuffles.</summary>
+    /// <summary>Writes the orders and the generator's state, if this loader shuffles.</summary>
     public void Save(BinaryWriter to) {
         if (!shuffle)
             return;
@@ -373,72 +320,65 @@ public sealed class TokenLoader : IDisposable {
             to.Write((long)order.Length);
             to.Write(MemoryMarshal.AsBytes(order.AsSpan()));
         }
-        random.Save(to);
+        to.Write(MemoryMarshal.AsBytes(random.Save().AsSpan()));
     }
 
     /// <summary>Goes on from a position, with what <see cref="Save"/> wrote there.</summary>
     public void Load(BinaryFile from, bool shuffled, (int Shard, int Sample) position) {
         if (shuffled != shuffle)
-            throw from.Fail($"a run that {(shuffle ? "shuffles" : "does not shuffle")} its data", "one of the other kind");
-        if (shuffle) {
+            throw from.Fail(shuffle ? "a run that shuffles its data" : "a run that takes its data in order", "the other kind");
+        if (position.Shard < 0 || position.Shard >= shards.Length)
+            throw from.Fail($"a position in {shards.Length} shards", $"shard {position.Shard}");
+        if (shuffle)
             ReadOrder(shardOrder, "shards");
-            if (position.Shard >= 0 && position.Shard < Shards)
-                shardIndex = position.Shard;
-            OpenShard();
-            sampleOrder = new int[samples];
-            ReadOrder(sampleOrder, $"batches of {B} x {T} in a shard");
-            random.Load(from);
-        }
-        if (position.Shard < 0 || position.Shard >= Shards || position.Sample < 0)
-            throw from.Fail($"a position in {Shards} shards", $"batch {position.Sample} of shard {position.Shard}");
-        shardIndex = position.Shard;
-        OpenShard();
-        sampleIndex = position.Sample <= samples ? position.Sample
-            : throw from.Fail($"at most {samples} batches of {B} x {T} in {paths[shardOrder[shardIndex]]}", $"{position.Sample}");
+        Position = position;
+        sampleOrder = [.. Enumerable.Range(0, Shard.Batches(BatchTokens))];
+        if (position.Sample < 0 || position.Sample > sampleOrder.Length)
+            throw from.Fail($"a position in {sampleOrder.Length} batches of {BatchTokens} tokens", $"batch {position.Sample}");
+        if (!shuffle)
+            return;
+        ReadOrder(sampleOrder, $"batches of {BatchTokens} tokens");
+        random.Load(from);
 
         void ReadOrder(int[] order, string what) {
-            var count = from.Read<long>();
-            if (count != order.Length)
-                throw from.Fail($"the order of {order.Length} {what}", $"{count}");
+            if (from.Read<long>() is var count && count != order.Length)
+                throw from.Fail($"the order of {order.Length} {what}", $"that of {count}");
             from.Read(order.AsSpan());
             if (!order.Order().SequenceEqual(Enumerable.Range(0, order.Length)))
                 throw from.Fail($"a permutation of {count} {what}", "something else");
         }
     }
 
-    /// <summary>Closes the open shard.</summary>
-    public void Dispose() => shard.Dispose();
+    public void Dispose() => Array.ForEach(shards, shard => shard.Dispose());
 }
 
 /// <summary>A question with several completions, of which one is right. Each row is context and completion.</summary>
 public sealed record MultipleChoice(int Label, int ContextLength, ushort[][] Rows) {
     /// <summary>Reads an evaluation file of llm.c, such as hellaswag_val.bin.</summary>
     public static IEnumerable<MultipleChoice> Read(string path, int vocabulary) {
+        const int mark = 65535, prefix = 5; // the words before an example's context
         using var file = new BinaryFile(path, "a multiple-choice evaluation", 20240522, 1);
-        file.Check("number of examples", 2, file.Header[2] >= 0, "0 or more");
-        file.Check("longest example in bytes", 3, file.Header[3] is >= 12 and <= ushort.MaxValue, "12 to 65535");
+        file.Check("number of examples", 2, file.Header[2] > 0, "1 or more");
+        file.Check("longest example in bytes", 3, file.Header[3] is > 2 * prefix and <= 65535, $"{2 * prefix + 1} to 65535");
         for (var i = 0; i < file.Header[2]; i++) {
-            var (mark, bytes) = (file.Read<ushort>(), file.Read<ushort>());
-            if (mark != ushort.MaxValue || bytes < 12 || bytes % 2 != 0 || bytes > file.Header[3])
-                throw file.Fail($"example {i} to begin with 65535 and an even size of 12 to {file.Header[3]}", $"{mark}, {bytes}");
-            var words = new ushort[bytes / 2 - 2];
+            var words = new ushort[prefix];
             file.Read(words.AsSpan());
-            var rest = words.AsMemory(3);
+            if (words[0] != mark || words[2] != i || words[1] <= 2 * prefix || words[1] % 2 != 0 || words[1] > file.Header[3])
+                throw file.Fail($"example {i} to begin with {mark}, its size in bytes and {i}", string.Join(", ", words[..3]));
+            var rest = new ushort[words[1] / 2 - prefix].AsMemory();
+            file.Read(rest.Span);
             var context = Take();
-            var rows = new ushort[words[2]][];
-            for (var row = 0; row < rows.Length; row++)
-                rows[row] = [.. context, .. Take()];
-            if (words[0] != i || words[1] >= rows.Length || rest.Length > 0 || context.Length == 0)
-                throw file.Fail($"example {i} with its label and tokens", "something else");
-            yield return new MultipleChoice(words[1], context.Length, rows);
+            var rows = Enumerable.Range(0, words[4]).Select(_ => (ushort[])[.. context, .. Take()]).ToArray();
+            if (words[3] >= rows.Length || rest.Length > 0 || context.Length == 0)
+                throw file.Fail($"example {i} to have a context, a label below {rows.Length} and nothing after", "something else");
+            yield return new MultipleChoice(words[3], context.Length, rows);
 
             ushort[] Take() {
-                var length = rest.Length > 0 ? rest.Span[0] : 0;
-                if (rest.Length < 1 + length)
-                    throw file.Fail($"example {i} to hold all its tokens", "its end");
-                var tokens = rest.Slice(1, length).ToArray();
-                rest = rest[(1 + length)..];
-                return Array.TrueForAll(tokens, token => token < vocabulary) ? tokens
+                if (rest.Length == 0 || rest.Span[0] == 0 || rest.Length <= rest.Span[0])
+                    throw file.Fail($"all tokens of example {i}", "its end");
+                var tokens = rest.Slice(1, rest.Span[0]).ToArray();
+                rest = rest[(1 + tokens.Length)..];
+                return tokens.Max() < vocabulary ? tokens
                     : throw file.Fail($"tokens below the model's vocabulary of {vocabulary}", $"{tokens.Max()} in example {i}");
             }
         }
@@ -457,12 +397,33 @@ public sealed class Tokenizer {
     /// <summary>Tokens in a shard at most.</summary>
     public const int ShardTokens = 100_000_000;
 
-    const int PieceCharacters = 1 << 18;
-
     readonly GptEncoding encoding = GptEncoding.GetEncoding("r50k_base");
 
     /// <summary>The ids of a text, in which the mark for the end of text stands for its id.</summary>
-    public List<int> Encode(string text) => encoding.Encode(text, new HashSet<string> { EndOfText });
+    public IEnumerable<int> Encode(string text) {
+        var special = new HashSet<string> { EndOfText };
+        var begin = 0;
+        foreach (var end in Cuts(text).Append(text.Length)) {
+            foreach (var token in encoding.Encode(text.AsSpan(begin..end), special))
+                yield return token;
+            begin = end;
+        }
+    }
+
+    /// <summary>Where letters and digits beyond the basic plane, which .NET's patterns take for punctuation, meet what is
+    /// neither their kind nor a space: GPT-2's pattern divides there.</summary>
+    static IEnumerable<int> Cuts(string text) {
+        if (!text.AsSpan().ContainsAnyInRange('\ud800', '\udfff'))
+            yield break;
+        static char Kind(Rune rune) => Rune.IsWhiteSpace(rune) ? ' ' : Rune.IsLetter(rune) ? 'L' : Rune.IsNumber(rune) ? 'N' : '.';
+        var (index, last) = (0, new Rune(' '));
+        foreach (var rune in text.EnumerateRunes()) {
+            var beyond = !last.IsBmp && Kind(last) != '.' || !rune.IsBmp && Kind(rune) != '.';
+            if (beyond && Kind(last) != ' ' && Kind(last) != Kind(rune))
+                yield return index;
+            (index, last) = (index + rune.Utf16SequenceLength, rune);
+        }
+    }
 
     /// <summary>Turns ids into text as they come; characters of several tokens wait until they are whole.</summary>
     public IEnumerable<string> Decode(IEnumerable<int> tokens) {
@@ -482,31 +443,28 @@ public sealed class Tokenizer {
     /// <summary>Encodes text files as shards PREFIX_val_000000.bin and PREFIX_train_000001.bin, …: each file is split into
     /// documents at the mark for the end of text, whose id is written before each one.</summary>
     /// <param name="valTokens">How many of the first tokens are held out for validation.</param>
-    /// <param name="progress">Is told the bytes read so far.</param>
+    /// <param name="progress">Is told the bytes of each piece that was read.</param>
     /// <returns>Number of tokens, and of shards for training.</returns>
     public (long Tokens, int Shards) WriteShards(string prefix, int valTokens, string[] files, Action<long> progress) {
-        var old = Files.Glob($"{prefix}_*.bin");
-        if (old.Length > 0)
-            throw new Gpt2Exception($"{old[0]}: expected no shards of that name yet; remove them first");
+        if (Files.Glob($"{prefix}_*.bin") is [var old, ..])
+            throw new Gpt2Exception($"{old}: expected no shards of this name yet, found some; remove them first");
         var (tokens, written, shards) = (new List<ushort>(), 0L, 0);
-        var pieces = files.SelectMany(file => Pieces(file, progress));
-        foreach (var piece in pieces.AsParallel().AsOrdered().Select(EncodePiece)) {
+        foreach (var piece in files.SelectMany(file => Pieces(file, progress)).AsParallel().AsOrdered().Select(EncodePiece)) {
             tokens.AddRange(piece);
-            while (written == 0 && valTokens > 0 && tokens.Count >= valTokens)
-                WriteShard("val", valTokens);
-            while (tokens.Count >= ShardTokens)
-                WriteShard("train", ShardTokens);
+            if (written == 0 && valTokens > 0 && tokens.Count > valTokens)
+                WriteShard("val", 0, valTokens);
+            while (written >= valTokens && tokens.Count >= ShardTokens)
+                WriteShard("train", ++shards, ShardTokens);
         }
-        if (written < valTokens || tokens.Count + written == valTokens)
-            throw new Gpt2Exception($"{files[^1]}: expected text of more than {valTokens} tokens, which are held out for " +
-                $"validation, found {written + tokens.Count}");
+        if (written < valTokens || written + tokens.Count == 0)
+            throw new Gpt2Exception($"{files[^1]}: expected more text than the {valTokens} tokens that are held out for " +
+                $"validation, found {tokens.Count} tokens");
         if (tokens.Count > 0)
-            WriteShard("train", tokens.Count);
+            WriteShard("train", ++shards, tokens.Count);
         return (written, shards);
 
-        void WriteShard(string split, int count) {
-            var path = $"{prefix}_{split}_{(split == "val" ? 0 : ++shards):d6}.bin";
-            TokenShard.Write(path, CollectionsMarshal.AsSpan(tokens)[..count]);
+        void WriteShard(string split, int number, int count) {
+            TokenShard.Write($"{prefix}_{split}_{number:d6}.bin", CollectionsMarshal.AsSpan(tokens)[..count]);
             tokens.RemoveRange(0, count);
             written += count;
         }
@@ -515,51 +473,35 @@ public sealed class Tokenizer {
     /// <summary>A file in pieces that can be encoded apart, and whether each begins a document. No token of GPT-2's pattern
     /// has white space after something else, so any place between the two divides the text.</summary>
     static IEnumerable<(string Text, bool Begins)> Pieces(string path, Action<long> progress) {
-        using var reader = Open();
-        var (rest, begins, block) = ("", true, new char[PieceCharacters]);
-        while (true) {
-            var count = Read();
-            var text = rest + new string(block, 0, count);
-            var cut = text.Length;
-            if (count > 0) {
-                for (cut--; cut > 0 && (char.IsWhiteSpace(text[cut - 1]) || !char.IsWhiteSpace(text[cut])); cut--);
-                progress(reader.BaseStream.Position);
-            }
-            if (cut > 0)
-                yield return (text[..cut], begins);
-            begins = cut > 0 ? text.AsSpan(0, cut).EndsWith(EndOfText) : begins;
-            rest = text[cut..];
-            if (count == 0)
-                yield break;
-        }
-
-        StreamReader Open() {
+        using var reader = new StreamReader(path, new UTF8Encoding(false, throwOnInvalidBytes: true));
+        var (text, begins, block) = ("", true, new char[1 << 18]);
+        for (int count = 1, cut; count > 0; text = text[cut..]) {
+            var position = reader.BaseStream.Position;
             try {
-                return new StreamReader(path, new UTF8Encoding(false, throwOnInvalidBytes: true));
-            } catch (Exception e) when (e is IOException or UnauthorizedAccessException) {
-                throw new Gpt2Exception($"{path}: expected a text file, found {Files.Reason(e)}");
-            }
-        }
-
-        int Read() {
-            try {
-                return reader.ReadBlock(block);
+                count = reader.ReadBlock(block);
             } catch (DecoderFallbackException) {
                 throw new Gpt2Exception($"{path}: expected text in UTF-8, found bytes that are not");
             }
+            text += new string(block, 0, count);
+            for (cut = text.Length; count > 0 && cut > 0; cut--) {
+                if (cut < text.Length && char.IsWhiteSpace(text[cut]) && !char.IsWhiteSpace(text[cut - 1]))
+                    break;
+            }
+            progress(reader.BaseStream.Position - position);
+            if (cut == 0)
+                continue;
+            yield return (text[..cut], begins);
+            begins = text.AsSpan(0, cut).EndsWith(EndOfText);
         }
     }
 
     List<ushort> EncodePiece((string Text, bool Begins) piece) {
-        var tokens = new List<ushort>();
-        var begins = piece.Begins;
+        var (tokens, begins) = (new List<ushort>(), piece.Begins);
         foreach (var document in piece.Text.Split(EndOfText)) {
-            if (begins ? !string.IsNullOrWhiteSpace(document) : document.Length > 0) {
-                if (begins)
-                    tokens.Add(EndOfTextId);
-                foreach (var token in encoding.Encode(document))
-                    tokens.Add((ushort)token);
-            }
+            if (begins && !string.IsNullOrWhiteSpace(document))
+                tokens.Add(EndOfTextId);
+            if (!begins || !string.IsNullOrWhiteSpace(document))
+                tokens.AddRange(Encode(document).Select(token => (ushort)token));
             begins = true;
         }
         return tokens;

@@ -2,14 +2,6 @@ using System.Runtime.InteropServices;
 
 namespace Gpt2;
 
-/// <summary>A failure that one sentence explains to a person: what was expected, and what was found.</summary>
-/// <param name="message">The sentence.</param>
-/// <param name="usage">Whether the command line is at fault (exit status 2), not a file or the machine (1).</param>
-public sealed class Gpt2Exception(string message, bool usage = false) : Exception(message) {
-    /// <summary>The process's exit status: 1 failed, 2 wrong usage.</summary>
-    public int ExitCode => usage ? 2 : 1;
-}
-
 /// <summary>A row-major fp32 array of up to three dimensions in a device's memory; the default value stands for none.</summary>
 /// <param name="Address">Of its first element, in the device's own address space.</param>
 public readonly record struct Tensor(nint Address, int Depth, int Rows, int Columns) {
@@ -31,6 +23,13 @@ public readonly record struct Tensor(nint Address, int Depth, int Rows, int Colu
 
     /// <summary>The flat part of <paramref name="count"/> elements from <paramref name="first"/> on.</summary>
     public Tensor Flat(long first, int count) => new(Address + (nint)(first * sizeof(float)), 1, 1, count);
+
+    /// <summary>Everything in flat parts of a size that can pass through the host.</summary>
+    public IEnumerable<Tensor> Chunks() {
+        const int size = 1 << 20;
+        for (long first = 0; first < Count; first += size)
+            yield return Flat(first, (int)Math.Min(size, Count - first));
+    }
 }
 
 /// <summary>One update of AdamW (Loshchilov and Hutter, 2019), whose gradient is first multiplied by a scale.</summary>
@@ -194,48 +193,37 @@ public sealed record Config(int MaxT, int V, int Vp, int L, int NH, int C) {
 }
 
 /// <summary>All 16 parameter tensors, or their gradients or moments, in one piece of memory.</summary>
-public sealed class Parameters(Config config, nint address) {
-    readonly Tensor[] tensors = Place(config, address);
+public sealed class Parameters {
+    readonly Tensor[] tensors;
+
+    public Parameters(Config config, nint address) {
+        All = new Tensor(address, 1, checked((int)(config.ParameterCount / config.C)), config.C);
+        tensors = [.. config.Parameters.Select(shape => {
+            var tensor = new Tensor(address, shape.Layers, shape.Rows, shape.Columns);
+            address += (nint)tensor.Bytes;
+            return tensor;
+        })];
+    }
 
     /// <summary>The tensors in the order of checkpoints, each (layers, rows, columns).</summary>
     public ReadOnlySpan<Tensor> Tensors => tensors;
 
-    /// <summary>Everything as one flat array, for as many elements as fit in rows of C.</summary>
-    public Tensor All => new(address, 1, checked((int)(config.ParameterCount / config.C)), config.C);
+    /// <summary>Everything as one array of rows of C.</summary>
+    public Tensor All { get; }
 
     public Tensor Wte => tensors[0];
     public Tensor Wpe => tensors[1];
     public Tensor Lnfw => tensors[14];
     public Tensor Lnfb => tensors[15];
 
-    /// <summary>The tensors of one layer.</summary>
-    public LayerParameters this[int layer] => new(tensors, layer);
-
-    static Tensor[] Place(Config config, nint address) {
-        var tensors = new List<Tensor>();
-        foreach (var shape in config.Parameters) {
-            tensors.Add(new Tensor(address, shape.Layers, shape.Rows, shape.Columns));
-            address += (nint)tensors[^1].Bytes;
-        }
-        return [.. tensors];
-    }
+    /// <summary>One layer's tensors by name.</summary>
+    public LayerParameters this[int l] => new(tensors[2][l], tensors[3][l], tensors[4][l], tensors[5][l], tensors[6][l],
+        tensors[7][l], tensors[8][l], tensors[9][l], tensors[10][l], tensors[11][l], tensors[12][l], tensors[13][l]);
 }
 
-/// <summary>One layer's parameters by name.</summary>
-public readonly struct LayerParameters(Tensor[] all, int layer) {
-    public Tensor Ln1w => all[2][layer];
-    public Tensor Ln1b => all[3][layer];
-    public Tensor Qkvw => all[4][layer];
-    public Tensor Qkvb => all[5][layer];
-    public Tensor Attprojw => all[6][layer];
-    public Tensor Attprojb => all[7][layer];
-    public Tensor Ln2w => all[8][layer];
-    public Tensor Ln2b => all[9][layer];
-    public Tensor Fcw => all[10][layer];
-    public Tensor Fcb => all[11][layer];
-    public Tensor Fcprojw => all[12][layer];
-    public Tensor Fcprojb => all[13][layer];
-}
+/// <summary>One layer's parameters, or their gradients.</summary>
+public readonly record struct LayerParameters(Tensor Ln1w, Tensor Ln1b, Tensor Qkvw, Tensor Qkvb, Tensor Attprojw,
+    Tensor Attprojb, Tensor Ln2w, Tensor Ln2b, Tensor Fcw, Tensor Fcb, Tensor Fcprojw, Tensor Fcprojb);
 
 /// <summary>What activations are kept for: all layers' for the backward pass, one layer's for a loss alone, or one
 /// layer's with every layer's keys and values for the rows already generated.</summary>
@@ -244,56 +232,37 @@ public enum Purpose { Train, Evaluate, Generate }
 /// <summary>The activations of a forward pass over (B, T) tokens and the buffers of its backward pass, laid out from an
 /// address on; laid out from 0, it tells how much memory that takes.</summary>
 public sealed class Activations {
-    nint next;
+    public readonly Tensor Encoded, Branch, Final, FinalStatistics, Logits, Losses, DResidual, DBranch, DQkv, DFch;
+    public readonly Layer[] Layers;
+
+    /// <summary>Size in memory.</summary>
+    public readonly long Bytes;
 
     /// <param name="context">Rows of queries, keys and values: T unless earlier rows are to be attended to.</param>
     /// <param name="recompute">1: GELU's output is computed anew in the backward pass; 2: layer norms' too.</param>
     public Activations(Config config, int B, int T, int context, Purpose purpose, int recompute, nint address) {
-        var (C, training) = (config.C, purpose == Purpose.Train);
-        next = address;
+        var (C, L, start) = (config.C, config.L, address);
+        Tensor New(int columns, int rows = 0) {
+            const int alignment = 256;
+            var tensor = new Tensor(address, B, rows > 0 ? rows : T, columns);
+            address += (nint)((tensor.Bytes + alignment - 1) / alignment * alignment);
+            return tensor;
+        }
         // Queries, keys and values come first: generation lays out one row over the memory of a longer prompt.
-        var qkv = Enumerable.Range(0, config.L).Select(_ => Take(B, context, 3 * C)).ToArray();
-        Encoded = Take(B, T, C);
-        Branch = Take(B, T, C);
-        Final = Take(B, T, C);
-        FinalStatistics = Take(B, T, 2);
-        Logits = Take(B, purpose == Purpose.Generate ? 1 : T, config.Vp);
-        Losses = Take(1, B, T);
-        Layers = new Layer[config.L];
-        for (var l = 0; l < config.L; l++) {
+        var qkv = Enumerable.Range(0, L).Select(_ => New(3 * C, context)).ToArray();
+        (Encoded, Branch, Final, FinalStatistics, Losses) = (New(C), New(C), New(C), New(2), New(1));
+        Logits = New(config.Vp, purpose == Purpose.Generate ? 1 : T);
+        Layers = new Layer[L];
+        for (var l = 0; l < L; l++) {
             // What is not kept for the backward pass lies where the first layer has it.
             bool Kept(int level) => l == 0 || recompute < level;
-            Layers[l] = l > 0 && !training ? Layers[0] with { Qkv = qkv[l] } : new Layer(
-                Kept(2) ? Take(B, T, C) : Layers[0].Ln1, Take(B, T, 2), qkv[l], Take(B, T, C), Take(B, config.NH, T),
-                Take(B, T, C), Kept(2) ? Take(B, T, C) : Layers[0].Ln2, Take(B, T, 2),
-                Take(B, T, 4 * C), Kept(1) ? Take(B, T, 4 * C) : Layers[0].FchGelu, Take(B, T, C));
+            Layers[l] = l > 0 && purpose != Purpose.Train ? Layers[0] with { Qkv = qkv[l] } : new Layer(
+                Kept(2) ? New(C) : Layers[0].Ln1, New(2), qkv[l], New(C), New(T, config.NH), New(C),
+                Kept(2) ? New(C) : Layers[0].Ln2, New(2), New(4 * C), Kept(1) ? New(4 * C) : Layers[0].FchGelu, New(C));
         }
-        if (training) {
-            (DResidual, DBranch, DQkv, DFch) = (Take(B, T, C), Take(B, T, C), Take(B, T, 3 * C), Take(B, T, 4 * C));
-        }
-        Bytes = next - address;
-    }
-
-    /// <summary>Size in memory.</summary>
-    public long Bytes { get; }
-
-    public Tensor Encoded { get; }
-    public Tensor Branch { get; }
-    public Tensor Final { get; }
-    public Tensor FinalStatistics { get; }
-    public Tensor Logits { get; }
-    public Tensor Losses { get; }
-    public Layer[] Layers { get; }
-    public Tensor DResidual { get; }
-    public Tensor DBranch { get; }
-    public Tensor DQkv { get; }
-    public Tensor DFch { get; }
-
-    Tensor Take(int depth, int rows, int columns) {
-        const int alignment = 256;
-        var tensor = new Tensor(next, depth, rows, columns);
-        next += (nint)((tensor.Bytes + alignment - 1) / alignment * alignment);
-        return tensor;
+        if (purpose == Purpose.Train)
+            (DResidual, DBranch, DQkv, DFch) = (New(C), New(C), New(3 * C), New(4 * C));
+        Bytes = address - start;
     }
 
     /// <summary>One layer's activations in the order in which they are computed; Residual2 and Residual3 are the residual
@@ -304,33 +273,44 @@ public sealed class Activations {
 
 /// <summary>GPT-2 (Radford et al., 2019) on a device: its parameters, forward and backward pass.</summary>
 public sealed class Model {
+    readonly Activations activations;
     readonly int recompute;
-    Activations activations;
 
-    /// <summary>Allocates a model whose weights are all zero.</summary>
+    /// <summary>Allocates a model for batches of (B, T) tokens, whose weights are all zero.</summary>
     public Model(Config config, IDevice device, int B, int T, Purpose purpose, int recompute = 0) {
-        (Config, Device, this.recompute) = (config, device, recompute);
-        Weights = new Parameters(config, Allocate("parameters", config.ParameterCount * sizeof(float)));
-        if (purpose == Purpose.Train)
-            Gradients = new Parameters(config, Allocate("gradients", config.ParameterCount * sizeof(float)));
+        (Config, Device, this.B, this.T, this.recompute) = (config, device, B, T, recompute);
+        Weights = AllocateParameters("parameters");
+        Gradients = purpose == Purpose.Train ? AllocateParameters("gradients") : null;
         activations = Place(B, T, T, purpose, "activations");
+        (Tokens, Targets, Losses) = (new int[B * T], new int[B * T], new float[B * T]);
     }
 
     public Config Config { get; }
     public IDevice Device { get; }
+    public int B { get; }
+    public int T { get; }
     public Parameters Weights { get; }
 
     /// <summary>Sums of the gradients of every backward pass since the last update; only in training.</summary>
     public Parameters? Gradients { get; }
 
-    /// <summary>What takes how many bytes.</summary>
-    public List<(string Name, long Bytes)> Memory { get; } = [];
+    /// <summary>The batch: tokens and the one after each, (B, T).</summary>
+    public int[] Tokens { get; }
+    public int[] Targets { get; }
+
+    /// <summary>Each position's cross-entropy, (B, T), of the last <see cref="Loss"/>.</summary>
+    public float[] Losses { get; }
 
     /// <summary>The logits (B, T, Vp) of the last forward pass, until the loss replaces them by their gradient.</summary>
     public Tensor Logits => activations.Logits;
 
-    /// <summary>Memory of the device, on record.</summary>
-    public nint Allocate(string name, long bytes) {
+    /// <summary>What takes how many bytes.</summary>
+    public List<(string Name, long Bytes)> Memory { get; } = [];
+
+    /// <summary>Memory of the device for something of the parameters' shapes.</summary>
+    public Parameters AllocateParameters(string name) => new(Config, Allocate(name, Config.ParameterCount * sizeof(float)));
+
+    nint Allocate(string name, long bytes) {
         Memory.Add((name, bytes));
         return Device.Allocate(bytes);
     }
@@ -340,9 +320,9 @@ public sealed class Model {
         return Layout(Allocate(name, Layout(0).Bytes));
     }
 
-    /// <summary>Computes the logits of (B, T) tokens.</summary>
-    public void Forward(ReadOnlySpan<int> tokens) {
-        ForwardBlocks(tokens, activations, 0);
+    /// <summary>Computes the logits of the batch.</summary>
+    public void Forward() {
+        ForwardBlocks(Tokens, activations, 0);
         Device.Linear(activations.Final, Weights.Wte, default, activations.Logits);
     }
 
@@ -368,15 +348,16 @@ public sealed class Model {
         }
     }
 
-    /// <summary>The cross-entropy of each position of the last forward pass, into <paramref name="losses"/> (B·T).</summary>
+    /// <summary>The mean loss of the last forward pass.</summary>
     /// <param name="gradientScale">What one position's loss counts for in the gradients of <see cref="Backward"/>.</param>
-    public void Loss(ReadOnlySpan<int> targets, Span<float> losses, float gradientScale) {
-        Device.Classify(activations.Logits, targets, Config.V, activations.Losses, gradientScale);
-        Device.Read(activations.Losses, losses);
+    public double Loss(float gradientScale) {
+        Device.Classify(activations.Logits, Targets, Config.V, activations.Losses, gradientScale);
+        Device.Read(activations.Losses, Losses);
+        return Losses.Average(loss => (double)loss);
     }
 
     /// <summary>Adds the gradients of the last <see cref="Loss"/> to <see cref="Gradients"/>.</summary>
-    public void Backward(ReadOnlySpan<int> tokens) {
+    public void Backward() {
         var (a, g) = (activations, Gradients!);
         var last = a.Layers[^1].Residual3;
         Device.LinearBackward(a.Logits, a.Final, Weights.Wte, a.DBranch, g.Wte, default);
@@ -399,7 +380,7 @@ public sealed class Model {
             Device.LinearBackward(a.DQkv, x.Ln1, w.Qkvw, a.DBranch, dw.Qkvw, dw.Qkvb);
             Device.LayerNormBackward(a.DBranch, residual, w.Ln1w, x.Ln1Statistics, a.DResidual, dw.Ln1w, dw.Ln1b);
         }
-        Device.EmbedBackward(tokens, a.DResidual, g.Wte, g.Wpe);
+        Device.EmbedBackward(Tokens, a.DResidual, g.Wte, g.Wpe);
     }
 
     // ---- Generation
@@ -424,12 +405,9 @@ public sealed class Model {
 
     // ---- Weights
 
-    /// <summary>Floats that pass through the host at a time.</summary>
-    public const int Chunk = 1 << 20;
-
     /// <summary>Draws the weights as llm.c and PyTorch do from the same seed: Normal(0, 0.02), the residual projections
     /// scaled by 1/√(2L); biases 0, layer-norm weights 1.</summary>
-    public void Initialize(uint seed) {
+    void Initialize(uint seed) {
         var random = new Mt19937(seed);
         var shapes = Config.Parameters;
         for (var l = 0; l < Config.L; l++) {
@@ -448,41 +426,40 @@ public sealed class Model {
         }
     }
 
-    /// <summary>Reads the weights of an opened checkpoint of this model, fp32 or bf16, and closes it.</summary>
-    public void Load(BinaryFile file) {
-        using (file)
+    /// <summary>Reads the weights of an opened checkpoint of this model, fp32 or bf16, and closes it; without one, draws
+    /// them from a seed.</summary>
+    public void Load(BinaryFile? file, uint seed = 0) {
+        using var closed = file;
+        if (file == null)
+            Initialize(seed);
+        else
             Read(file, Weights, file.Header[1] == 5);
     }
 
     /// <summary>Reads all 16 tensors.</summary>
     public void Read(BinaryFile file, Parameters to, bool bfloat16 = false) {
-        var values = new float[Chunk];
-        foreach (var tensor in to.Tensors) {
-            for (long first = 0; first < tensor.Count; first += Chunk) {
-                var part = values.AsSpan(0, (int)Math.Min(Chunk, tensor.Count - first));
-                if (bfloat16)
-                    file.ReadBFloat16(part);
-                else
-                    file.Read(part);
-                Device.Write(tensor.Flat(first, part.Length), part);
-            }
+        foreach (var part in to.All.Chunks()) {
+            var values = new float[part.Count];
+            if (bfloat16)
+                file.ReadBFloat16(values);
+            else
+                file.Read(values.AsSpan());
+            Device.Write(part, values);
         }
     }
 
     /// <summary>Writes the weights as an fp32 checkpoint.</summary>
     public void Save(Stream to) {
         to.Write(MemoryMarshal.AsBytes(Config.Header().AsSpan()));
-        foreach (var tensor in Weights.Tensors)
-            Write(to, tensor);
+        Write(to, Weights);
     }
 
-    /// <summary>Writes a tensor's values.</summary>
-    public void Write(Stream to, Tensor tensor) {
-        var values = new float[Math.Min(Chunk, tensor.Count)];
-        for (long first = 0; first < tensor.Count; first += Chunk) {
-            var part = values.AsSpan(0, (int)Math.Min(Chunk, tensor.Count - first));
-            Device.Read(tensor.Flat(first, part.Length), part);
-            to.Write(MemoryMarshal.AsBytes(part));
+    /// <summary>Writes all 16 tensors.</summary>
+    public void Write(Stream to, Parameters from) {
+        foreach (var part in from.All.Chunks()) {
+            var values = new float[part.Count];
+            Device.Read(part, values);
+            to.Write(MemoryMarshal.AsBytes(values.AsSpan()));
         }
     }
 }
@@ -496,34 +473,26 @@ public sealed class Sampler(float temperature, int topK, float topP, uint seed) 
 
     /// <summary>A token's index; the logits are overwritten.</summary>
     public int Next(float[] logits) {
-        var likeliest = 0;
-        for (var i = 1; i < logits.Length; i++)
-            likeliest = logits[i] > logits[likeliest] ? i : likeliest;
+        var max = logits.Max();
         if (temperature == 0)
-            return likeliest;
-        var max = logits[likeliest];
+            return Array.IndexOf(logits, max);
         for (var i = 0; i < logits.Length; i++)
             logits[i] = MathF.Exp((logits[i] - max) / temperature);
+        int[] order = [.. Enumerable.Range(0, logits.Length)];
         var count = topK > 0 ? Math.Min(topK, logits.Length) : logits.Length;
-        int[]? order = null;
-        if (count < logits.Length || topP < 1) {
-            order = [.. Enumerable.Range(0, logits.Length)];
+        if (count < logits.Length || topP < 1)
             Array.Sort(logits, order, Comparer<float>.Create((x, y) => y.CompareTo(x)));
-        }
-        var total = logits.Take(count).Sum(x => (double)x) * topP;
-        double kept = 0;
+        var (total, kept) = (logits.Take(count).Sum(x => (double)x) * topP, 0.0);
         for (var i = 0; i < count; i++) {
             kept += logits[i];
             if (kept >= total)
                 count = i + 1;
         }
         var threshold = random.NextFloat() * kept;
-        for (var i = 0; i < count; i++) {
-            threshold -= logits[i];
-            if (threshold < 0)
-                return order?[i] ?? i;
-        }
-        return order?[count - 1] ?? count - 1;
+        var choice = 0;
+        for (; choice < count - 1 && threshold >= logits[choice]; choice++)
+            threshold -= logits[choice];
+        return order[choice];
     }
 }
 
@@ -540,51 +509,38 @@ public static class Verification {
         reference.Check("batch size", 2, B is > 0 and <= 1 << 16, "1 to 65536");
         reference.Check("sequence length", 3, T > 0 && T <= config.MaxT, $"1 to {config.MaxT}, the model's longest");
         reference.CheckSize(BinaryFile.HeaderBytes + 4 * (2L * B * T + (long)B * T * config.V + 1 + config.ParameterCount));
-        var (tokens, targets, losses) = (new int[B * T], new int[B * T], new float[B * T]);
-        reference.Read(tokens.AsSpan());
-        reference.Read(targets.AsSpan());
-        if (tokens.Concat(targets).Any(token => token < 0 || token >= config.V))
-            throw reference.Fail($"tokens below the model's vocabulary of {config.V}", "others");
         var model = new Model(config, device, B, T, Purpose.Train);
+        reference.Read(model.Tokens.AsSpan());
+        reference.Read(model.Targets.AsSpan());
+        if (model.Tokens.Concat(model.Targets).Any(token => token < 0 || token >= config.V))
+            throw reference.Fail($"tokens below the model's vocabulary of {config.V}", "others");
         model.Load(file);
-        model.Forward(tokens);
-        var difference = new Difference();
-        for (var row = 0; row < B * T; row++)
-            difference.Add(device, model.Logits.Flat((long)row * config.Vp, config.V), reference);
-        yield return difference.Of("logits");
-        model.Loss(targets, losses, 1f / (B * T));
-        difference = new Difference();
-        difference.Add([losses.Average()], [reference.Read<float>()]);
-        yield return difference.Of("loss");
-        model.Backward(tokens);
-        for (var i = 0; i < config.Parameters.Length; i++) {
-            var gradient = model.Gradients!.Tensors[i];
-            difference = new Difference();
-            for (long first = 0; first < gradient.Count; first += Model.Chunk)
-                difference.Add(device, gradient.Flat(first, (int)Math.Min(Model.Chunk, gradient.Count - first)), reference);
-            yield return difference.Of(config.Parameters[i].Name);
-        }
-    }
+        model.Forward();
+        yield return Compare("logits", Enumerable.Range(0, B * T).Select(i => Values(model.Logits.Flat((long)i * config.Vp, config.V))));
+        yield return Compare("loss", [[(float)model.Loss(1f / (B * T))]]);
+        model.Backward();
+        for (var i = 0; i < config.Parameters.Length; i++)
+            yield return Compare(config.Parameters[i].Name, model.Gradients!.Tensors[i].Chunks().Select(Values));
 
-    sealed class Difference {
-        double largest, squares, norm;
-
-        public void Add(IDevice device, Tensor values, BinaryFile reference) {
-            var (found, expected) = (new float[values.Count], new float[values.Count]);
-            device.Read(values, found);
-            reference.Read(expected.AsSpan());
-            Add(found, expected);
+        float[] Values(Tensor part) {
+            var values = new float[part.Count];
+            device.Read(part, values);
+            return values;
         }
 
-        public void Add(float[] found, float[] expected) {
-            for (var i = 0; i < found.Length; i++) {
-                double difference = found[i] - expected[i];
-                largest = Math.Max(largest, Math.Abs(difference));
-                squares += difference * difference;
-                norm += (double)expected[i] * expected[i];
+        (string, double, double) Compare(string name, IEnumerable<float[]> parts) {
+            var (largest, squares, norm) = (0.0, 0.0, double.Epsilon);
+            foreach (var found in parts) {
+                var expected = new float[found.Length];
+                reference.Read(expected.AsSpan());
+                for (var i = 0; i < found.Length; i++) {
+                    var difference = (double)found[i] - expected[i];
+                    largest = Math.Max(largest, Math.Abs(difference));
+                    squares += difference * difference;
+                    norm += (double)expected[i] * expected[i];
+                }
             }
+            return (name, largest, Math.Sqrt(squares / norm));
         }
-
-        public (string, double, double) Of(string name) => (name, largest, Math.Sqrt(squares / Math.Max(norm, double.Epsilon)));
     }
 }

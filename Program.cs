@@ -1,8 +1,8 @@
-using System.Globalization;
 using ConsoleAppFramework;
 using Gpt2;
 using Microsoft.Extensions.Logging;
 using ZLogger;
+using static Gpt2.Gpt2Exception;
 
 var misused = false;
 ConsoleApp.LogError = message => {
@@ -126,15 +126,15 @@ internal sealed class Commands {
             Require(seq > 0 && seq <= config.MaxT, "--seq", $"1 to {config.MaxT}, the model's longest sequence", seq);
             Require(valBatches >= 0, "--val-batches", "0 or more", valBatches);
             using var loader = new TokenLoader(valData, batch, seq, config.V, shuffle: false);
-            var examples = hellaswag == null ? [] : MultipleChoice.Read(hellaswag, config.V).ToArray();
+            var questions = hellaswag == null ? [] : MultipleChoice.Read(hellaswag, config.V).ToArray();
             using var computer = Open(device);
             var model = new Model(config, computer, batch, seq, Purpose.Evaluate);
             model.Load(file);
             var batches = valBatches > 0 ? Math.Min(valBatches, loader.Batches) : loader.Batches;
-            var loss = Trainer.Evaluate(model, loader, batches, batch, seq);
-            Print($"loss {loss:F6} | perplexity {Math.Exp(loss):F3} | {batches * batch * seq} tokens");
-            if (examples.Length > 0)
-                Print($"accuracy {Trainer.EvaluateChoices(model, examples, batch, seq):F4} | {examples.Length} examples");
+            var loss = Trainer.Evaluate(model, loader, batches);
+            Console.WriteLine($"loss {loss:F6} | perplexity {Math.Exp(loss):F3} | {batches * batch * seq} tokens");
+            if (questions.Length > 0)
+                Console.WriteLine($"accuracy {Trainer.Evaluate(model, questions):F4} | {questions.Length} examples");
             return 0;
         });
 
@@ -173,7 +173,7 @@ internal sealed class Commands {
             foreach (var (name, largest, relative) in Verification.Run(init, state, computer)) {
                 var ok = relative < Verification.Tolerance;
                 good &= ok;
-                Print($"{name,-12}{largest,12:0.00e+00}{relative,12:0.00e+00}  {(ok ? "ok" : "DIFFERS")}");
+                Console.WriteLine($"{name,-12}{largest,12:0.00e+00}{relative,12:0.00e+00}  {(ok ? "ok" : "DIFFERS")}");
             }
             return good ? 0 : 1;
         });
@@ -197,13 +197,6 @@ internal sealed class Commands {
     static Cpu Open(DeviceKind device) => device != DeviceKind.Cuda ? new Cpu()
         : throw new Gpt2Exception("--device cuda: expected a build with GPU kernels, found one without; use --device cpu");
 
-    static void Require(bool right, string option, string expected, object found) {
-        if (!right)
-            throw new Gpt2Exception(FormattableString.Invariant($"{option}: expected {expected}, found {found}"), usage: true);
-    }
-
-    static void Print(FormattableString line) => Console.Out.WriteLine(line.ToString(CultureInfo.InvariantCulture));
-
     /// <summary>Streams a prompt and what follows, ended by a new line.</summary>
     static void Print(IEnumerable<string> prompt, IEnumerable<string> generated, string separator) {
         var first = true;
@@ -220,9 +213,9 @@ internal sealed class Commands {
         try {
             return command();
         } catch (Exception e) when (!verbose) {
-            var failure = e as Gpt2Exception ?? (e as AggregateException)?.InnerException as Gpt2Exception;
-            Console.Error.WriteLine($"gpt2: {failure?.Message ?? e.Message}");
-            return failure?.ExitCode ?? 1;
+            e = (e as AggregateException)?.InnerException ?? e;
+            Console.Error.WriteLine($"gpt2: {e.Message}");
+            return (e as Gpt2Exception)?.ExitCode ?? 1;
         }
     }
 }

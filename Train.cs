@@ -1,9 +1,10 @@
 using System.Diagnostics;
-using System.Globalization;
 using System.Runtime.InteropServices;
 using System.Text;
+using System.Text.RegularExpressions;
 using Microsoft.Extensions.Logging;
 using ZLogger;
+using static Gpt2.Gpt2Exception;
 
 namespace Gpt2;
 
@@ -36,25 +37,23 @@ public sealed record TrainOptions(
         };
     }
 
-    /// <exception cref="Gpt2Exception">The numbers do not fit together.</exception>
+    /// <exception cref="Gpt2Exception">A number does not fit the model or the others.</exception>
     public void Check(Config config) {
         Require(B > 0, "--batch", "1 or more", B);
         Require(T > 0 && T <= config.MaxT, "--seq", $"1 to {config.MaxT}, the model's longest sequence", T);
-        Require(TotalBatch > 0 && TotalBatch % ((long)B * T) == 0, "--total-batch", $"a multiple of {B} x {T} tokens", TotalBatch);
+        Require(TotalBatch > 0 && TotalBatch % ((long)B * T) == 0, "--total-batch", $"a multiple of {B} x {T}", TotalBatch);
         Require(MaxSteps > 0, "--max-steps", "1 or more", MaxSteps);
         Require(LearningRate > 0, "--lr", "more than 0", LearningRate);
         Require(Warmup >= 0, "--warmup", "0 or more", Warmup);
         Require(FinalFraction is >= 0 and <= 1, "--final-lr-frac", "0 to 1", FinalFraction);
         Require(WeightDecay >= 0, "--weight-decay", "0 or more", WeightDecay);
+        Require(ValEvery >= 0, "--val-every", "0 or more", ValEvery);
         Require(ValBatches > 0, "--val-batches", "1 or more", ValBatches);
-        Require(Recompute is >= 0 and <= 2, "--recompute", "0, 1 or 2", Recompute);
+        Require(SampleEvery >= 0, "--sample-every", "0 or more", SampleEvery);
+        Require(GenTokens >= 0, "--gen-tokens", "0 or more", GenTokens);
+        Require(CheckpointEvery >= 0, "--checkpoint-every", "0 or more", CheckpointEvery);
         Require(Keep > 0, "--keep", "1 or more", Keep);
-
-        static void Require(bool right, string option, string expected, object found) {
-            if (!right)
-                throw new Gpt2Exception(
-                    string.Create(CultureInfo.InvariantCulture, $"{option}: expected {expected}, found {found}"), usage: true);
-        }
+        Require(Recompute is >= 0 and <= 2, "--recompute", "0, 1 or 2", Recompute);
     }
 }
 
@@ -63,224 +62,201 @@ public sealed class Trainer : IDisposable {
     readonly TrainOptions options;
     readonly ILogger log;
     readonly TextWriter output;
-    readonly IDevice device;
     readonly Model model;
-    readonly Parameters m, v;
+    readonly Optimizer optimizer;
     readonly TokenLoader train, val;
     readonly Checkpoints checkpoints;
     readonly RunLog runLog;
-    readonly int[] inputs, targets;
-    readonly float[] losses;
     readonly int firstStep;
 
     /// <summary>Opens the data, takes up a checkpoint or makes a new model, and says so.</summary>
     /// <param name="output">Takes the step lines and samples.</param>
     public Trainer(TrainOptions options, IDevice device, TextWriter output, ILogger log) {
-        (this.options, this.device, this.output, this.log) = (options, device, output, log);
+        (this.options, this.output, this.log) = (options, output, log);
         checkpoints = new Checkpoints(options.Out);
         firstStep = checkpoints.Last ?? 0;
         if (!options.Resume && checkpoints.HasRun)
-            throw new Gpt2Exception($"{options.Out}: expected no run in this folder, or --resume, found one of " +
-                (checkpoints.Last is { } step ? $"step {step}" : "no complete checkpoint"));
+            throw new Gpt2Exception($"{options.Out}: expected a folder without a run, or --resume, found a run of {firstStep} steps");
         if (options.Resume && checkpoints.Last == null)
-            log.ZLogInformation($"{options.Out} holds no complete checkpoint to resume: starting from step 0");
-        var (file, config) = OpenModel();
+            log.ZLogInformation($"{options.Out}: no complete checkpoint to resume, starting from step 0");
+        var (file, config) = checkpoints.Last == null ? Open(options.Init ?? "d6") : Resume();
         options.Check(config);
-        train = new TokenLoader(options.TrainData, options.B, options.T, config.V, options.Shuffle && !options.Overfit, options.Seed);
+        var shuffle = options.Shuffle && !options.Overfit;
+        train = new TokenLoader(options.TrainData, options.B, options.T, config.V, shuffle, options.Seed);
         val = new TokenLoader(options.ValData, options.B, options.T, config.V, shuffle: false);
         model = new Model(config, device, options.B, options.T, Purpose.Train, options.Recompute);
-        m = new Parameters(config, model.Allocate("first moments", config.ParameterCount * sizeof(float)));
-        v = new Parameters(config, model.Allocate("second moments", config.ParameterCount * sizeof(float)));
-        if (file == null)
-            model.Initialize(options.Seed);
-        else
-            model.Load(file);
+        optimizer = new Optimizer(model);
+        model.Load(file, options.Seed);
         if (checkpoints.Last != null)
-            checkpoints.LoadState(firstStep, model, m, v, train);
+            checkpoints.LoadState(firstStep, model, optimizer, train);
         runLog = new RunLog(options.Out, firstStep);
-        (inputs, targets) = (new int[options.B * options.T], new int[options.B * options.T]);
-        losses = new float[options.B * options.T];
         Describe();
     }
 
-    (BinaryFile? File, Config Config) OpenModel() {
-        if (checkpoints.Last is not { } step)
-            return Open(options.Init ?? "d6");
-        checkpoints.Verify(step);
-        var (file, config) = Config.Open(checkpoints.ModelPath(step));
-        if (options.Init != null) {
-            var (init, asked) = Open(options.Init);
-            init?.Dispose();
-            if (asked != config)
-                throw file.Fail($"the model of --init {options.Init} ({asked.Summary})", config.Summary);
-        }
-        return (file, config);
+    (BinaryFile? File, Config Config) Resume() {
+        checkpoints.Verify(firstStep);
+        var (file, config) = Config.Open(checkpoints.ModelPath(firstStep));
+        if (options.Init == null)
+            return (file, config);
+        var (init, asked) = Open(options.Init);
+        init?.Dispose();
+        return asked == config ? (file, config) : throw file.Fail($"the model of --init ({asked.Summary})", config.Summary);
     }
 
     /// <summary>The model that a descriptor or a checkpoint's path stands for; the file is null for a descriptor.</summary>
     public static (BinaryFile? File, Config Config) Open(string init) {
         if (Config.Of(init) is { } config)
             return (null, config);
-        if (!init.Contains('/') && !init.Contains('.') && !File.Exists(init))
-            throw new Gpt2Exception($"--init: expected a model file or one of d6, d12, d24, d36 and d48, found {init}", usage: true);
+        Require(init.Contains('/') || init.Contains('.') || File.Exists(init), "--init", "a model file or d6, d12, d24, d36 or d48", init);
         return Config.Open(init);
     }
 
     void Describe() {
         var (config, o) = (model.Config, options);
-        log.ZLogInformation($"model   {config.Summary}, {config.ParameterCount / 1e6:F1} M parameters");
-        log.ZLogInformation($"data    {o.TrainData}: {train.Tokens / 1e6:F2} M tokens; {o.ValData}: {val.Tokens / 1e6:F2} M tokens");
-        log.ZLogInformation($"batch   {o.B} x {o.T} tokens x {o.MicroSteps} micro-steps = {o.TotalBatch} tokens a step; ");
-        log.ZLogInformation($"        steps {firstStep} to {o.MaxSteps}, {(double)o.MaxSteps * o.MicroSteps / train.Batches:F2} epochs");
-        log.ZLogInformation($"device  {device.Name}");
-        foreach (var (name, bytes) in model.Memory)
+        log.ZLogInformation($"model   {config.Summary}; {config.ParameterCount / 1e6:F1} M parameters");
+        log.ZLogInformation($"data    {o.TrainData}: {train.Tokens} tokens; {o.ValData}: {val.Tokens}");
+        log.ZLogInformation($"batch   {o.B} x {o.T} tokens x {o.MicroSteps} micro-steps = {o.TotalBatch} tokens a step");
+        log.ZLogInformation($"steps   {firstStep} to {o.MaxSteps}, {(double)o.MaxSteps * o.MicroSteps / train.Batches:F2} epochs");
+        log.ZLogInformation($"device  {model.Device.Name}");
+        foreach (var (name, bytes) in model.Memory.Append(("together", model.Memory.Sum(part => part.Bytes))))
             log.ZLogInformation($"memory  {name,-16}{bytes / 1e6,9:F1} MB");
-        log.ZLogInformation($"        {"together",-16}{model.Memory.Sum(part => part.Bytes) / 1e6,9:F1} MB");
     }
 
     /// <summary>Trains to the last step, or until a signal, and leaves a checkpoint.</summary>
     public void Run() {
         var stop = false;
         void Stop(PosixSignalContext signal) {
-            // The first signal ends the run after this step; a second one ends the process as usual.
+            // The first signal ends the run after its step; a second one ends the process as usual.
             signal.Cancel = !stop;
             stop = true;
         }
         using var terminate = PosixSignalRegistration.Create(PosixSignal.SIGTERM, Stop);
         using var interrupt = PosixSignalRegistration.Create(PosixSignal.SIGINT, Stop);
-        var peak = device.PeakFlops();
-        var live = !Console.IsOutputRedirected;
-        var flops = model.Config.FlopsPerToken(options.T);
+        var (live, begin) = (!Console.IsOutputRedirected, Stopwatch.GetTimestamp());
+        var perToken = model.Config.FlopsPerToken(options.T) / model.Device.PeakFlops();
         if (firstStep == 0 && options.ValEvery > 0)
             Validate(0);
-        var begin = Stopwatch.GetTimestamp();
-        for (var step = firstStep; step < options.MaxSteps; ) {
+        for (var step = firstStep; step < options.MaxSteps && !stop;) {
             var start = Stopwatch.GetTimestamp();
             var (loss, norm) = Step(step);
             var seconds = Stopwatch.GetElapsedTime(start).TotalSeconds;
-            var rate = options.LearningRateAt(step);
-            runLog.Train(step, loss, rate, norm);
-            step++;
-            var speed = options.TotalBatch / seconds;
-            output.WriteLine(string.Create(CultureInfo.InvariantCulture,
-                $"{(live ? "\r\e[K" : "")}step {step,4}/{options.MaxSteps} | loss {loss:F6} | norm {norm:F4} | lr {rate:0.00e+00} | " +
-                $"{seconds * 1e3:F2} ms | {speed * flops / peak:0.0%} MFU | {speed:F0} tok/s"));
-            var last = step == options.MaxSteps || stop;
-            if (last || Every(options.ValEvery, step))
+            var (rate, speed) = (options.LearningRateAt(step), options.TotalBatch / seconds);
+            runLog.Train(step++, loss, rate, norm);
+            output.WriteLine($"{(live ? "\r\e[K" : "")}step {step,4}/{options.MaxSteps} | loss {loss:F6} | norm {norm:F4} | " +
+                $"lr {rate:0.00e+00} | {seconds * 1e3:F2} ms | {speed * perToken:0.0%} MFU | {speed:F0} tok/s");
+            bool Due(int period) => step == options.MaxSteps || period > 0 && step % period == 0;
+            if (Due(options.ValEvery))
                 Validate(step);
-            if (step == options.MaxSteps || Every(options.SampleEvery, step))
+            if (Due(options.SampleEvery) && options.GenTokens > 0)
                 Sample();
-            if (last || Every(options.CheckpointEvery, step))
-                checkpoints.Save(step, model, m, v, train, options.Shuffle && !options.Overfit, options.Keep);
-            if (stop && step < options.MaxSteps) {
-                log.ZLogInformation($"stopped by a signal after step {step}; --resume goes on from there");
-                break;
-            }
+            if (Due(options.CheckpointEvery) || stop)
+                checkpoints.Save(step, model, optimizer, train, options.Keep);
             if (live) {
                 var left = Stopwatch.GetElapsedTime(begin) / (step - firstStep) * (options.MaxSteps - step);
-                output.Write($"{100.0 * step / options.MaxSteps:F1}% | loss {loss:F3} | {speed:F0} tok/s | {left:hh\\:mm\\:ss} left");
+                output.Write($"{(double)step / options.MaxSteps:0.0%} | loss {loss:F3} | {speed:F0} tok/s | {left:hh\\:mm\\:ss} left");
             }
         }
+        if (stop)
+            log.ZLogInformation($"stopped by a signal; --resume goes on from here");
     }
 
-    static bool Every(int period, int step) => period > 0 && step % period == 0;
-
     /// <summary>One update: the mean loss and the gradient's norm before clipping.</summary>
-    (float Loss, float Norm) Step(int step) {
+    (double Loss, float Norm) Step(int step) {
         if (options.Overfit)
             train.Reset();
         var loss = 0.0;
         for (var micro = 0; micro < options.MicroSteps; micro++) {
-            train.Next(inputs, targets);
-            model.Forward(inputs);
-            model.Loss(targets, losses, 1f / options.TotalBatch);
-            loss += Mean(losses) / options.MicroSteps;
-            model.Backward(inputs);
+            train.Next(model.Tokens, model.Targets);
+            model.Forward();
+            loss += model.Loss(1f / options.TotalBatch) / options.MicroSteps;
+            model.Backward();
         }
-        var norm = Update(model, m, v, step + 1, options.LearningRateAt(step), options.WeightDecay, loss);
-        return ((float)loss, norm);
-    }
-
-    /// <summary>Clips the gradients to norm 1 and updates the weights with AdamW.</summary>
-    /// <returns>The gradients' norm before clipping.</returns>
-    /// <exception cref="Gpt2Exception">The loss or the norm is not finite; nothing was updated.</exception>
-    public static float Update(Model model, Parameters m, Parameters v, int number, float rate, float decay, double loss = 0) {
-        var norm = (float)Math.Sqrt(model.Device.SumOfSquares(model.Gradients!.All));
+        var norm = optimizer.GradientNorm();
         if (!double.IsFinite(loss) || !float.IsFinite(norm))
-            throw new Gpt2Exception($"step {number}: expected a finite loss and gradient, found loss {loss} and norm {norm}; " +
+            throw new Gpt2Exception($"step {step + 1}: expected a finite loss and gradient, found loss {loss} and norm {norm}; " +
                 "nothing was updated, and the last checkpoint stands");
-        const float clip = 1;
-        var update = new AdamWStep(number, rate, decay, norm > clip ? clip / norm : 1, 0.9f, 0.95f, 1e-8f);
-        var shapes = model.Config.Parameters;
-        for (var i = 0; i < shapes.Length; i++) {
-            model.Device.AdamW(model.Weights.Tensors[i], model.Gradients.Tensors[i], m.Tensors[i], v.Tensors[i],
-                shapes[i].IsMatrix ? update : update with { WeightDecay = 0 });
-        }
-        return norm;
-    }
-
-    static double Mean(ReadOnlySpan<float> values) {
-        var sum = 0.0;
-        foreach (var value in values)
-            sum += value;
-        return sum / values.Length;
+        optimizer.Update(step + 1, options.LearningRateAt(step), options.WeightDecay, norm);
+        return (loss, norm);
     }
 
     void Validate(int step) {
-        var loss = Evaluate(model, val, Math.Min(options.ValBatches, val.Batches), options.B, options.T);
-        output.WriteLine(string.Create(CultureInfo.InvariantCulture, $"val loss {loss:F6}"));
+        var loss = Evaluate(model, val, options.ValBatches);
+        output.WriteLine($"val loss {loss:F6}");
         runLog.Validation(step, loss);
     }
 
     /// <summary>The mean loss over the first batches of a loader.</summary>
-    public static double Evaluate(Model model, TokenLoader loader, long batches, int B, int T) {
-        var (inputs, targets, losses) = (new int[B * T], new int[B * T], new float[B * T]);
-        loader.Reset();
+    public static double Evaluate(Model model, TokenLoader loader, long batches) {
+        batches = Math.Min(batches, loader.Batches);
         var loss = 0.0;
+        loader.Reset();
         for (var batch = 0L; batch < batches; batch++) {
-            loader.Next(inputs, targets);
-            model.Forward(inputs);
-            model.Loss(targets, losses, 0);
-            loss += Mean(losses) / batches;
+            loader.Next(model.Tokens, model.Targets);
+            model.Forward();
+            loss += model.Loss(0) / batches;
         }
         return loss;
     }
 
-    /// <summary>The share of examples whose right completion has the lowest mean loss a token.</summary>
-    public static double EvaluateChoices(Model model, IReadOnlyList<MultipleChoice> examples, int B, int T) {
-        var (inputs, targets, losses) = (new int[B * T], new int[B * T], new float[B * T]);
-        var rows = examples.SelectMany((example, index) => example.Rows.Select(row => (example, index, row))).ToArray();
-        if (rows.Any(row => row.row.Length > T))
-            throw new Gpt2Exception($"--seq: expected at least {rows.Max(row => row.row.Length)}, the longest example's tokens, found {T}",
-                usage: true);
-        var scores = examples.Select(_ => new List<double>()).ToArray();
+    /// <summary>The share of questions whose right completion has the lowest mean loss a token.</summary>
+    public static double Evaluate(Model model, MultipleChoice[] questions) {
+        var (B, T) = (model.B, model.T);
+        var rows = questions.SelectMany(question => question.Rows.Select(row => (row, question.ContextLength))).ToArray();
+        var longest = rows.Max(row => row.row.Length);
+        Require(longest <= T, "--seq", $"at least {longest}, the tokens of the longest example", T);
+        var scores = new List<double>();
         foreach (var batch in rows.Chunk(B)) {
+            Array.Clear(model.Tokens);
             for (var b = 0; b < batch.Length; b++) {
-                for (var t = 0; t < T; t++) {
-                    inputs[b * T + t] = t < batch[b].row.Length ? batch[b].row[t] : 0;
-                    targets[b * T + t] = t + 1 < batch[b].row.Length ? batch[b].row[t + 1] : 0;
-                }
+                for (var t = 0; t < batch[b].row.Length; t++)
+                    model.Tokens[b * T + t] = batch[b].row[t];
             }
-            model.Forward(inputs);
-            model.Loss(targets, losses, 0);
-            for (var b = 0; b < batch.Length; b++)
-                scores[batch[b].index].Add(Mean(losses.AsSpan((b * T + batch[b].example.ContextLength - 1)..(b * T + batch[b].row.Length - 1))));
+            // The target of each position is the next token; only those of the completion count.
+            model.Tokens.AsSpan(1).CopyTo(model.Targets);
+            model.Forward();
+            model.Loss(0);
+            scores.AddRange(batch.Select((row, b) =>
+                model.Losses[(b * T + row.ContextLength - 1)..(b * T + row.row.Length - 1)].Average(loss => (double)loss)));
         }
-        return examples.Zip(scores).Average(pair => pair.Second.IndexOf(pair.Second.Min()) == pair.First.Label ? 1.0 : 0);
+        var (first, right) = (0, 0);
+        foreach (var question in questions) {
+            var own = scores.GetRange(first, question.Rows.Length);
+            right += own.IndexOf(own.Min()) == question.Label ? 1 : 0;
+            first += own.Count;
+        }
+        return (double)right / questions.Length;
     }
 
     void Sample() {
         var tokens = model.Generate([model.Config.V - 1], new Sampler(0.8f, 50, 1, options.Seed)).Take(options.GenTokens);
-        if (model.Config.V == Tokenizer.EndOfTextId + 1)
-            output.WriteLine($"sample: {string.Concat(new Tokenizer().Decode(tokens))}");
-        else
-            output.WriteLine($"sample: {string.Join(' ', tokens)}");
+        var isText = model.Config.V == Tokenizer.EndOfTextId + 1;
+        output.WriteLine($"sample: {(isText ? string.Concat(new Tokenizer().Decode(tokens)) : string.Join(' ', tokens))}");
     }
 
-    /// <summary>Closes the data.</summary>
     public void Dispose() {
         train.Dispose();
         val.Dispose();
+    }
+}
+
+/// <summary>AdamW over a model's parameters, with its moments.</summary>
+public sealed class Optimizer(Model model) {
+    /// <summary>The first and the second moments.</summary>
+    public Parameters M { get; } = model.AllocateParameters("first moments");
+    public Parameters V { get; } = model.AllocateParameters("second moments");
+
+    /// <summary>The norm of all gradients together.</summary>
+    public float GradientNorm() => (float)Math.Sqrt(model.Device.SumOfSquares(model.Gradients!.All));
+
+    /// <summary>Clips the gradients, whose norm is given, to norm 1, and makes update <paramref name="number"/>, from 1.</summary>
+    public void Update(int number, float rate, float decay, float norm) {
+        const float clip = 1;
+        var update = new AdamWStep(number, rate, decay, norm > clip ? clip / norm : 1, 0.9f, 0.95f, 1e-8f);
+        var shapes = model.Config.Parameters;
+        for (var i = 0; i < shapes.Length; i++) {
+            model.Device.AdamW(model.Weights.Tensors[i], model.Gradients!.Tensors[i], M.Tensors[i], V.Tensors[i],
+                shapes[i].IsMatrix ? update : update with { WeightDecay = 0 });
+        }
     }
 }
 
@@ -289,20 +265,18 @@ public sealed class Checkpoints(string folder) {
     const int Magic = 20240527;
 
     /// <summary>Whether the folder holds anything of a run.</summary>
-    public bool HasRun => File.Exists(Path.Combine(folder, "main.log")) || Steps("DONE_*").Any() || Steps("model_*.bin").Any();
+    public bool HasRun => Directory.Exists(folder) && (File.Exists(Path.Combine(folder, "main.log")) || Steps("*").Length > 0);
 
-    /// <summary>The step of the last complete checkpoint.</summary>
-    public int? Last => Steps("DONE_*").Cast<int?>().Max();
+    /// <summary>The step of the last complete checkpoint, or null.</summary>
+    public int? Last => Steps("DONE_*").Cast<int?>().LastOrDefault();
 
     public string ModelPath(int step) => Path.Combine(folder, $"model_{step:d8}.bin");
     string StatePath(int step) => Path.Combine(folder, $"state_{step:d8}_00000.bin");
     string DonePath(int step) => Path.Combine(folder, $"DONE_{step:d8}");
 
-    IEnumerable<int> Steps(string pattern) => Directory.Exists(folder)
-        ? Files.Glob(Path.Combine(folder, pattern)).Select(StepOf).Where(step => step >= 0).Order().ToArray()
-        : [];
-
-    static int StepOf(string path) => int.TryParse(Path.GetFileNameWithoutExtension(path).Split('_')[1], out var step) ? step : -1;
+    int[] Steps(string pattern) => [.. Files.Glob(Path.Combine(folder, pattern))
+        .Select(path => Regex.Match(Path.GetFileName(path), @"^(DONE|model|state)_(\d{8})(_\d{5})?(\.bin)?$"))
+        .Where(match => match.Success).Select(match => int.Parse(match.Groups[2].Value)).Distinct().Order()];
 
     /// <summary>Requires a checkpoint's files to be those that were written; llm.c's checkpoints say nothing of them.</summary>
     public void Verify(int step) {
@@ -314,28 +288,23 @@ public sealed class Checkpoints(string folder) {
     }
 
     /// <summary>Writes a checkpoint, DONE last, and removes all but the newest <paramref name="keep"/>.</summary>
-    public void Save(int step, Model model, Parameters m, Parameters v, TokenLoader loader, bool shuffled, int keep) {
-        try {
-            Directory.CreateDirectory(folder);
-        } catch (Exception e) when (e is IOException or UnauthorizedAccessException) {
-            throw new Gpt2Exception($"{folder}: expected to make this folder, found {Files.Reason(e)}");
-        }
+    public void Save(int step, Model model, Optimizer optimizer, TokenLoader loader, int keep) {
+        var header = new int[BinaryFile.HeaderLength];
+        (header[0], header[1], header[2], header[5], header[10]) = (Magic, 1, 1, loader.Shuffles ? 1 : 0, step);
+        (header[30], header[32]) = loader.Position;
         Files.Write(ModelPath(step), model.Save);
         Files.Write(StatePath(step), to => {
-            var header = new int[BinaryFile.HeaderLength];
-            (header[0], header[1], header[2], header[5], header[10]) = (Magic, 1, 1, shuffled ? 1 : 0, step);
-            (header[30], header[32]) = loader.Position;
             to.Write(MemoryMarshal.AsBytes(header.AsSpan()));
-            foreach (var moment in (Parameters[])[m, v]) {
-                foreach (var tensor in moment.Tensors)
-                    model.Write(to, tensor);
-            }
+            model.Write(to, optimizer.M);
+            model.Write(to, optimizer.V);
             using var writer = new BinaryWriter(to, Encoding.UTF8, leaveOpen: true);
             loader.Save(writer);
         });
         var list = $"{Files.Describe(ModelPath(step))}\n{Files.Describe(StatePath(step))}\n";
         Files.Write(DonePath(step), to => to.Write(Encoding.UTF8.GetBytes(list)));
-        foreach (var old in Steps("DONE_*").SkipLast(keep)) {
+        var kept = Steps("DONE_*").TakeLast(keep).ToArray();
+        foreach (var old in Steps("*").Except(kept)) {
+            // DONE first: nobody must find it without its files.
             File.Delete(DonePath(old));
             File.Delete(ModelPath(old));
             File.Delete(StatePath(old));
@@ -343,7 +312,7 @@ public sealed class Checkpoints(string folder) {
     }
 
     /// <summary>Reads the moments and the loader's position of a checkpoint.</summary>
-    public void LoadState(int step, Model model, Parameters m, Parameters v, TokenLoader loader) {
+    public void LoadState(int step, Model model, Optimizer optimizer, TokenLoader loader) {
         using var file = new BinaryFile(StatePath(step), "a training state", Magic, 1);
         var header = file.Header;
         file.Check("number of ranks", 2, header[2] == 1, "1");
@@ -351,8 +320,8 @@ public sealed class Checkpoints(string folder) {
         file.Check("master weights", 4, header[4] is 0 or 1, "0 or 1");
         file.Check("shuffling", 5, header[5] is 0 or 1, "0 or 1");
         file.Check("step", 10, header[10] == step, $"{step} as its name says");
-        model.Read(file, m);
-        model.Read(file, v);
+        model.Read(file, optimizer.M);
+        model.Read(file, optimizer.V);
         if (header[4] == 1)
             model.Read(file, model.Weights);
         loader.Load(file, header[5] == 1, (header[30], header[32]));
@@ -360,127 +329,113 @@ public sealed class Checkpoints(string folder) {
     }
 }
 
-/// <summary>main.log and loss.svg in the output folder.</summary>
-public sealed class RunLog {
+/// <summary>main.log in the output folder, and loss.svg, its picture.</summary>
+public sealed partial class RunLog {
     readonly string folder;
     readonly List<(int Step, double Loss)> train = [], validation = [];
 
     /// <summary>Goes on with the log of a run as it was before a step: what a later, lost part of it wrote is dropped.</summary>
     public RunLog(string folder, int firstStep) {
         this.folder = folder;
-        if (!File.Exists(LogPath))
-            return;
-        var kept = File.ReadLines(LogPath).Where(line => Parse(line) is { } entry &&
-            (entry.Train ? entry.Step < firstStep : entry.Step <= firstStep)).ToArray();
-        foreach (var line in kept) {
-            var entry = Parse(line)!.Value;
-            (entry.Train ? train : validation).Add((entry.Step, entry.Loss));
+        var log = new StringBuilder();
+        foreach (var line in File.Exists(LogPath) ? File.ReadAllLines(LogPath) : []) {
+            if (Line().Match(line) is not { Success: true } match)
+                continue;
+            var (step, isTrain) = (int.Parse(match.Groups[1].Value), match.Groups[2].Value == "trl");
+            if (step >= firstStep + (isTrain ? 0 : 1))
+                continue;
+            (isTrain ? train : validation).Add((step, double.Parse(match.Groups[3].Value)));
+            log.Append(line).Append('\n');
         }
-        Files.Write(LogPath, to => to.Write(Encoding.UTF8.GetBytes(string.Concat(kept.Select(line => line + "\n")))));
+        Files.Write(LogPath, to => to.Write(Encoding.UTF8.GetBytes(log.ToString())));
     }
 
     string LogPath => Path.Combine(folder, "main.log");
 
-    static (int Step, bool Train, double Loss)? Parse(string line) {
-        var fields = line.Split(' ', ':');
-        return fields is ["s", var step, "trl" or "tel", var loss, ..] && int.TryParse(step, out var s) &&
-            double.TryParse(loss, CultureInfo.InvariantCulture, out var value) && (fields[2] == "tel" || fields.Length == 8)
-            ? (s, fields[2] == "trl", value) : null;
-    }
+    [GeneratedRegex(@"^s:(\d{1,9}) (trl|tel):(\d+\.\d{4})( lr:\d\.\d{6} norm:\d+\.\d\d)?$")]
+    private static partial Regex Line();
 
     /// <summary>Logs an update.</summary>
-    public void Train(int step, float loss, float rate, float norm) {
+    public void Train(int step, double loss, float rate, float norm) {
         train.Add((step, loss));
-        Append(string.Create(CultureInfo.InvariantCulture, $"s:{step} trl:{loss:F4} lr:{rate:F6} norm:{norm:F2}\n"));
+        Append($"s:{step} trl:{loss:F4} lr:{rate:F6} norm:{norm:F2}\n");
     }
 
     /// <summary>Logs a validation after <paramref name="step"/> updates, and draws the curves.</summary>
     public void Validation(int step, double loss) {
         validation.Add((step, loss));
-        Append(string.Create(CultureInfo.InvariantCulture, $"s:{step} tel:{loss:F4}\n"));
+        Append($"s:{step} tel:{loss:F4}\n");
         Files.Write(Path.Combine(folder, "loss.svg"), to => to.Write(Encoding.UTF8.GetBytes(Draw())));
     }
 
-    void Append(string line) {
-        try {
-            Directory.CreateDirectory(folder);
-            File.AppendAllText(LogPath, line);
-        } catch (Exception e) when (e is IOException or UnauthorizedAccessException) {
-            throw new Gpt2Exception($"{LogPath}: expected to write it, found {Files.Reason(e)}");
-        }
-    }
+    void Append(string line) => File.AppendAllText(LogPath, line);
 
-    /// <summary>The curves of training and validation loss against steps as an SVG picture.</summary>
+    /// <summary>Training and validation loss against steps.</summary>
     string Draw() {
-        const int width = 800, height = 450, left = 60, right = 20, top = 20, bottom = 50;
+        const int right = 780, top = 20, left = 60, bottom = 400, ticks = 5;
         var points = train.Concat(validation).ToArray();
         var lastStep = Math.Max(1, points.Max(point => point.Step));
         var (low, high) = (Math.Floor(points.Min(point => point.Loss)), Math.Ceiling(points.Max(point => point.Loss) + 1e-9));
+        double X(double step) => left + (right - left) * step / lastStep;
+        double Y(double loss) => bottom - (bottom - top) * (loss - low) / (high - low);
         var svg = new StringBuilder();
-        double X(double step) => left + (width - left - right) * step / lastStep;
-        double Y(double loss) => height - bottom - (height - top - bottom) * (loss - low) / (high - low);
-        void Add(FormattableString line) => svg.Append(FormattableString.Invariant(line)).Append('\n');
-        void Curve(IEnumerable<(int Step, double Loss)> curve, string color, string name, int row) {
-            var path = string.Join(' ', curve.Select(p => FormattableString.Invariant($"{X(p.Step):F1},{Y(p.Loss):F1}")));
-            Add($"""<polyline points="{path}" fill="none" stroke="{color}" stroke-width="1.5"/>""");
-            Add($"""<text x="{width - right - 10}" y="{top + 18 * row}" fill="{color}" text-anchor="end">{name}</text>""");
-        }
-
-        Add($"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="13">""");
-        Add($"""<rect width="{width}" height="{height}" fill="white"/>""");
-        const int ticks = 5;
+        void Add(string line) => svg.Append(line).Append('\n');
+        void Text(double x, double y, string anchor, string text, string color = "black") =>
+            Add($"""<text x="{x:F1}" y="{y:F1}" text-anchor="{anchor}" fill="{color}">{text}</text>""");
+        Add($"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 800 450" font-family="sans-serif" font-size="13">""");
+        Add($"""<rect width="800" height="450" fill="white"/>""");
         for (var tick = 0; tick <= ticks; tick++) {
             var (step, loss) = ((double)lastStep * tick / ticks, low + (high - low) * tick / ticks);
-            Add($"""<path d="M{left} {Y(loss):F1}H{width - right}" stroke="#ddd"/>""");
-            Add($"""<text x="{left - 8}" y="{Y(loss) + 4:F1}" text-anchor="end">{loss:F1}</text>""");
-            Add($"""<text x="{X(step):F1}" y="{height - bottom + 18}" text-anchor="middle">{step:F0}</text>""");
+            Add($"""<path d="M{left} {Y(loss):F1}H{right}" stroke="#ddd"/>""");
+            Text(left - 8, Y(loss) + 4, "end", $"{loss:F1}");
+            Text(X(step), bottom + 20, "middle", $"{step:F0}");
         }
-        Add($"""<text x="{(left + width - right) / 2}" y="{height - 12}" text-anchor="middle">step</text>""");
-        Add($"""<text transform="translate(16 {height / 2}) rotate(-90)" text-anchor="middle">loss</text>""");
-        Curve(train, "#4878b0", "training", 1);
-        Curve(validation, "#d05020", "validation", 2);
+        Text((left + right) / 2, bottom + 42, "middle", "steps");
+        Text(left - 40, top - 6, "start", "loss");
+        foreach (var (name, curve, color, y) in new[] { ("training", train, "#4878b0", 40), ("validation", validation, "#d05020", 60) }) {
+            var path = string.Join(' ', curve.Select(p => $"{X(p.Step):F1},{Y(p.Loss):F1}"));
+            Add($"""<polyline points="{path}" fill="none" stroke="{color}" stroke-width="1.5"/>""");
+            Text(right - 10, y, "end", name, color);
+        }
         return svg.Append("</svg>\n").ToString();
     }
 }
 
 /// <summary>Training steps timed by operation.</summary>
 public static class Benchmark {
-    /// <summary>Prints the time of a training step on random tokens, and of its operations.</summary>
+    /// <summary>Prints the median time of a training step on random tokens, and the times of its operations.</summary>
     public static void Run(string init, int B, int T, int steps, IDevice device, TextWriter output) {
         var (file, config) = Trainer.Open(init);
+        Require(T > 0 && T <= config.MaxT, "--seq", $"1 to {config.MaxT}, the model's longest sequence", T);
+        var (peak, times) = (device.PeakFlops(), new double[steps]);
         var model = new Model(config, device, B, T, Purpose.Train);
-        var m = new Parameters(config, model.Allocate("first moments", config.ParameterCount * sizeof(float)));
-        var v = new Parameters(config, model.Allocate("second moments", config.ParameterCount * sizeof(float)));
-        if (file == null)
-            model.Initialize(42);
-        else
-            model.Load(file);
+        var optimizer = new Optimizer(model);
+        model.Load(file, 42);
         var random = new Random(1);
-        int[] tokens = [.. Enumerable.Range(0, B * T).Select(_ => random.Next(config.V))];
-        var losses = new float[B * T];
-        var times = new double[steps];
         for (var step = -1; step < steps; step++) {
-            if (step == 0)
+            if (step == 0) // the one before warmed up
                 device.Profile = new Profile();
+            foreach (var tokens in (int[][])[model.Tokens, model.Targets]) {
+                foreach (ref var token in tokens.AsSpan())
+                    token = random.Next(config.V);
+            }
             var start = Stopwatch.GetTimestamp();
-            model.Forward(tokens);
-            model.Loss(tokens, losses, 1f / tokens.Length);
-            model.Backward(tokens);
-            Trainer.Update(model, m, v, step + 2, 1e-4f, 0.1f);
-            if (step >= 0)
-                times[step] = Stopwatch.GetElapsedTime(start).TotalSeconds;
+            model.Forward();
+            model.Loss(1f / (B * T));
+            model.Backward();
+            optimizer.Update(step + 2, 1e-4f, 0.1f, optimizer.GradientNorm());
+            times[Math.Max(step, 0)] = Stopwatch.GetElapsedTime(start).TotalSeconds;
         }
         Array.Sort(times);
-        var (median, peak) = (times[steps / 2], device.PeakFlops());
-        void Print(FormattableString line) => output.WriteLine(line.ToString(CultureInfo.InvariantCulture));
-        Print($"{device.Name}; measured peak {peak / 1e9:F0} GFLOP/s");
-        Print($"{config.Summary}; batch {B} x {T}");
-        Print($"step {median * 1e3:F1} ms | {B * T / median:F0} tok/s | {config.FlopsPerToken(T) * B * T / median / peak:0.0%} MFU");
-        Print($"{"operation",-42}{"calls",6}{"ms",10}{"share",8}{"GFLOP/s",9}{"of peak",9}");
-        foreach (var (name, entry) in device.Profile!.Operations.OrderByDescending(entry => entry.Value.Seconds)) {
-            var rate = entry.Flops > 0 ? string.Create(CultureInfo.InvariantCulture,
-                $"{entry.Flops / entry.Seconds / 1e9,9:F1}{entry.Flops / entry.Seconds / peak,9:0.0%}") : "";
-            Print($"{name,-42}{entry.Calls / steps,6}{entry.Seconds / steps * 1e3,10:F2}{entry.Seconds / times.Sum(),8:0.0%}{rate}");
+        var median = times[steps / 2];
+        output.WriteLine($"{device.Name}; measured peak {peak / 1e9:F0} GFLOP/s");
+        output.WriteLine($"{config.Summary}; batch {B} x {T}");
+        output.WriteLine($"step {median * 1e3:F1} ms | {B * T / median:F0} tok/s | " +
+            $"{config.FlopsPerToken(T) * B * T / median / peak:0.0%} MFU");
+        output.WriteLine($"{"operation",-36}{"calls",6}{"ms",10}{"share",8}{"GFLOP/s",9}{"of peak",9}");
+        foreach (var (name, (calls, seconds, flops)) in device.Profile!.Operations.OrderByDescending(entry => entry.Value.Seconds)) {
+            var rate = flops > 0 ? $"{flops / seconds / 1e9,9:F1}{flops / seconds / peak,9:0.0%}" : "";
+            output.WriteLine($"{name,-36}{calls / steps,6}{seconds / steps * 1e3,10:F2}{seconds / times.Sum(),8:0.0%}{rate}");
         }
     }
 }

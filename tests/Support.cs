@@ -5,8 +5,8 @@ namespace Gpt2.Tests;
 /// <summary>What several tests need: devices, files, random numbers, and how far arrays are apart.</summary>
 static class Support {
     /// <summary>The devices that the operations and the model are tested on.</summary>
-    public static IEnumerable<Func<IDevice>> Devices() {
-        yield return () => new Cpu();
+    public static IEnumerable<DeviceUnderTest> Devices() {
+        yield return new DeviceUnderTest("CPU", () => new Cpu());
     }
 
     /// <summary>The repository's root: the folder above the tests' binary, or above the current one, that holds
@@ -73,6 +73,46 @@ static class Support {
         for (var i = 0; i < values.Length; i++)
             doubles[i] = values[i];
         return doubles;
+    }
+}
+
+/// <summary>A device, opened by each test for itself.</summary>
+public sealed record DeviceUnderTest(string Name, Func<IDevice> Open) {
+    /// <summary>What the tests' names show.</summary>
+    public override string ToString() => Name;
+}
+
+/// <summary>Arrays on a device, between guards: what is read past an array's end is not a number, and what is written
+/// there is found out.</summary>
+static class DeviceArrays {
+    const int Guard = 64;
+
+    /// <summary>An array of given values.</summary>
+    public static Tensor Upload(this IDevice device, ReadOnlySpan<float> values, int depth, int rows, int columns) {
+        var tensor = device.Poisoned(depth, rows, columns);
+        device.Write(tensor, values);
+        return tensor;
+    }
+
+    /// <summary>An array of one row.</summary>
+    public static Tensor Upload(this IDevice device, ReadOnlySpan<float> values) => device.Upload(values, 1, 1, values.Length);
+
+    /// <summary>An array for output, without a number in it yet.</summary>
+    public static Tensor Poisoned(this IDevice device, int depth, int rows, int columns) {
+        var values = new float[depth * rows * columns + 2 * Guard];
+        Array.Fill(values, float.NaN);
+        var all = new Tensor(device.Allocate(values.Length * sizeof(float)), 1, 1, values.Length);
+        device.Write(all, values);
+        return new Tensor(all.Flat(Guard, 0).Address, depth, rows, columns);
+    }
+
+    /// <summary>The values of an array made here.</summary>
+    public static float[] Download(this IDevice device, Tensor tensor) {
+        var values = new float[tensor.Count + 2 * Guard];
+        device.Read(tensor.Flat(-Guard, values.Length), values);
+        if (values[..Guard].Concat(values[^Guard..]).Any(value => !float.IsNaN(value)))
+            throw new InvalidOperationException("something was written outside an array");
+        return values[Guard..^Guard];
     }
 }
 
