@@ -10,8 +10,8 @@ using static Gpt2.Simd;
 
 namespace Gpt2;
 
-/// <summary>The operations in fp32 on the CPU: the reference for other devices, and the default where there is no GPU. How
-/// each one splits its work does not depend on the number of threads, so any number of them gives the same bits.</summary>
+/// <summary>The operations in fp32 on the CPU: the reference for other devices, the default where there is no GPU. No
+/// sum depends on how many threads share the work, so any number of them gives the same bits.</summary>
 public sealed unsafe class Cpu(int threads = 0) : IDevice {
     readonly Workers workers = new(threads > 0 ? threads : Environment.ProcessorCount);
     readonly List<nint> allocations = [];
@@ -21,10 +21,14 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
     public Profile? Profile { get; set; }
 
     public double PeakFlops() {
-        const int rounds = 100_000;
-        var start = Stopwatch.GetTimestamp();
-        For(workers.Threads, 0, static (_, _) => Product.Spin(rounds));
-        return workers.Threads * Product.Spin(1) * (double)rounds / Stopwatch.GetElapsedTime(start).TotalSeconds;
+        const int rounds = 5000, tries = 10;
+        var best = double.PositiveInfinity;
+        for (var i = 0; i < tries; i++) {
+            var start = Stopwatch.GetTimestamp();
+            For(workers.Threads, 0, static (_, _) => Product.Spin(rounds));
+            best = Math.Min(best, Stopwatch.GetElapsedTime(start).TotalSeconds);
+        }
+        return workers.Threads * Product.Spin(1) * (double)rounds / best;
     }
 
     public nint Allocate(long bytes) {
@@ -46,7 +50,7 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
         allocations.Clear();
     }
 
-    public void Write(Tensor to, ReadOnlySpan<float> values) => values.CopyTo(new Span<float>(Floats(to), (int)to.Count));
+    public void Write(Tensor to, ReadOnlySpan<float> values) => values.CopyTo(new(Floats(to), (int)to.Count));
 
     public void Read(Tensor from, Span<float> values) => new Span<float>(Floats(from), (int)from.Count).CopyTo(values);
 
@@ -95,12 +99,12 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
             (Row(s.statistics, row)[0], Row(s.statistics, row)[1]) = (mean, rstd);
         });
 
-    public void ResidualLayerNorm(Tensor residual, Tensor x, Tensor w, Tensor b, Tensor sum, Tensor y, Tensor statistics) {
+    public void ResidualLayerNorm(Tensor residual, Tensor x, Tensor w, Tensor b, Tensor sum, Tensor y, Tensor stats) {
         ForRows(x, (residual, x, sum), static (s, row) => {
             for (int i = 0, n = s.x.Columns; n > 0; i += Lanes, n -= Lanes)
                 Store(Row(s.sum, row) + i, n, Load(Row(s.residual, row) + i, n) + Load(Row(s.x, row) + i, n));
         });
-        LayerNorm(sum, w, b, y, statistics);
+        LayerNorm(sum, w, b, y, stats);
     }
 
     public void LayerNormBackward(Tensor dy, Tensor x, Tensor w, Tensor statistics, Tensor dx, Tensor dw, Tensor db) {
@@ -178,7 +182,7 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
     const float GeluScale = 0.7978845608f; // √(2/π)
     const float GeluCubic = 0.044715f;
 
-    /// <summary>What the tanh GELU multiplies x by: (1 + tanh u)/2 = 1/(1 + e^−2u), u = √(2/π)·(x + 0.044715·x³).</summary>
+    /// <summary>GELU(x)/x: (1 + tanh u)/2 = 1/(1 + e^−2u) with u = √(2/π)·(x + 0.044715·x³).</summary>
     static Vector<float> Gate(Vector<float> x) => Vector<float>.One /
         (Vector<float>.One + Vector.Exp(-2 * GeluScale * x * (Vector<float>.One + GeluCubic * x * x)));
 
@@ -203,15 +207,14 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
 
     // ---- Attention
 
-    /// <summary>Scores that a thread holds on its stack at once, and queries that it takes at once, unless there are too many
-    /// keys for that: enough to repay packing the keys.</summary>
+    /// <summary>Scores that a thread holds on its stack, and queries that it takes at once unless that makes too many:
+    /// enough to repay packing the keys.</summary>
     const int ScoreCount = 1 << 17, QueryBlock = 128;
 
     public void Attention(Tensor qkv, int start, int heads, Tensor y, Tensor lse) {
         For(qkv.Depth * heads, (qkv, start, heads, y, lse), static (s, head) => {
             var scratch = stackalloc float[ScoreCount];
-            var (q, k, v) = (Head(s.qkv, 3, 0, s.heads, head), Head(s.qkv, 3, 1, s.heads, head), Head(s.qkv, 3, 2, s.heads, head));
-            var y = Head(s.y, 1, 0, s.heads, head);
+            var ((q, k, v), y) = (Heads(s.qkv, s.heads, head), Head(s.y, 1, 0, s.heads, head));
             var (scale, block) = (1 / MathF.Sqrt(q.Columns), Math.Clamp(ScoreCount / s.qkv.Rows, 1, QueryBlock));
             for (var first = 0; first < y.Rows; first += block) {
                 var queries = Math.Min(block, y.Rows - first);
@@ -236,14 +239,14 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
         Clear(dqkv);
         For(qkv.Depth * heads, (dy, qkv, y, lse, heads, dqkv), static (s, head) => {
             var scratch = stackalloc float[2 * ScoreCount];
-            var (q, k, v) = (Head(s.qkv, 3, 0, s.heads, head), Head(s.qkv, 3, 1, s.heads, head), Head(s.qkv, 3, 2, s.heads, head));
-            var (dq, dk, dv) = (Head(s.dqkv, 3, 0, s.heads, head), Head(s.dqkv, 3, 1, s.heads, head), Head(s.dqkv, 3, 2, s.heads, head));
+            var ((q, k, v), (dq, dk, dv)) = (Heads(s.qkv, s.heads, head), Heads(s.dqkv, s.heads, head));
             var (y, dy) = (Head(s.y, 1, 0, s.heads, head), Head(s.dy, 1, 0, s.heads, head));
             var (scale, block) = (1 / MathF.Sqrt(q.Columns), Math.Clamp(ScoreCount / s.qkv.Rows, 1, QueryBlock));
             for (var first = 0; first < y.Rows; first += block) {
                 var queries = Math.Min(block, y.Rows - first);
                 var keys = first + queries;
-                var (p, ds) = (new Matrix(scratch, queries, keys, keys, 1), new Matrix(scratch + ScoreCount, queries, keys, keys, 1));
+                var p = new Matrix(scratch, queries, keys, keys, 1);
+                var ds = new Matrix(scratch + ScoreCount, queries, keys, keys, 1);
                 Product.Add(q.RowsFrom(first, queries), k.RowsFrom(0, keys).Transposed, p.Cleared());
                 Product.Add(dy.RowsFrom(first, queries), v.RowsFrom(0, keys).Transposed, ds.Cleared());
                 for (var row = 0; row < queries; row++) {
@@ -267,6 +270,9 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
         var size = x.Columns / parts / heads;
         return Matrix(x).Part(index / heads * x.Rows, (part * heads + index % heads) * size, x.Rows, size);
     }
+
+    static (Matrix Q, Matrix K, Matrix V) Heads(Tensor qkv, int heads, int index) =>
+        (Head(qkv, 3, 0, heads, index), Head(qkv, 3, 1, heads, index), Head(qkv, 3, 2, heads, index));
 
     static float Maximum(float* x, int count) {
         var max = new Vector<float>(float.NegativeInfinity);
@@ -435,8 +441,8 @@ readonly unsafe struct Matrix(float* address, int rows, int columns, long rowStr
 }
 
 /// <summary>The matrix product of one thread: a tile of 6 rows by two vectors stays in registers while it runs down the
-/// depth; b is packed so that each step's two vectors are adjacent, a only where its rows are not contiguous (Goto and van
-/// de Geijn, Anatomy of High-Performance Matrix Multiplication, 2008).</summary>
+/// depth; b is packed so that each step's two vectors are adjacent, a only where its rows are not contiguous (Goto and
+/// van de Geijn, Anatomy of High-Performance Matrix Multiplication, 2008).</summary>
 static unsafe class Product {
     const int TileRows = 6, WidestVector = 16;
     const int DepthBlock = 256, StripColumns = 384, BlockRows = 120; // b's strip stays in the second-level cache
@@ -489,7 +495,8 @@ static unsafe class Product {
         var depth = a.Columns;
         for (var j = 0; j < c.Columns; j += TileColumns) {
             for (var i = 0; i < c.Rows; i += TileRows) {
-                var rows = packedA == null ? a.RowsFrom(i, TileRows) : new Matrix(packedA + i * depth, TileRows, depth, 1, TileRows);
+                var rows = packedA == null ? a.RowsFrom(i, TileRows)
+                    : new Matrix(packedA + i * depth, TileRows, depth, 1, TileRows);
                 var tile = c.Part(i, j, TileRows, TileColumns);
                 if (tile.Rows == TileRows && tile.Columns == TileColumns) {
                     AddTile(rows, packedB + j * depth, tile.Address, tile.RowStride);
@@ -505,15 +512,14 @@ static unsafe class Product {
         }
     }
 
-    /// <summary>Writes each group of rows of x column by column; what an incomplete last group lacks stays as it was.</summary>
+    /// <summary>Writes each group of rows column by column; what an incomplete one lacks stays as it was.</summary>
     static void Pack(Matrix x, int width, float* to) {
         for (var i = 0; i < x.Rows; i += width, to += width * x.Columns) {
-            var from = x.Row(i);
             var (row, rows) = (0, Math.Min(width, x.Rows - i));
             for (; row + 4 <= rows; row += 4) {
                 // Four rows at a time, so that each step's store fills a vector.
-                float* x0 = from + row * x.RowStride, x1 = x0 + x.RowStride, x2 = x1 + x.RowStride, x3 = x2 + x.RowStride;
-                var next = to + row;
+                float* next = to + row, x0 = x.Row(i + row), x1 = x.Row(i + row + 1);
+                float* x2 = x.Row(i + row + 2), x3 = x.Row(i + row + 3);
                 if (x.RowStride == 1) {
                     for (var k = 0; k < x.Columns; k++, x0 += x.ColumnStride, next += width)
                         *(Vector128<float>*)next = *(Vector128<float>*)x0;
@@ -524,12 +530,12 @@ static unsafe class Product {
             }
             for (; row < rows; row++) {
                 for (var k = 0; k < x.Columns; k++)
-                    to[k * width + row] = from[row * x.RowStride + k * x.ColumnStride];
+                    to[k * width + row] = x.Row(i + row)[k * x.ColumnStride];
             }
         }
     }
 
-    /// <summary>c (6, two vectors) += a (6, depth) · b (depth, two vectors). Rows that a does not have repeat its last one.
+    /// <summary>c (6, two vectors) += a (6, depth) · b (depth, two vectors). Rows that a lacks repeat its last one.
     /// Twelve sums cover the latency of two multiply-adds a cycle; 6 broadcasts and 2 loads feed them.</summary>
     static void AddTile(Matrix a, float* b, float* c, long stride) {
         for (var row = 0; Sse.IsSupported && row < TileRows; row++) {
@@ -573,11 +579,12 @@ static unsafe class Product {
     /// <summary>Runs the tile's inner loop over data in the first-level cache, to measure its peak.</summary>
     /// <returns>Floating-point operations done.</returns>
     public static long Spin(int rounds) {
-        const int depth = 64, widest = 2 * WidestVector;
+        const int depth = DepthBlock, widest = 2 * WidestVector;
         var data = stackalloc float[TileRows * depth + widest * depth + TileRows * widest];
         new Span<float>(data, TileRows * depth + widest * depth + TileRows * widest).Clear();
+        var a = new Matrix(data, TileRows, depth, 1, TileRows);
         for (var round = 0; round < rounds; round++)
-            AddTile(new Matrix(data, TileRows, depth, 1, TileRows), data + TileRows * depth, data + (TileRows + widest) * depth, widest);
+            AddTile(a, data + TileRows * depth, data + (TileRows + widest) * depth, widest);
         return 2L * rounds * depth * TileRows * TileColumns;
     }
 }
@@ -597,7 +604,7 @@ sealed unsafe class Workers : IDisposable {
 
     public int Threads => barrier.ParticipantCount;
 
-    /// <summary>Calls body(state, i) once for each i below <paramref name="count"/>, on all threads, and waits.</summary>
+    /// <summary>Calls body(state, i) for each i below <paramref name="count"/>, on all threads, and waits.</summary>
     public void Run<T>(int count, T state, Action<T, int> body) {
         // The call lies on this stack, which waits for it: nothing is allocated.
         var local = new Call<T>(state, body);

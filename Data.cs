@@ -13,11 +13,11 @@ public sealed class Gpt2Exception(string message, bool usage = false) : Exceptio
     /// <summary>Requires a command-line option to be right.</summary>
     public static void Require(bool right, string option, string expected, object found) {
         if (!right)
-            throw new Gpt2Exception(FormattableString.Invariant($"{option}: expected {expected}, found {found}"), usage: true);
+            throw new Gpt2Exception($"{option}: expected {expected}, found {found}", usage: true);
     }
 }
 
-/// <summary>A little-endian file that begins with llm.c's header: 256 int32, a magic number and a version first.</summary>
+/// <summary>A little-endian file with llm.c's header: 256 int32, of which a magic number and a version first.</summary>
 public sealed class BinaryFile : IDisposable {
     public const int HeaderLength = 256, HeaderBytes = HeaderLength * sizeof(int);
 
@@ -61,8 +61,8 @@ public sealed class BinaryFile : IDisposable {
     /// <summary>Fills a span with the values that follow, or that begin at a byte from the file's start.</summary>
     public void Read<T>(Span<T> values, long? offset = null) where T : unmanaged {
         stream.Position = offset ?? stream.Position;
-        if (stream.ReadAtLeast(MemoryMarshal.AsBytes(values), values.Length * Marshal.SizeOf<T>(), throwOnEndOfStream: false)
-            < values.Length * Marshal.SizeOf<T>())
+        var bytes = MemoryMarshal.AsBytes(values);
+        if (stream.ReadAtLeast(bytes, bytes.Length, throwOnEndOfStream: false) < bytes.Length)
             throw Fail("more data", $"its end at byte {stream.Length}");
     }
 
@@ -85,7 +85,7 @@ public sealed class BinaryFile : IDisposable {
     public void Dispose() => stream.Dispose();
 }
 
-/// <summary>Files as a whole: finding them, and writing them so that a name always stands for a complete file.</summary>
+/// <summary>Files as a whole: finding them, and writing them so that a name stands for a complete file.</summary>
 public static class Files {
     /// <summary>The files that a path with * and ? in its last part names, in ordinal order.</summary>
     public static string[] Glob(string pattern) {
@@ -96,7 +96,7 @@ public static class Files {
         return [.. names.Select(name => Path.Combine(folder, name!)).Order(StringComparer.Ordinal)];
     }
 
-    /// <summary>Writes a file under a temporary name, flushes it to the disk and renames it; makes its folder.</summary>
+    /// <summary>Writes a file under a temporary name, flushes it to the disk, renames it; makes its folder.</summary>
     public static void Write(string path, Action<Stream> content) {
         var temporary = path + ".tmp";
         Directory.CreateDirectory(Path.GetDirectoryName(Path.GetFullPath(path))!);
@@ -222,14 +222,14 @@ public sealed class TokenShard : IDisposable {
 
     /// <summary>Number of batches, each with one token more than the given number.</summary>
     public int Batches(int tokens) =>
-        Count > tokens ? (Count - 1) / tokens : throw file.Fail($"more than the {tokens} tokens of a batch", $"{Count}");
+        Count > tokens ? (Count - 1) / tokens : throw file.Fail($"more than a batch's {tokens} tokens", $"{Count}");
 
     /// <summary>Reads the tokens from <paramref name="first"/> on, all below the vocabulary.</summary>
     public void Read(long first, Span<ushort> tokens, int vocabulary) {
         file.Read(tokens, BinaryFile.HeaderBytes + first * sizeof(ushort));
         for (var i = 0; i < tokens.Length; i++) {
             if (tokens[i] >= vocabulary)
-                throw file.Fail($"tokens below the model's vocabulary of {vocabulary}", $"{tokens[i]} at position {first + i}");
+                throw file.Fail($"tokens below the vocabulary of {vocabulary}", $"{tokens[i]} at position {first + i}");
         }
     }
 
@@ -259,7 +259,7 @@ public sealed class TokenLoader : IDisposable {
     public TokenLoader(string pattern, int B, int T, int vocabulary, bool shuffle, uint seed = 42) {
         shards = [.. Files.Glob(pattern).Select(path => new TokenShard(path))];
         if (shards.Length == 0)
-            throw new Gpt2Exception($"{pattern}: expected token shards, found no such file; run make data, or gpt2 tokenize");
+            throw new Gpt2Exception($"{pattern}: expected token shards, found none; run make data or gpt2 tokenize");
         (BatchTokens, this.vocabulary, this.shuffle, random) = (B * T, vocabulary, shuffle, new Mt19937(seed));
         shardOrder = [.. Enumerable.Range(0, shards.Length)];
         buffer = new ushort[BatchTokens + 1];
@@ -326,7 +326,7 @@ public sealed class TokenLoader : IDisposable {
     /// <summary>Goes on from a position, with what <see cref="Save"/> wrote there.</summary>
     public void Load(BinaryFile from, bool shuffled, (int Shard, int Sample) position) {
         if (shuffled != shuffle)
-            throw from.Fail(shuffle ? "a run that shuffles its data" : "a run that takes its data in order", "the other kind");
+            throw from.Fail(shuffle ? "a run that shuffles" : "a run with --no-shuffle", "the other kind");
         if (position.Shard < 0 || position.Shard >= shards.Length)
             throw from.Fail($"a position in {shards.Length} shards", $"shard {position.Shard}");
         if (shuffle)
@@ -334,7 +334,7 @@ public sealed class TokenLoader : IDisposable {
         Position = position;
         sampleOrder = [.. Enumerable.Range(0, Shard.Batches(BatchTokens))];
         if (position.Sample < 0 || position.Sample > sampleOrder.Length)
-            throw from.Fail($"a position in {sampleOrder.Length} batches of {BatchTokens} tokens", $"batch {position.Sample}");
+            throw from.Fail($"at most {sampleOrder.Length} batches of {BatchTokens} tokens", $"{position.Sample}");
         if (!shuffle)
             return;
         ReadOrder(sampleOrder, $"batches of {BatchTokens} tokens");
@@ -359,18 +359,19 @@ public sealed record MultipleChoice(int Label, int ContextLength, ushort[][] Row
         const int mark = 65535, prefix = 5; // the words before an example's context
         using var file = new BinaryFile(path, "a multiple-choice evaluation", 20240522, 1);
         file.Check("number of examples", 2, file.Header[2] > 0, "1 or more");
-        file.Check("longest example in bytes", 3, file.Header[3] is > 2 * prefix and <= 65535, $"{2 * prefix + 1} to 65535");
+        file.Check("longest example in bytes", 3, file.Header[3] is > 2 * prefix and <= 65535, "11 to 65535");
         for (var i = 0; i < file.Header[2]; i++) {
             var words = new ushort[prefix];
             file.Read(words.AsSpan());
-            if (words[0] != mark || words[2] != i || words[1] <= 2 * prefix || words[1] % 2 != 0 || words[1] > file.Header[3])
-                throw file.Fail($"example {i} to begin with {mark}, its size in bytes and {i}", string.Join(", ", words[..3]));
-            var rest = new ushort[words[1] / 2 - prefix].AsMemory();
+            var bytes = words[1];
+            if (words[0] != mark || words[2] != i || bytes <= 2 * prefix || bytes % 2 != 0 || bytes > file.Header[3])
+                throw file.Fail($"example {i} to begin with {mark}, its size and {i}", string.Join(", ", words[..3]));
+            var rest = new ushort[bytes / 2 - prefix].AsMemory();
             file.Read(rest.Span);
             var context = Take();
             var rows = Enumerable.Range(0, words[4]).Select(_ => (ushort[])[.. context, .. Take()]).ToArray();
             if (words[3] >= rows.Length || rest.Length > 0 || context.Length == 0)
-                throw file.Fail($"example {i} to have a context, a label below {rows.Length} and nothing after", "something else");
+                throw file.Fail($"example {i} with a context, a label below {rows.Length}, no more", "another");
             yield return new MultipleChoice(words[3], context.Length, rows);
 
             ushort[] Take() {
@@ -379,7 +380,7 @@ public sealed record MultipleChoice(int Label, int ContextLength, ushort[][] Row
                 var tokens = rest.Slice(1, rest.Span[0]).ToArray();
                 rest = rest[(1 + tokens.Length)..];
                 return tokens.Max() < vocabulary ? tokens
-                    : throw file.Fail($"tokens below the model's vocabulary of {vocabulary}", $"{tokens.Max()} in example {i}");
+                    : throw file.Fail($"tokens below the vocabulary of {vocabulary}", $"{tokens.Max()} in example {i}");
             }
         }
         file.CheckEnd();
@@ -397,6 +398,9 @@ public sealed class Tokenizer {
     /// <summary>Tokens in a shard at most.</summary>
     public const int ShardTokens = 100_000_000;
 
+    /// <summary>Whether a token is not the end of the text.</summary>
+    public static bool IsText(int token) => token != EndOfTextId;
+
     readonly GptEncoding encoding = GptEncoding.GetEncoding("r50k_base");
 
     /// <summary>The ids of a text, in which the mark for the end of text stands for its id.</summary>
@@ -410,12 +414,13 @@ public sealed class Tokenizer {
         }
     }
 
-    /// <summary>Where letters and digits beyond the basic plane, which .NET's patterns take for punctuation, meet what is
-    /// neither their kind nor a space: GPT-2's pattern divides there.</summary>
+    /// <summary>Where letters and digits beyond the basic plane meet what is neither their kind nor a space. GPT-2's
+    /// pattern divides there, but .NET's patterns take them for punctuation.</summary>
     static IEnumerable<int> Cuts(string text) {
         if (!text.AsSpan().ContainsAnyInRange('\ud800', '\udfff'))
             yield break;
-        static char Kind(Rune rune) => Rune.IsWhiteSpace(rune) ? ' ' : Rune.IsLetter(rune) ? 'L' : Rune.IsNumber(rune) ? 'N' : '.';
+        static char Kind(Rune rune) =>
+            Rune.IsWhiteSpace(rune) ? ' ' : Rune.IsLetter(rune) ? 'L' : Rune.IsNumber(rune) ? 'N' : '.';
         var (index, last) = (0, new Rune(' '));
         foreach (var rune in text.EnumerateRunes()) {
             var beyond = !last.IsBmp && Kind(last) != '.' || !rune.IsBmp && Kind(rune) != '.';
@@ -440,8 +445,8 @@ public sealed class Tokenizer {
         yield return encoding.Decode(pending);
     }
 
-    /// <summary>Encodes text files as shards PREFIX_val_000000.bin and PREFIX_train_000001.bin, …: each file is split into
-    /// documents at the mark for the end of text, whose id is written before each one.</summary>
+    /// <summary>Encodes text files as shards PREFIX_val_000000.bin and PREFIX_train_000001.bin, …: each file is split
+    /// at the mark for the end of text into documents, and the mark's id is written before each one.</summary>
     /// <param name="valTokens">How many of the first tokens are held out for validation.</param>
     /// <param name="progress">Is told the bytes of each piece that was read.</param>
     /// <returns>Number of tokens, and of shards for training.</returns>
@@ -449,7 +454,8 @@ public sealed class Tokenizer {
         if (Files.Glob($"{prefix}_*.bin") is [var old, ..])
             throw new Gpt2Exception($"{old}: expected no shards of this name yet, found some; remove them first");
         var (tokens, written, shards) = (new List<ushort>(), 0L, 0);
-        foreach (var piece in files.SelectMany(file => Pieces(file, progress)).AsParallel().AsOrdered().Select(EncodePiece)) {
+        var pieces = files.SelectMany(file => Pieces(file, progress));
+        foreach (var piece in pieces.AsParallel().AsOrdered().Select(EncodePiece)) {
             tokens.AddRange(piece);
             if (written == 0 && valTokens > 0 && tokens.Count > valTokens)
                 WriteShard("val", 0, valTokens);
@@ -457,8 +463,7 @@ public sealed class Tokenizer {
                 WriteShard("train", ++shards, ShardTokens);
         }
         if (written < valTokens || written + tokens.Count == 0)
-            throw new Gpt2Exception($"{files[^1]}: expected more text than the {valTokens} tokens that are held out for " +
-                $"validation, found {tokens.Count} tokens");
+            throw new Gpt2Exception($"{files[^1]}: expected more than {valTokens} tokens, found {tokens.Count}");
         if (tokens.Count > 0)
             WriteShard("train", ++shards, tokens.Count);
         return (written, shards);
@@ -470,8 +475,8 @@ public sealed class Tokenizer {
         }
     }
 
-    /// <summary>A file in pieces that can be encoded apart, and whether each begins a document. No token of GPT-2's pattern
-    /// has white space after something else, so any place between the two divides the text.</summary>
+    /// <summary>A file in pieces that can be encoded apart, and whether each begins a document. No token of GPT-2's
+    /// pattern has white space after something else, so any place between the two divides the text.</summary>
     static IEnumerable<(string Text, bool Begins)> Pieces(string path, Action<long> progress) {
         using var reader = new StreamReader(path, new UTF8Encoding(false, throwOnInvalidBytes: true));
         var (text, begins, block) = ("", true, new char[1 << 18]);

@@ -2,7 +2,7 @@ using System.Runtime.InteropServices;
 
 namespace Gpt2;
 
-/// <summary>A row-major fp32 array of up to three dimensions in a device's memory; the default value stands for none.</summary>
+/// <summary>A row-major fp32 array of three dimensions in a device's memory; the default stands for none.</summary>
 /// <param name="Address">Of its first element, in the device's own address space.</param>
 public readonly record struct Tensor(nint Address, int Depth, int Rows, int Columns) {
     /// <summary>Number of elements.</summary>
@@ -51,75 +51,54 @@ public sealed class Profile {
 public interface IDevice : IDisposable {
     /// <summary>The device in words.</summary>
     string Name { get; }
-
     /// <summary>Floating-point operations a second at best, for the share that training reaches.</summary>
     double PeakFlops();
-
     /// <summary>Takes the time of every operation while it is there.</summary>
     Profile? Profile { get; set; }
-
     /// <summary>Zeroed memory, released with the device.</summary>
     nint Allocate(long bytes);
-
     /// <summary>Copies host values to the device.</summary>
     void Write(Tensor to, ReadOnlySpan<float> values);
-
     /// <summary>Copies device values to the host, after all work before it.</summary>
     void Read(Tensor from, Span<float> values);
-
     /// <summary>Fills with zeros.</summary>
     void Clear(Tensor x);
-
     /// <summary>x (B, T, C) = wte[token] + wpe[start + t].</summary>
     void Embed(ReadOnlySpan<int> tokens, Tensor wte, Tensor wpe, int start, Tensor x);
-
     /// <summary>dwte[token] += dx; dwpe[t] += dx.</summary>
     void EmbedBackward(ReadOnlySpan<int> tokens, Tensor dx, Tensor dwte, Tensor dwpe);
-
     /// <summary>y (B, T, C) = (x − mean)·rstd·w + b; statistics (B, T, 2) = mean, rstd. Epsilon is 1e-5.</summary>
     void LayerNorm(Tensor x, Tensor w, Tensor b, Tensor y, Tensor statistics);
-
     /// <summary>sum = residual + x; y = layer norm of sum.</summary>
     void ResidualLayerNorm(Tensor residual, Tensor x, Tensor w, Tensor b, Tensor sum, Tensor y, Tensor statistics);
-
     /// <summary>dx += the layer norm's gradient, where x is its input.</summary>
     void LayerNormBackward(Tensor dy, Tensor x, Tensor w, Tensor statistics, Tensor dx, Tensor dw, Tensor db);
-
     /// <summary>y (B, T, OC) = x (B, T, C)·wᵀ + b with w (OC, C); b may be none.</summary>
     void Linear(Tensor x, Tensor w, Tensor b, Tensor y);
-
     /// <summary>input = x·wᵀ + b; y = GELU(input).</summary>
     void LinearGelu(Tensor x, Tensor w, Tensor b, Tensor input, Tensor y);
-
     /// <summary>dx = dy·w; dw += dyᵀ·x; db += Σ dy over rows, unless db is none.</summary>
     void LinearBackward(Tensor dy, Tensor x, Tensor w, Tensor dx, Tensor dw, Tensor db);
-
     /// <summary>The same for x = GELU(input), where dx is the gradient of input.</summary>
     void LinearGeluBackward(Tensor dy, Tensor x, Tensor input, Tensor w, Tensor dx, Tensor dw, Tensor db);
-
     /// <summary>y = x/2·(1 + tanh(√(2/π)·(x + 0.044715·x³))).</summary>
     void Gelu(Tensor x, Tensor y);
-
-    /// <summary>Causal attention of the rows from <paramref name="start"/> on. qkv (B, T, 3·NH·HS) packs queries, keys and
-    /// values; y (B, T − start, NH·HS); lse (B, NH, T − start) is the log-sum-exp of each query's scaled scores.</summary>
+    /// <summary>Causal attention of the rows from start on. qkv (B, T, 3·NH·HS) packs queries, keys and values;
+    /// y (B, T − start, NH·HS); lse (B, NH, T − start) is the log-sum-exp of each query's scaled scores.</summary>
     void Attention(Tensor qkv, int start, int heads, Tensor y, Tensor lse);
-
     /// <summary>dqkv from dy, for start 0.</summary>
     void AttentionBackward(Tensor dy, Tensor qkv, Tensor y, Tensor lse, int heads, Tensor dqkv);
-
     /// <summary>losses (B, T) = cross-entropy of each row of logits (B, T, Vp) against its target; the logits become
     /// (softmax − one-hot)·gradientScale. Columns from the vocabulary on take no part and become zero.</summary>
     void Classify(Tensor logits, ReadOnlySpan<int> targets, int vocabulary, Tensor losses, float gradientScale);
-
     /// <summary>Σ x².</summary>
     double SumOfSquares(Tensor x);
-
     /// <summary>Updates w and the moments m and v, and leaves dw zero for the next step.</summary>
     void AdamW(Tensor w, Tensor dw, Tensor m, Tensor v, in AdamWStep step);
 }
 
-/// <summary>One of the 16 parameter tensors: its name in llm.c, the layers it has (1 where it is not per layer), and the
-/// shape of each layer's part; vectors have one row.</summary>
+/// <summary>One of the 16 parameter tensors: its name in llm.c, its layers (1 where it is not per layer), and the shape
+/// of each layer's part; vectors have one row.</summary>
 public readonly record struct ParameterShape(string Name, int Layers, int Rows, int Columns) {
     /// <summary>Matrices are drawn at random and decayed; vectors are neither.</summary>
     public bool IsMatrix => Rows > 1;
@@ -167,7 +146,7 @@ public sealed record Config(int MaxT, int V, int Vp, int L, int NH, int C) {
     };
 
     /// <summary>Opens a model checkpoint at its first parameter and reads its sizes.</summary>
-    /// <exception cref="Gpt2Exception">A header field is wrong, or the file's size is not what its header says.</exception>
+    /// <exception cref="Gpt2Exception">A header field is wrong, or the file's size is not what it implies.</exception>
     public static (BinaryFile File, Config Config) Open(string path) {
         var file = new BinaryFile(path, "a GPT-2 model", ModelMagic, 3, 5);
         var header = file.Header;
@@ -265,7 +244,7 @@ public sealed class Activations {
         Bytes = address - start;
     }
 
-    /// <summary>One layer's activations in the order in which they are computed; Residual2 and Residual3 are the residual
+    /// <summary>One layer's activations in the order of their computation; Residual2 and Residual3 are the residual
     /// stream after attention and after the MLP, Fch the input of GELU.</summary>
     public sealed record Layer(Tensor Ln1, Tensor Ln1Statistics, Tensor Qkv, Tensor Atty, Tensor Lse, Tensor Residual2,
         Tensor Ln2, Tensor Ln2Statistics, Tensor Fch, Tensor FchGelu, Tensor Residual3);
@@ -301,14 +280,15 @@ public sealed class Model {
     /// <summary>Each position's cross-entropy, (B, T), of the last <see cref="Loss"/>.</summary>
     public float[] Losses { get; }
 
-    /// <summary>The logits (B, T, Vp) of the last forward pass, until the loss replaces them by their gradient.</summary>
+    /// <summary>The logits (B, T, Vp) of the last forward pass, until the loss replaces them by a gradient.</summary>
     public Tensor Logits => activations.Logits;
 
     /// <summary>What takes how many bytes.</summary>
     public List<(string Name, long Bytes)> Memory { get; } = [];
 
     /// <summary>Memory of the device for something of the parameters' shapes.</summary>
-    public Parameters AllocateParameters(string name) => new(Config, Allocate(name, Config.ParameterCount * sizeof(float)));
+    public Parameters AllocateParameters(string name) =>
+        new(Config, Allocate(name, Config.ParameterCount * sizeof(float)));
 
     nint Allocate(string name, long bytes) {
         Memory.Add((name, bytes));
@@ -349,7 +329,7 @@ public sealed class Model {
     }
 
     /// <summary>The mean loss of the last forward pass.</summary>
-    /// <param name="gradientScale">What one position's loss counts for in the gradients of <see cref="Backward"/>.</param>
+    /// <param name="gradientScale">What one position's loss counts for in the gradients.</param>
     public double Loss(float gradientScale) {
         Device.Classify(activations.Logits, Targets, Config.V, activations.Losses, gradientScale);
         Device.Read(activations.Losses, Losses);
@@ -393,7 +373,8 @@ public sealed class Model {
         var logits = new float[Config.V];
         var tokens = prompt;
         for (var start = 0; start + tokens.Length <= Config.MaxT; ) {
-            var a = new Activations(Config, 1, tokens.Length, Config.MaxT, Purpose.Generate, 0, cache.Layers[0].Qkv.Address);
+            var memory = cache.Layers[0].Qkv.Address;
+            var a = new Activations(Config, 1, tokens.Length, Config.MaxT, Purpose.Generate, 0, memory);
             ForwardBlocks(tokens, a, start);
             Device.Linear(a.Final.Slice(tokens.Length - 1, 1), Weights.Wte, default, a.Logits);
             Device.Read(a.Logits.Flat(0, Config.V), logits);
@@ -426,8 +407,8 @@ public sealed class Model {
         }
     }
 
-    /// <summary>Reads the weights of an opened checkpoint of this model, fp32 or bf16, and closes it; without one, draws
-    /// them from a seed.</summary>
+    /// <summary>Reads the weights of an opened checkpoint of this model, fp32 or bf16, and closes it; without one,
+    /// draws them from a seed.</summary>
     public void Load(BinaryFile? file, uint seed = 0) {
         using var closed = file;
         if (file == null)
@@ -467,7 +448,7 @@ public sealed class Model {
 /// <summary>Picks the next token from logits.</summary>
 /// <param name="temperature">0 always picks the likeliest.</param>
 /// <param name="topK">How many of the likeliest tokens to choose from; 0 for all.</param>
-/// <param name="topP">Chooses from the likeliest tokens that together have this probability (Holtzman et al., 2020).</param>
+/// <param name="topP">Chooses from the likeliest tokens of this probability together (Holtzman et al., 2020).</param>
 public sealed class Sampler(float temperature, int topK, float topP, uint seed) {
     readonly Mt19937 random = new(seed);
 
@@ -502,13 +483,14 @@ public static class Verification {
     public const double Tolerance = 1e-4;
 
     /// <summary>Compares with a debug state: for each tensor the largest difference, and ‖a − b‖/‖b‖.</summary>
-    public static IEnumerable<(string Name, double Largest, double Relative)> Run(string init, string state, IDevice device) {
+    public static IEnumerable<(string Name, double Largest, double Relative)> Run(
+        string init, string state, IDevice device) {
         var (file, config) = Config.Open(init);
         using var reference = new BinaryFile(state, "a PyTorch debug state", 20240327, 2);
         var (B, T) = (reference.Header[2], reference.Header[3]);
         reference.Check("batch size", 2, B is > 0 and <= 1 << 16, "1 to 65536");
         reference.Check("sequence length", 3, T > 0 && T <= config.MaxT, $"1 to {config.MaxT}, the model's longest");
-        reference.CheckSize(BinaryFile.HeaderBytes + 4 * (2L * B * T + (long)B * T * config.V + 1 + config.ParameterCount));
+        reference.CheckSize(BinaryFile.HeaderBytes + 4 * ((long)B * T * (config.V + 2) + 1 + config.ParameterCount));
         var model = new Model(config, device, B, T, Purpose.Train);
         reference.Read(model.Tokens.AsSpan());
         reference.Read(model.Targets.AsSpan());
@@ -516,7 +498,8 @@ public static class Verification {
             throw reference.Fail($"tokens below the model's vocabulary of {config.V}", "others");
         model.Load(file);
         model.Forward();
-        yield return Compare("logits", Enumerable.Range(0, B * T).Select(i => Values(model.Logits.Flat((long)i * config.Vp, config.V))));
+        var rows = Enumerable.Range(0, B * T).Select(row => (long)row * config.Vp);
+        yield return Compare("logits", rows.Select(first => Values(model.Logits.Flat(first, config.V))));
         yield return Compare("loss", [[(float)model.Loss(1f / (B * T))]]);
         model.Backward();
         for (var i = 0; i < config.Parameters.Length; i++)

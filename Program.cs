@@ -47,7 +47,7 @@ internal sealed class Commands {
     /// <param name="seed">Seed of weights, order and samples.</param>
     /// <param name="verbose">Show where an error came from.</param>
     public int Train(string trainData = "data/*train_*.bin", string valData = "data/*val_*.bin", string? init = null,
-        string @out = "log", int batch = 4, int seq = 64, int totalBatch = 0, int maxSteps = 400, float lr = 1e-3f,
+        string @out = "log", int batch = 4, int seq = 128, int totalBatch = 0, int maxSteps = 300, float lr = 1e-3f,
         int warmup = 20, float finalLrFrac = 0.1f, float weightDecay = 0.1f, Schedule schedule = Schedule.Cosine,
         int valEvery = 100, int valBatches = 20, int sampleEvery = 0, int genTokens = 64, int checkpointEvery = 200,
         int keep = 2, bool resume = false, int recompute = 0, bool overfit = false, bool noShuffle = false,
@@ -55,8 +55,9 @@ internal sealed class Commands {
             using var logs = LoggerFactory.Create(logging => logging.AddZLoggerConsole(options =>
                 options.LogToStandardErrorThreshold = LogLevel.Trace));
             using var computer = Open(device);
-            var options = new TrainOptions(trainData, valData, init, @out, batch, seq, totalBatch > 0 ? totalBatch : batch * seq,
-                maxSteps, lr, warmup, finalLrFrac, weightDecay, schedule, valEvery, valBatches, sampleEvery, genTokens,
+            totalBatch = totalBatch == 0 ? batch * seq : totalBatch;
+            var options = new TrainOptions(trainData, valData, init, @out, batch, seq, totalBatch, maxSteps, lr,
+                warmup, finalLrFrac, weightDecay, schedule, valEvery, valBatches, sampleEvery, genTokens,
                 checkpointEvery, keep, resume, recompute, overfit, !noShuffle, seed);
             using var trainer = new Trainer(options, computer, Console.Out, logs.CreateLogger("gpt2"));
             trainer.Run();
@@ -75,9 +76,9 @@ internal sealed class Commands {
     /// <param name="seed">Seed of the choices.</param>
     /// <param name="device">auto, cuda or cpu.</param>
     /// <param name="verbose">Show where an error came from.</param>
-    public int Sample(string init, string? prompt = null, int[]? promptIds = null, int tokens = 256, float temperature = 1,
-        int topK = 0, float topP = 1, int num = 1, uint seed = 42, DeviceKind device = DeviceKind.Auto,
-        bool verbose = false) => Guard(verbose, () => {
+    public int Sample(string init, string? prompt = null, int[]? promptIds = null, int tokens = 256,
+        float temperature = 1, int topK = 0, float topP = 1, int num = 1, uint seed = 42,
+        DeviceKind device = DeviceKind.Auto, bool verbose = false) => Guard(verbose, () => {
             Require(tokens > 0, "--tokens", "1 or more", tokens);
             Require(temperature >= 0, "--temperature", "0 or more", temperature);
             Require(topK >= 0, "--top-k", "0 or more", topK);
@@ -88,11 +89,12 @@ internal sealed class Commands {
             using var _ = file;
             var isText = promptIds == null;
             if (isText && config.V != Tokenizer.EndOfTextId + 1)
-                throw file.Fail($"the tokenizer's vocabulary of {Tokenizer.EndOfTextId + 1} (or --prompt-ids 1,2,3)", $"{config.V}");
+                throw file.Fail("the tokenizer's vocabulary of 50257 (or --prompt-ids 1,2,3)", $"{config.V}");
             var tokenizer = isText ? new Tokenizer() : null;
             int[] ids = promptIds ?? [Tokenizer.EndOfTextId, .. tokenizer!.Encode(prompt ?? "")];
-            Require(ids.Length > 0 && ids.Length <= config.MaxT, "the prompt", $"1 to {config.MaxT} tokens", ids.Length);
-            Require(ids.All(id => id >= 0 && id < config.V), "--prompt-ids", $"ids from 0 to {config.V - 1}", string.Join(',', ids));
+            var known = ids.All(id => id >= 0 && id < config.V);
+            Require(known, "--prompt-ids", $"ids from 0 to {config.V - 1}", string.Join(',', ids));
+            Require(ids.Length > 0 && ids.Length <= config.MaxT, "--prompt", $"1 to {config.MaxT} tokens", ids.Length);
             using var computer = Open(device);
             var model = new Model(config, computer, 1, 1, Purpose.Generate);
             model.Load(file);
@@ -102,7 +104,7 @@ internal sealed class Commands {
                 if (i > 0)
                     Console.Out.Write("---\n");
                 if (isText)
-                    Print([prompt ?? ""], tokenizer!.Decode(generated.TakeWhile(id => id != Tokenizer.EndOfTextId)), "");
+                    Print([prompt ?? ""], tokenizer!.Decode(generated.TakeWhile(Tokenizer.IsText)), "");
                 else
                     Print(ids.Select(id => $"{id}"), generated.Select(id => $"{id}"), " ");
             }
@@ -146,21 +148,21 @@ internal sealed class Commands {
     public int Tokenize(string @out, int valTokens = 0, bool verbose = false, [Argument] params string[] files) =>
         Guard(verbose, () => {
             Require(files.Length > 0, "FILE", "one text file or more", "none");
-            Require(valTokens is >= 0 and <= Tokenizer.ShardTokens, "--val-tokens", $"0 to {Tokenizer.ShardTokens}", valTokens);
+            Require(valTokens is >= 0 and <= Tokenizer.ShardTokens, "--val-tokens", "0 to 100000000", valTokens);
             var total = files.Where(File.Exists).Sum(file => new FileInfo(file).Length);
             var done = 0L;
             var (tokens, shards) = new Tokenizer().WriteShards(@out, valTokens, files, bytes => {
                 done += bytes;
                 if (!Console.IsErrorRedirected)
-                    Console.Error.Write($"\r{new string('#', (int)(40 * done / total)),-40} {done >> 20} of {total >> 20} MiB");
+                    Console.Error.Write($"\r{new string('#', (int)(40 * done / total)),-40} {done >> 20} MiB");
             });
             if (!Console.IsErrorRedirected)
                 Console.Error.WriteLine();
-            Console.Error.WriteLine($"{tokens} tokens, {valTokens} of them for validation, in {shards} training shards");
+            Console.Error.WriteLine($"{tokens} tokens: {valTokens} for validation, the others in {shards} shards");
             return 0;
         });
 
-    /// <summary>Compares a model's logits, loss and gradients with a PyTorch debug state; exit status 1 if they differ.</summary>
+    /// <summary>Compares logits, loss and gradients with a PyTorch debug state; exit status 1 if they differ.</summary>
     /// <param name="init">-e, A model file.</param>
     /// <param name="state">The debug state that PyTorch wrote for it.</param>
     /// <param name="device">auto, cuda or cpu.</param>
@@ -185,8 +187,8 @@ internal sealed class Commands {
     /// <param name="steps">-x, Steps, of which the median counts.</param>
     /// <param name="device">auto, cuda or cpu.</param>
     /// <param name="verbose">Show where an error came from.</param>
-    public int Bench(string init = "d12", int batch = 4, int seq = 64, int steps = 5, DeviceKind device = DeviceKind.Auto,
-        bool verbose = false) => Guard(verbose, () => {
+    public int Bench(string init = "d12", int batch = 4, int seq = 64, int steps = 5,
+        DeviceKind device = DeviceKind.Auto, bool verbose = false) => Guard(verbose, () => {
             Require(batch > 0, "--batch", "1 or more", batch);
             Require(steps > 0, "--steps", "1 or more", steps);
             using var computer = Open(device);
@@ -195,7 +197,7 @@ internal sealed class Commands {
         });
 
     static Cpu Open(DeviceKind device) => device != DeviceKind.Cuda ? new Cpu()
-        : throw new Gpt2Exception("--device cuda: expected a build with GPU kernels, found one without; use --device cpu");
+        : throw new Gpt2Exception("--device cuda: expected a build with GPU kernels, found one without");
 
     /// <summary>Streams a prompt and what follows, ended by a new line.</summary>
     static void Print(IEnumerable<string> prompt, IEnumerable<string> generated, string separator) {

@@ -11,13 +11,13 @@ namespace Gpt2;
 /// <summary>How the learning rate goes down after its warm-up.</summary>
 public enum Schedule { Cosine, Linear, Constant, Wsd }
 
-/// <summary>What `gpt2 train` was asked to do; the command's help explains each field. An empty Init takes the checkpoint's
-/// model, or the device's default.</summary>
+/// <summary>What `gpt2 train` was asked to do, as its help explains. Without Init, the checkpoint's model is taken or
+/// the device's default.</summary>
 public sealed record TrainOptions(
     string TrainData, string ValData, string? Init, string Out, int B, int T, int TotalBatch, int MaxSteps,
-    float LearningRate, int Warmup, float FinalFraction, float WeightDecay, Schedule Schedule, int ValEvery, int ValBatches,
-    int SampleEvery, int GenTokens, int CheckpointEvery, int Keep, bool Resume, int Recompute, bool Overfit, bool Shuffle,
-    uint Seed) {
+    float LearningRate, int Warmup, float FinalFraction, float WeightDecay, Schedule Schedule, int ValEvery,
+    int ValBatches, int SampleEvery, int GenTokens, int CheckpointEvery, int Keep, bool Resume, int Recompute,
+    bool Overfit, bool Shuffle, uint Seed) {
     /// <summary>Passes over B·T tokens whose gradients make one update.</summary>
     public int MicroSteps => TotalBatch / (B * T);
 
@@ -41,7 +41,8 @@ public sealed record TrainOptions(
     public void Check(Config config) {
         Require(B > 0, "--batch", "1 or more", B);
         Require(T > 0 && T <= config.MaxT, "--seq", $"1 to {config.MaxT}, the model's longest sequence", T);
-        Require(TotalBatch > 0 && TotalBatch % ((long)B * T) == 0, "--total-batch", $"a multiple of {B} x {T}", TotalBatch);
+        var whole = TotalBatch > 0 && TotalBatch % ((long)B * T) == 0;
+        Require(whole, "--total-batch", $"a multiple of {B} x {T} tokens", TotalBatch);
         Require(MaxSteps > 0, "--max-steps", "1 or more", MaxSteps);
         Require(LearningRate > 0, "--lr", "more than 0", LearningRate);
         Require(Warmup >= 0, "--warmup", "0 or more", Warmup);
@@ -76,7 +77,7 @@ public sealed class Trainer : IDisposable {
         checkpoints = new Checkpoints(options.Out);
         firstStep = checkpoints.Last ?? 0;
         if (!options.Resume && checkpoints.HasRun)
-            throw new Gpt2Exception($"{options.Out}: expected a folder without a run, or --resume, found a run of {firstStep} steps");
+            throw new Gpt2Exception($"{options.Out}: expected --resume or no run yet, found one of {firstStep} steps");
         if (options.Resume && checkpoints.Last == null)
             log.ZLogInformation($"{options.Out}: no complete checkpoint to resume, starting from step 0");
         var (file, config) = checkpoints.Last == null ? Open(options.Init ?? "d6") : Resume();
@@ -100,14 +101,15 @@ public sealed class Trainer : IDisposable {
             return (file, config);
         var (init, asked) = Open(options.Init);
         init?.Dispose();
-        return asked == config ? (file, config) : throw file.Fail($"the model of --init ({asked.Summary})", config.Summary);
+        return asked == config ? (file, config) : throw file.Fail($"--init's model ({asked.Summary})", config.Summary);
     }
 
-    /// <summary>The model that a descriptor or a checkpoint's path stands for; the file is null for a descriptor.</summary>
+    /// <summary>The model that a descriptor or a file's path stands for; the file is null for a descriptor.</summary>
     public static (BinaryFile? File, Config Config) Open(string init) {
         if (Config.Of(init) is { } config)
             return (null, config);
-        Require(init.Contains('/') || init.Contains('.') || File.Exists(init), "--init", "a model file or d6, d12, d24, d36 or d48", init);
+        var isPath = init.Contains('/') || init.Contains('.') || File.Exists(init);
+        Require(isPath, "--init", "a model file or d6, d12, d24, d36 or d48", init);
         return Config.Open(init);
     }
 
@@ -115,8 +117,8 @@ public sealed class Trainer : IDisposable {
         var (config, o) = (model.Config, options);
         log.ZLogInformation($"model   {config.Summary}; {config.ParameterCount / 1e6:F1} M parameters");
         log.ZLogInformation($"data    {o.TrainData}: {train.Tokens} tokens; {o.ValData}: {val.Tokens}");
-        log.ZLogInformation($"batch   {o.B} x {o.T} tokens x {o.MicroSteps} micro-steps = {o.TotalBatch} tokens a step");
-        log.ZLogInformation($"steps   {firstStep} to {o.MaxSteps}, {(double)o.MaxSteps * o.MicroSteps / train.Batches:F2} epochs");
+        log.ZLogInformation($"batch   {o.B} x {o.T} tokens x {o.MicroSteps} micro-steps = {o.TotalBatch} tokens");
+        log.ZLogInformation($"steps   {firstStep} to {o.MaxSteps}; {train.Batches / (double)o.MicroSteps:F1} an epoch");
         log.ZLogInformation($"device  {model.Device.Name}");
         foreach (var (name, bytes) in model.Memory.Append(("together", model.Memory.Sum(part => part.Bytes))))
             log.ZLogInformation($"memory  {name,-16}{bytes / 1e6,9:F1} MB");
@@ -142,8 +144,9 @@ public sealed class Trainer : IDisposable {
             var seconds = Stopwatch.GetElapsedTime(start).TotalSeconds;
             var (rate, speed) = (options.LearningRateAt(step), options.TotalBatch / seconds);
             runLog.Train(step++, loss, rate, norm);
-            output.WriteLine($"{(live ? "\r\e[K" : "")}step {step,4}/{options.MaxSteps} | loss {loss:F6} | norm {norm:F4} | " +
-                $"lr {rate:0.00e+00} | {seconds * 1e3:F2} ms | {speed * perToken:0.0%} MFU | {speed:F0} tok/s");
+            output.WriteLine($"{(live ? "\r\e[K" : "")}step {step,4}/{options.MaxSteps} | loss {loss:F6} | " +
+                $"norm {norm:F4} | lr {rate:0.00e+00} | {seconds * 1e3:F2} ms | " +
+                $"{speed * perToken:0.0%} MFU | {speed:F0} tok/s");
             bool Due(int period) => step == options.MaxSteps || period > 0 && step % period == 0;
             if (Due(options.ValEvery))
                 Validate(step);
@@ -153,7 +156,8 @@ public sealed class Trainer : IDisposable {
                 checkpoints.Save(step, model, optimizer, train, options.Keep);
             if (live) {
                 var left = Stopwatch.GetElapsedTime(begin) / (step - firstStep) * (options.MaxSteps - step);
-                output.Write($"{(double)step / options.MaxSteps:0.0%} | loss {loss:F3} | {speed:F0} tok/s | {left:hh\\:mm\\:ss} left");
+                output.Write($"{(double)step / options.MaxSteps:0.0%} | loss {loss:F3} | {speed:F0} tok/s | " +
+                    $"{left:d\\.hh\\:mm\\:ss} left");
             }
         }
         if (stop)
@@ -173,8 +177,8 @@ public sealed class Trainer : IDisposable {
         }
         var norm = optimizer.GradientNorm();
         if (!double.IsFinite(loss) || !float.IsFinite(norm))
-            throw new Gpt2Exception($"step {step + 1}: expected a finite loss and gradient, found loss {loss} and norm {norm}; " +
-                "nothing was updated, and the last checkpoint stands");
+            throw new Gpt2Exception($"step {step + 1}: expected a finite loss and gradient, found loss {loss} and " +
+                $"norm {norm}; nothing was updated, and the last checkpoint stands");
         optimizer.Update(step + 1, options.LearningRateAt(step), options.WeightDecay, norm);
         return (loss, norm);
     }
@@ -201,22 +205,22 @@ public sealed class Trainer : IDisposable {
     /// <summary>The share of questions whose right completion has the lowest mean loss a token.</summary>
     public static double Evaluate(Model model, MultipleChoice[] questions) {
         var (B, T) = (model.B, model.T);
-        var rows = questions.SelectMany(question => question.Rows.Select(row => (row, question.ContextLength))).ToArray();
-        var longest = rows.Max(row => row.row.Length);
+        var rows = questions.SelectMany(q => q.Rows.Select(row => (Tokens: row, q.ContextLength))).ToArray();
+        var longest = rows.Max(row => row.Tokens.Length);
         Require(longest <= T, "--seq", $"at least {longest}, the tokens of the longest example", T);
         var scores = new List<double>();
         foreach (var batch in rows.Chunk(B)) {
             Array.Clear(model.Tokens);
             for (var b = 0; b < batch.Length; b++) {
-                for (var t = 0; t < batch[b].row.Length; t++)
-                    model.Tokens[b * T + t] = batch[b].row[t];
+                for (var t = 0; t < batch[b].Tokens.Length; t++)
+                    model.Tokens[b * T + t] = batch[b].Tokens[t];
             }
             // The target of each position is the next token; only those of the completion count.
             model.Tokens.AsSpan(1).CopyTo(model.Targets);
             model.Forward();
             model.Loss(0);
-            scores.AddRange(batch.Select((row, b) =>
-                model.Losses[(b * T + row.ContextLength - 1)..(b * T + row.row.Length - 1)].Average(loss => (double)loss)));
+            scores.AddRange(batch.Select((row, b) => model.Losses.AsSpan(b * T, T)[(row.ContextLength - 1)..]
+                [..(row.Tokens.Length - row.ContextLength)].ToArray().Average(loss => (double)loss)));
         }
         var (first, right) = (0, 0);
         foreach (var question in questions) {
@@ -228,9 +232,11 @@ public sealed class Trainer : IDisposable {
     }
 
     void Sample() {
-        var tokens = model.Generate([model.Config.V - 1], new Sampler(0.8f, 50, 1, options.Seed)).Take(options.GenTokens);
-        var isText = model.Config.V == Tokenizer.EndOfTextId + 1;
-        output.WriteLine($"sample: {(isText ? string.Concat(new Tokenizer().Decode(tokens)) : string.Join(' ', tokens))}");
+        var (last, sampler) = (model.Config.V - 1, new Sampler(0.8f, 50, 1, options.Seed));
+        var tokens = model.Generate([last], sampler).Take(options.GenTokens);
+        var isText = last == Tokenizer.EndOfTextId;
+        var text = isText ? string.Concat(new Tokenizer().Decode(tokens)) : string.Join(' ', tokens);
+        output.WriteLine($"sample: {text}");
     }
 
     public void Dispose() {
@@ -248,7 +254,7 @@ public sealed class Optimizer(Model model) {
     /// <summary>The norm of all gradients together.</summary>
     public float GradientNorm() => (float)Math.Sqrt(model.Device.SumOfSquares(model.Gradients!.All));
 
-    /// <summary>Clips the gradients, whose norm is given, to norm 1, and makes update <paramref name="number"/>, from 1.</summary>
+    /// <summary>Clips the gradients from the given norm to 1, and makes an update; the first has number 1.</summary>
     public void Update(int number, float rate, float decay, float norm) {
         const float clip = 1;
         var update = new AdamWStep(number, rate, decay, norm > clip ? clip / norm : 1, 0.9f, 0.95f, 1e-8f);
@@ -265,7 +271,7 @@ public sealed class Checkpoints(string folder) {
     const int Magic = 20240527;
 
     /// <summary>Whether the folder holds anything of a run.</summary>
-    public bool HasRun => Directory.Exists(folder) && (File.Exists(Path.Combine(folder, "main.log")) || Steps("*").Length > 0);
+    public bool HasRun => File.Exists(Path.Combine(folder, "main.log")) || Steps("*").Length > 0;
 
     /// <summary>The step of the last complete checkpoint, or null.</summary>
     public int? Last => Steps("DONE_*").Cast<int?>().LastOrDefault();
@@ -278,7 +284,7 @@ public sealed class Checkpoints(string folder) {
         .Select(path => Regex.Match(Path.GetFileName(path), @"^(DONE|model|state)_(\d{8})(_\d{5})?(\.bin)?$"))
         .Where(match => match.Success).Select(match => int.Parse(match.Groups[2].Value)).Distinct().Order()];
 
-    /// <summary>Requires a checkpoint's files to be those that were written; llm.c's checkpoints say nothing of them.</summary>
+    /// <summary>Requires a checkpoint's files to be those that were written; llm.c's say nothing of them.</summary>
     public void Verify(int step) {
         foreach (var line in File.ReadLines(DonePath(step))) {
             var found = Files.Describe(Path.Combine(folder, line.Split(' ')[0]));
@@ -334,7 +340,7 @@ public sealed partial class RunLog {
     readonly string folder;
     readonly List<(int Step, double Loss)> train = [], validation = [];
 
-    /// <summary>Goes on with the log of a run as it was before a step: what a later, lost part of it wrote is dropped.</summary>
+    /// <summary>Goes on with the log of a run as it was before a step; what a lost part wrote is dropped.</summary>
     public RunLog(string folder, int firstStep) {
         this.folder = folder;
         var log = new StringBuilder();
@@ -375,15 +381,16 @@ public sealed partial class RunLog {
         const int right = 780, top = 20, left = 60, bottom = 400, ticks = 5;
         var points = train.Concat(validation).ToArray();
         var lastStep = Math.Max(1, points.Max(point => point.Step));
-        var (low, high) = (Math.Floor(points.Min(point => point.Loss)), Math.Ceiling(points.Max(point => point.Loss) + 1e-9));
+        var low = Math.Floor(points.Min(point => point.Loss));
+        var high = Math.Max(low + 1, Math.Ceiling(points.Max(point => point.Loss)));
         double X(double step) => left + (right - left) * step / lastStep;
         double Y(double loss) => bottom - (bottom - top) * (loss - low) / (high - low);
         var svg = new StringBuilder();
         void Add(string line) => svg.Append(line).Append('\n');
         void Text(double x, double y, string anchor, string text, string color = "black") =>
             Add($"""<text x="{x:F1}" y="{y:F1}" text-anchor="{anchor}" fill="{color}">{text}</text>""");
-        Add($"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 800 450" font-family="sans-serif" font-size="13">""");
-        Add($"""<rect width="800" height="450" fill="white"/>""");
+        Add("""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 800 450" font-family="Arial" font-size="13">""");
+        Add("""<rect width="800" height="450" fill="white"/>""");
         for (var tick = 0; tick <= ticks; tick++) {
             var (step, loss) = ((double)lastStep * tick / ticks, low + (high - low) * tick / ticks);
             Add($"""<path d="M{left} {Y(loss):F1}H{right}" stroke="#ddd"/>""");
@@ -392,12 +399,15 @@ public sealed partial class RunLog {
         }
         Text((left + right) / 2, bottom + 42, "middle", "steps");
         Text(left - 40, top - 6, "start", "loss");
-        foreach (var (name, curve, color, y) in new[] { ("training", train, "#4878b0", 40), ("validation", validation, "#d05020", 60) }) {
+        Curve("training", train, "#4878b0", top + 20);
+        Curve("validation", validation, "#d05020", top + 40);
+        return svg.Append("</svg>\n").ToString();
+
+        void Curve(string name, List<(int Step, double Loss)> curve, string color, double y) {
             var path = string.Join(' ', curve.Select(p => $"{X(p.Step):F1},{Y(p.Loss):F1}"));
             Add($"""<polyline points="{path}" fill="none" stroke="{color}" stroke-width="1.5"/>""");
             Text(right - 10, y, "end", name, color);
         }
-        return svg.Append("</svg>\n").ToString();
     }
 }
 
@@ -433,9 +443,11 @@ public static class Benchmark {
         output.WriteLine($"step {median * 1e3:F1} ms | {B * T / median:F0} tok/s | " +
             $"{config.FlopsPerToken(T) * B * T / median / peak:0.0%} MFU");
         output.WriteLine($"{"operation",-36}{"calls",6}{"ms",10}{"share",8}{"GFLOP/s",9}{"of peak",9}");
-        foreach (var (name, (calls, seconds, flops)) in device.Profile!.Operations.OrderByDescending(entry => entry.Value.Seconds)) {
+        var operations = device.Profile!.Operations.OrderByDescending(entry => entry.Value.Seconds);
+        foreach (var (name, (calls, seconds, flops)) in operations) {
             var rate = flops > 0 ? $"{flops / seconds / 1e9,9:F1}{flops / seconds / peak,9:0.0%}" : "";
-            output.WriteLine($"{name,-36}{calls / steps,6}{seconds / steps * 1e3,10:F2}{seconds / times.Sum(),8:0.0%}{rate}");
+            var share = seconds / times.Sum();
+            output.WriteLine($"{name,-36}{calls / steps,6}{seconds / steps * 1e3,10:F2}{share,8:0.0%}{rate}");
         }
     }
 }

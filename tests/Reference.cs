@@ -71,21 +71,22 @@ static class Reference {
     public static (double[] Y, double[] Lse) Attention(double[] qkv, int B, int T, int start, int NH, int HS) {
         var C = NH * HS;
         var (y, lse) = (new double[B * (T - start) * C], new double[B * NH * (T - start)]);
+        // The query, key or value of a head at time t: part 0, 1 or 2.
+        Span<double> Packed(int part, int b, int t, int head) => qkv.AsSpan((b * T + t) * 3 * C + part * C + head * HS, HS);
         for (var b = 0; b < B; b++) {
             for (var head = 0; head < NH; head++) {
                 for (var t = start; t < T; t++) {
-                    // Query, key or value of this head at time s: part 0, 1 or 2.
-                    double Packed(int part, int s, int i) => qkv[(b * T + s) * 3 * C + part * C + head * HS + i];
                     var scores = new double[t + 1];
-                    for (var s = 0; s <= t; s++) {
-                        for (var i = 0; i < HS; i++)
-                            scores[s] += Packed(0, t, i) * Packed(1, s, i) / Math.Sqrt(HS);
-                    }
+                    for (var s = 0; s <= t; s++)
+                        scores[s] = Dot(Packed(0, b, t, head), Packed(1, b, s, head)) / Math.Sqrt(HS);
                     var logSum = LogSumExp(scores);
                     lse[(b * NH + head) * (T - start) + t - start] = logSum;
+                    var output = y.AsSpan((b * (T - start) + t - start) * C + head * HS, HS);
                     for (var s = 0; s <= t; s++) {
+                        var value = Packed(2, b, s, head);
+                        var weight = Math.Exp(scores[s] - logSum);
                         for (var i = 0; i < HS; i++)
-                            y[(b * (T - start) + t - start) * C + head * HS + i] += Math.Exp(scores[s] - logSum) * Packed(2, s, i);
+                            output[i] += weight * value[i];
                     }
                 }
             }
@@ -99,8 +100,10 @@ static class Reference {
 
     /// <summary>ln Σ eˣ.</summary>
     public static double LogSumExp(double[] x) {
-        var max = x.Max();
-        return max + Math.Log(x.Sum(value => Math.Exp(value - max)));
+        var (max, sum) = (x.Max(), 0.0);
+        foreach (var value in x)
+            sum += Math.Exp(value - max);
+        return max + Math.Log(sum);
     }
 
     /// <summary>The derivative of a function of <paramref name="x"/> in each of its elements, or in those at
@@ -122,7 +125,7 @@ static class Reference {
     }
 
     /// <summary>Σ x·y.</summary>
-    public static double Dot(double[] x, double[] y) {
+    public static double Dot(ReadOnlySpan<double> x, ReadOnlySpan<double> y) {
         var sum = 0.0;
         for (var i = 0; i < x.Length; i++)
             sum += x[i] * y[i];

@@ -26,14 +26,18 @@ static class Support {
     /// <summary>The path of a file in tests/golden.</summary>
     public static string Golden(string name) => Path.Combine(Root, "tests", "golden", name);
 
-    /// <summary>Writes a token shard without the code under test.</summary>
-    public static void WriteShard(string path, params ReadOnlySpan<ushort> tokens) {
-        var header = new int[256];
-        (header[0], header[1], header[2]) = (20240520, 1, tokens.Length);
+    /// <summary>Writes a header whose first integers are given, and what follows it, without the code under test.</summary>
+    public static void WriteFile(string path, ReadOnlySpan<int> header, params ReadOnlySpan<byte> content) {
         using var file = File.Create(path);
-        file.Write(MemoryMarshal.AsBytes(header.AsSpan()));
-        file.Write(MemoryMarshal.AsBytes(tokens));
+        var all = new int[256];
+        header.CopyTo(all);
+        file.Write(MemoryMarshal.AsBytes(all.AsSpan()));
+        file.Write(content);
     }
+
+    /// <summary>Writes a token shard.</summary>
+    public static void WriteShard(string path, params ReadOnlySpan<ushort> tokens) =>
+        WriteFile(path, [20240520, 1, tokens.Length], MemoryMarshal.AsBytes(tokens));
 
     /// <summary>Normal draws that depend on the seed alone.</summary>
     public static float[] Floats(int seed, long count, double std = 1) {
@@ -66,6 +70,15 @@ static class Support {
     /// <summary>The same of fp32 values.</summary>
     public static double RelativeError(ReadOnlySpan<float> found, ReadOnlySpan<float> expected) =>
         RelativeError(found, Doubles(expected));
+
+    /// <summary>Requires equal elements in the same order, and shows the first one that is not.</summary>
+    public static async Task Same<T>(IEnumerable<T> found, IEnumerable<T> expected) {
+        T[] left = [.. found], right = [.. expected];
+        var same = left.Zip(right).TakeWhile(pair => Equals(pair.First, pair.Second)).Count();
+        static string At(T[] values, int i) => i < values.Length ? $"{values[i]}" : "the end";
+        await Assert.That(same == left.Length && same == right.Length).IsTrue()
+            .Because($"element {same} is {At(left, same)} and should be {At(right, same)}");
+    }
 
     /// <summary>The values in float64.</summary>
     public static double[] Doubles(ReadOnlySpan<float> values) {
@@ -106,10 +119,16 @@ static class DeviceArrays {
         return new Tensor(all.Flat(Guard, 0).Address, depth, rows, columns);
     }
 
+    /// <summary>The values of any array.</summary>
+    public static float[] Values(this IDevice device, Tensor tensor) {
+        var values = new float[tensor.Count];
+        device.Read(tensor, values);
+        return values;
+    }
+
     /// <summary>The values of an array made here.</summary>
     public static float[] Download(this IDevice device, Tensor tensor) {
-        var values = new float[tensor.Count + 2 * Guard];
-        device.Read(tensor.Flat(-Guard, values.Length), values);
+        var values = device.Values(tensor.Flat(-Guard, (int)tensor.Count + 2 * Guard));
         if (values[..Guard].Concat(values[^Guard..]).Any(value => !float.IsNaN(value)))
             throw new InvalidOperationException("something was written outside an array");
         return values[Guard..^Guard];

@@ -1,0 +1,550 @@
+using System.Globalization;
+using System.Runtime.InteropServices;
+using System.Text;
+
+namespace Gpt2.Tests;
+
+/// <summary>The Mersenne Twister against published values and torch's.</summary>
+public class Mt19937Tests {
+    static float[] Golden(string name) => [.. File.ReadLines(Support.Golden("normals.txt"))
+        .Single(line => line.StartsWith(name + " ")).Split(' ').Skip(1).Select(s => float.Parse(s, CultureInfo.InvariantCulture))];
+
+    [Test]
+    public async Task DrawsThePublishedNumbers() {
+        // The C++ standard requires the 10,000th one for this seed.
+        var random = new Mt19937(5489);
+        await Assert.That(random.NextUInt32()).IsEqualTo(3499211612u);
+        for (var i = 2; i < 10_000; i++)
+            random.NextUInt32();
+        await Assert.That(random.NextUInt32()).IsEqualTo(4123659995u);
+    }
+
+    [Test]
+    public async Task DrawsTorchsNumbersForSeed42() {
+        var random = new Mt19937(42);
+        uint[] drawn = [random.NextUInt32(), random.NextUInt32(), random.NextUInt32(), random.NextUInt32()];
+        await Support.Same<uint>(drawn, [1608637542, 3421126067, 4083286876, 787846414]);
+        await Support.Same(Golden("raw"), drawn.Select(number => (float)number));
+    }
+
+    [Test]
+    public async Task ReproducesTheExampleInLlmc() {
+        // llm.c's rand.h shows these for seed 137: five numbers, 8 normals (16 numbers there), one number, 16 normals, one.
+        var random = new Mt19937(137);
+        uint[] drawn = [.. Enumerable.Range(0, 22).Select(_ => random.NextUInt32())];
+        await Support.Same<uint>(drawn[..5], [4053805790, 2173880614, 380293709, 1237255315, 2986595568]);
+        await Assert.That(drawn[21]).IsEqualTo(2186503452u);
+        var normals = new float[16];
+        random.Normal(normals, 1);
+        double[] expected = [
+            -1.2813878059387207, -2.646395683288574, -0.06569503247737885, 0.2180829495191574, -0.46536165475845337,
+            -0.33108410239219666, 2.5485482215881348, 0.10425379872322083, 0.8460659980773926, 0.9462448358535767,
+            -0.2913765013217926, 0.34313806891441345, -1.1186704635620117, -0.18305328488349915, -2.3153159618377686,
+            0.3961987793445587,
+        ];
+        await Assert.That(Support.RelativeError(normals, expected)).IsLessThan(1e-6);
+        await Assert.That(random.NextUInt32()).IsEqualTo(2756748748u);
+    }
+
+    [Test]
+    [Arguments("normal16", 16, 0.02f)]
+    // Not a multiple of 16: the last 16 are drawn anew.
+    [Arguments("normal100", 100, 1f)]
+    public async Task NormalEqualsTorch(string name, int count, float std) {
+        var values = new float[count];
+        new Mt19937(42).Normal(values, std);
+        await Assert.That(Support.RelativeError(values, Golden(name))).IsLessThan(1e-6);
+    }
+
+    [Test]
+    public async Task NormalsOfALargeArrayAreThoseOfEachSixteen() {
+        const int count = 300_016;
+        var values = new float[count];
+        new Mt19937(1).Normal(values, 0.5f);
+        var (random, expected, x) = (new Mt19937(1), new double[count], new double[16]);
+        for (var block = 0; block < count; block += 16) {
+            foreach (ref var value in x.AsSpan())
+                value = (random.NextUInt32() & 0xffffff) / Math.Pow(2, 24);
+            for (var t = 0; t < 8; t++) {
+                var (radius, angle) = (Math.Sqrt(-2 * Math.Log(1 - x[t] + 1e-12)), 2 * Math.PI * x[t + 8]);
+                expected[block + t] = 0.5 * radius * Math.Cos(angle);
+                expected[block + t + 8] = 0.5 * radius * Math.Sin(angle);
+            }
+        }
+        await Assert.That(Support.RelativeError(values, expected)).IsLessThan(1e-6);
+    }
+
+    [Test]
+    public async Task PermutesAsByHand() {
+        // 1608637542 mod 5 = 2, 3421126067 mod 4 = 3, 4083286876 mod 3 = 1, 787846414 mod 2 = 0.
+        int[] values = [0, 1, 2, 3, 4];
+        new Mt19937(42).Permute(values);
+        await Support.Same(values, [4, 0, 1, 3, 2]);
+    }
+}
+
+/// <summary>Shards and the order of batches, which is worked out here once more from formats.md.</summary>
+public class TokenLoaderTests {
+    const int B = 2, T = 3, AnyVocabulary = 1 << 16;
+
+    /// <summary>Tokens in the shards: 2, 4, 1 and 3 samples; the second one lacks one token for a fifth sample.</summary>
+    static readonly int[] Counts = [13, 30, 12, 20];
+
+    static int[] Samples => [.. Counts.Select(count => (count - 1) / (B * T))];
+
+    /// <summary>Shards whose tokens are their shard's number times 100 and their position, under names whose ordinal order
+    /// is another one than that of the numbers in them.</summary>
+    static string WriteShards(TemporaryFolder folder) {
+        string[] names = ["X_train_9", "x_train_10", "x_train_2", "x_train_2b"];
+        for (var shard = 0; shard < Counts.Length; shard++) {
+            var tokens = Enumerable.Range(shard * 100, Counts[shard]).Select(token => (ushort)token);
+            Support.WriteShard(folder[names[shard] + ".bin"], [.. tokens]);
+        }
+        Support.WriteShard(folder["x_val_1.bin"], new ushort[20]);
+        return folder["*_train_*.bin"];
+    }
+
+    static void Permute(int[] values, Mt19937 random) {
+        for (var i = values.Length - 1; i >= 1; i--) {
+            var j = random.NextUInt32() % (i + 1);
+            (values[i], values[j]) = (values[j], values[i]);
+        }
+    }
+
+    /// <summary>The first token of each batch, for ever.</summary>
+    static IEnumerable<int> FirstTokens(bool shuffle) {
+        var random = new Mt19937(42);
+        int[] shards = [.. Enumerable.Range(0, Counts.Length)];
+        while (true) {
+            if (shuffle)
+                Permute(shards, random);
+            foreach (var shard in shards) {
+                int[] samples = [.. Enumerable.Range(0, Samples[shard])];
+                if (shuffle)
+                    Permute(samples, random);
+                foreach (var sample in samples)
+                    yield return shard * 100 + sample * B * T;
+            }
+        }
+    }
+
+    static int[] Next(TokenLoader loader) {
+        var (inputs, targets) = (new int[B * T], new int[B * T]);
+        loader.Next(inputs, targets);
+        return [.. inputs, .. targets];
+    }
+
+    static int[] Batch(int first) => [.. Enumerable.Range(first, B * T), .. Enumerable.Range(first + 1, B * T)];
+
+    [Test]
+    [Arguments(false)]
+    [Arguments(true)]
+    public async Task BatchesComeInTheDocumentedOrder(bool shuffle) {
+        using var folder = new TemporaryFolder();
+        using var loader = new TokenLoader(WriteShards(folder), B, T, AnyVocabulary, shuffle);
+        await Assert.That(loader.Tokens).IsEqualTo(Counts.Sum());
+        await Assert.That(loader.Batches).IsEqualTo(Samples.Sum());
+        foreach (var first in FirstTokens(shuffle).Take(5 * Samples.Sum()))
+            await Support.Same(Next(loader), Batch(first));
+    }
+
+    [Test]
+    public async Task ResetBeginsAtTheFirstBatch() {
+        using var folder = new TemporaryFolder();
+        using var loader = new TokenLoader(WriteShards(folder), B, T, AnyVocabulary, shuffle: false);
+        for (var i = 0; i < 4; i++)
+            Next(loader);
+        loader.Reset();
+        await Support.Same(Next(loader), Batch(0));
+    }
+
+    /// <summary>A file with a header and what a loader saves.</summary>
+    static void Save(TokenLoader loader, string path) {
+        using var content = new MemoryStream();
+        using (var writer = new BinaryWriter(content, Encoding.UTF8, leaveOpen: true))
+            loader.Save(writer);
+        Support.WriteFile(path, [7, 1], content.ToArray());
+    }
+
+    static BinaryFile OpenState(string path) => new(path, "a loader's state", 7, 1);
+
+    [Test]
+    [Arguments(false)]
+    [Arguments(true)]
+    public async Task ALoadedStateGoesOnAtAnyPosition(bool shuffle) {
+        using var folder = new TemporaryFolder();
+        var pattern = WriteShards(folder);
+        using var saved = new TokenLoader(pattern, B, T, AnyVocabulary, shuffle);
+        for (var done = 0; done <= 3 * Samples.Sum(); done++) {
+            Save(saved, folder["state"]);
+            // Another seed, so that all that decides the order has to come from the state.
+            using var loaded = new TokenLoader(pattern, B, T, AnyVocabulary, shuffle, seed: 1);
+            using (var state = OpenState(folder["state"])) {
+                loaded.Load(state, shuffle, saved.Position);
+                state.CheckEnd();
+            }
+            foreach (var first in FirstTokens(shuffle).Skip(done).Take(2 * Samples.Sum()))
+                await Support.Same(Next(loaded), Batch(first));
+            Next(saved);
+        }
+    }
+
+    [Test]
+    public async Task TheStateHasTheDocumentedLayout() {
+        using var folder = new TemporaryFolder();
+        using var loader = new TokenLoader(WriteShards(folder), B, T, AnyVocabulary, shuffle: true);
+        Next(loader);
+        Save(loader, folder["state"]);
+        using var reader = new BinaryReader(File.OpenRead(folder["state"]));
+        reader.BaseStream.Position = 1024;
+        int[] ReadOrder() => [.. Enumerable.Range(0, (int)reader.ReadUInt64()).Select(_ => reader.ReadInt32())];
+        var (shards, samples) = (ReadOrder(), ReadOrder());
+        await Support.Same(shards.Order(), [0, 1, 2, 3]);
+        await Assert.That(shards[0] * 100 + samples[0] * B * T).IsEqualTo(FirstTokens(shuffle: true).First());
+        await Assert.That(samples.Length).IsEqualTo(Samples[shards[0]]);
+        await Assert.That(reader.BaseStream.Length - reader.BaseStream.Position).IsEqualTo(2520);
+        await Assert.That(reader.ReadUInt64()).IsEqualTo(42ul);
+        // Two permutations took one number for each element but the first.
+        var taken = shards.Length - 1 + samples.Length - 1;
+        await Assert.That(reader.ReadInt32()).IsEqualTo(624 - taken + 1);
+        await Assert.That(reader.ReadUInt32()).IsEqualTo((uint)taken);
+        var random = new Mt19937(42);
+        for (var i = 0; i < 624; i++) {
+            // A tempered word of the state is the number drawn.
+            var y = reader.ReadUInt32();
+            y ^= y >> 11;
+            y ^= y << 7 & 0x9d2c5680;
+            y ^= y << 15 & 0xefc60000;
+            y ^= y >> 18;
+            await Assert.That(y).IsEqualTo(random.NextUInt32());
+        }
+        await Assert.That(reader.ReadUInt32()).IsEqualTo(0u);
+        await Assert.That(reader.ReadUInt32()).IsEqualTo(0x9908b0dfu);
+    }
+
+    [Test]
+    // Offsets count from the state's first byte: 8 + 4·4 for the shards, then the samples of the first one, the generator.
+    [Arguments("number of shards", 0, 5)]
+    [Arguments("a shard twice", 8, -1)]
+    [Arguments("a shard of none", 12, 4)]
+    [Arguments("number of samples", 24, 99)]
+    [Arguments("a sample of none", 32, 99)]
+    [Arguments("numbers left", -2520 + 8, 0)]
+    [Arguments("numbers left", -2520 + 8, 625)]
+    [Arguments("next number", -2520 + 12, 625)]
+    public async Task AWrongStateIsRefused(string what, int offset, int value) {
+        using var folder = new TemporaryFolder();
+        var pattern = WriteShards(folder);
+        using var saved = new TokenLoader(pattern, B, T, AnyVocabulary, shuffle: true);
+        Save(saved, folder["state"]);
+        using (var file = File.Open(folder["state"], FileMode.Open)) {
+            file.Position = offset < 0 ? file.Length + offset : 1024 + offset;
+            // A negative value stands for that of the neighbor.
+            var bytes = BitConverter.GetBytes(value);
+            if (value < 0) {
+                file.Position += 4;
+                file.ReadExactly(bytes);
+                file.Position -= 8;
+            }
+            file.Write(bytes);
+        }
+        using var loaded = new TokenLoader(pattern, B, T, AnyVocabulary, shuffle: true);
+        using var state = OpenState(folder["state"]);
+        var error = Assert.Throws<Gpt2Exception>(() => loaded.Load(state, true, saved.Position));
+        await Assert.That(error.Message).Contains(folder["state"]).Because(what);
+    }
+
+    [Test]
+    [Arguments(-1, 0)]
+    [Arguments(4, 0)]
+    [Arguments(0, -1)]
+    [Arguments(0, 3)]
+    public async Task AWrongPositionIsRefused(int shard, int sample) {
+        using var folder = new TemporaryFolder();
+        using var loader = new TokenLoader(WriteShards(folder), B, T, AnyVocabulary, shuffle: false);
+        Save(loader, folder["state"]);
+        using var state = OpenState(folder["state"]);
+        await Assert.That(() => loader.Load(state, false, (shard, sample))).Throws<Gpt2Exception>();
+    }
+
+    [Test]
+    public async Task ATokenOutsideTheVocabularyIsNamed() {
+        using var folder = new TemporaryFolder();
+        Support.WriteShard(folder["shard.bin"], 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 42, 41, 0);
+        using var loader = new TokenLoader(folder["shard.bin"], B, T, 42, shuffle: false);
+        Next(loader);
+        var error = Assert.Throws<Gpt2Exception>(() => Next(loader));
+        await Assert.That(error.Message).Contains(folder["shard.bin"]).And.Contains("42 at position 10");
+    }
+
+    [Test]
+    public async Task AShardNeedsABatchAndTheTokenAfterIt() {
+        using var folder = new TemporaryFolder();
+        Support.WriteShard(folder["long.bin"], new ushort[B * T + 1]);
+        using (var loader = new TokenLoader(folder["*.bin"], B, T, 1, shuffle: true))
+            await Assert.That(loader.Batches).IsEqualTo(1);
+        Support.WriteShard(folder["short.bin"], new ushort[B * T]);
+        var error = Assert.Throws<Gpt2Exception>(() => new TokenLoader(folder["*.bin"], B, T, 1, shuffle: true));
+        await Assert.That(error.Message).Contains(folder["short.bin"]);
+    }
+
+    [Test]
+    public async Task AShardMayBeLargerThan2GiB() {
+        // 2.2 GB of a sparse file, of which two blocks are written.
+        const int count = 1_100_000_000, rows = 1 << 10, columns = 1 << 10;
+        using var folder = new TemporaryFolder();
+        Support.WriteFile(folder["shard.bin"], [20240520, 1, count]);
+        var (last, beyond) = ((count - 1) / (rows * columns) - 1, (1 << 30) + 7L);
+        using (var file = File.OpenWrite(folder["shard.bin"])) {
+            file.SetLength(1024 + 2L * count);
+            file.Position = 1024 + 2L * last * rows * columns;
+            file.Write([11, 0, 12, 0]);
+            file.Position = 1024 + 2 * beyond;
+            file.Write([13, 0, 14, 0]);
+            file.Position = file.Length - 4;
+            file.Write([15, 0, 16, 0]);
+        }
+        using (var shard = new TokenShard(folder["shard.bin"])) {
+            await Assert.That(shard.Count).IsEqualTo(count);
+            ushort[] Read(long first, int tokens) {
+                var values = new ushort[tokens];
+                shard.Read(first, values, AnyVocabulary);
+                return values;
+            }
+            await Support.Same<ushort>(Read(beyond - 1, 4), [0, 13, 14, 0]);
+            await Support.Same<ushort>(Read(count - 3, 3), [0, 15, 16]);
+        }
+        Support.WriteFile(folder["state"], [7, 1]);
+        using var loader = new TokenLoader(folder["shard.bin"], rows, columns, AnyVocabulary, shuffle: false);
+        using (var state = OpenState(folder["state"]))
+            loader.Load(state, false, (0, last));
+        var (inputs, targets) = (new int[rows * columns], new int[rows * columns]);
+        loader.Next(inputs, targets);
+        await Support.Same(inputs[..3], [11, 12, 0]);
+        await Support.Same(targets[..2], [12, 0]);
+        loader.Next(inputs, targets);
+        await Assert.That(loader.Position).IsEqualTo((0, 1));
+    }
+
+    [Test]
+    public async Task AWrittenShardIsOneByHand() {
+        using var folder = new TemporaryFolder();
+        ushort[] tokens = [1, 2, 65535, 0];
+        TokenShard.Write(folder["ours.bin"], tokens);
+        Support.WriteShard(folder["by_hand.bin"], tokens);
+        await Support.Same(File.ReadAllBytes(folder["ours.bin"]), File.ReadAllBytes(folder["by_hand.bin"]));
+    }
+}
+
+/// <summary>Files with llm.c's header, and multiple-choice evaluations among them.</summary>
+public class BinaryFileTests {
+    [Test]
+    [Arguments(1)]
+    [Arguments(2)]
+    [Arguments(7)]
+    [Arguments(1000)]
+    public async Task BFloat16IsTheUpperHalfOfAFloat(int count) {
+        using var folder = new TemporaryFolder();
+        // One, −0, infinity, not a number, the smallest and the largest number among others.
+        ushort[] halves = [0x3f80, 0x8000, 0x7f80, 0x7fc0, 0x0001, 0x7f7f, .. Support.Tokens(1, count, 1 << 16).Select(x => (ushort)x)];
+        halves = halves[^count..];
+        Support.WriteFile(folder["file"], [7, 1], MemoryMarshal.AsBytes(halves.AsSpan()));
+        using var file = new BinaryFile(folder["file"], "a test", 7, 1);
+        var values = new float[count];
+        file.ReadBFloat16(values);
+        file.CheckEnd();
+        await Support.Same(values.Select(BitConverter.SingleToUInt32Bits), halves.Select(half => (uint)half << 16));
+    }
+
+    /// <summary>The words of an example, from its mark on.</summary>
+    static ushort[] Example(int index, int label, ushort[] context, params ushort[][] completions) {
+        ushort[] words = [(ushort)context.Length, .. context, .. completions.SelectMany(x => (ushort[])[(ushort)x.Length, .. x])];
+        return [65535, (ushort)(2 * (words.Length + 5)), (ushort)index, (ushort)label, (ushort)completions.Length, .. words];
+    }
+
+    static void WriteChoices(string path, int[] header, params ushort[][] examples) =>
+        Support.WriteFile(path, header, MemoryMarshal.AsBytes(examples.SelectMany(words => words).ToArray().AsSpan()));
+
+    [Test]
+    public async Task MultipleChoicesAreReadAsRowsOfContextAndCompletion() {
+        using var folder = new TemporaryFolder();
+        WriteChoices(folder["file"], [20240522, 1, 2, 100], Example(0, 3, [1, 2, 3], [4], [5, 6], [7, 8, 9], [10]),
+            Example(1, 0, [11], [12, 13], [14]));
+        var questions = MultipleChoice.Read(folder["file"], 15).ToArray();
+        await Support.Same(questions.Select(question => (question.Label, question.ContextLength)), [(3, 3), (0, 1)]);
+        var rows = questions.SelectMany(question => question.Rows).Select(row => string.Join(' ', row));
+        await Support.Same(rows, ["1 2 3 4", "1 2 3 5 6", "1 2 3 7 8 9", "1 2 3 10", "11 12 13", "11 14"]);
+    }
+
+    /// <summary>Evaluations with one thing wrong: a name, the header's fields, the words of two examples.</summary>
+    public static IEnumerable<Func<(string Name, int[] Header, ushort[] Words)>> WrongChoices() {
+        int[] header = [20240522, 1, 2, 100];
+        ushort[] first = Example(0, 1, [1, 2], [3], [4, 5]), second = Example(1, 1, [6], [7], [8]), words = [.. first, .. second];
+        int[] WithField(int index, int value) => [.. header[..index], value, .. header[(index + 1)..]];
+        ushort[] With(int index, int value) => [.. words[..index], (ushort)value, .. words[(index + 1)..]];
+        yield return () => ("magic number", WithField(0, 20240520), words);
+        yield return () => ("version", WithField(1, 2), words);
+        yield return () => ("negative number of examples", WithField(2, -1), words);
+        yield return () => ("more examples than there are", WithField(2, 3), words);
+        yield return () => ("fewer examples than there are", WithField(2, 1), words);
+        yield return () => ("longest example too short", WithField(3, 2 * first.Length - 2), words);
+        yield return () => ("longest example too long", WithField(3, 65536), words);
+        yield return () => ("no mark", header, With(0, 0));
+        yield return () => ("size of zero", header, With(1, 0));
+        yield return () => ("odd size", header, With(1, words[1] + 1));
+        yield return () => ("size too small", header, With(1, words[1] - 2));
+        yield return () => ("size too large", header, With(1, words[1] + 2));
+        yield return () => ("index", header, With(2, 1));
+        yield return () => ("label", header, With(3, 2));
+        yield return () => ("no completions", header, With(4, 0));
+        yield return () => ("more completions than there are", header, With(4, 3));
+        yield return () => ("empty context", header, With(5, 0));
+        yield return () => ("context longer than the example", header, With(5, 1000));
+        yield return () => ("token of the context", header, With(6, 9));
+        yield return () => ("empty completion", header, [.. Example(0, 1, [1, 2], [3], []), .. second]);
+        yield return () => ("last completion longer than the example", header, With(words.Length - 2, 2));
+        yield return () => ("token of the last completion", header, With(words.Length - 1, 9));
+        yield return () => ("truncated", header, words[..^1]);
+        yield return () => ("something after", header, [.. words, 0]);
+    }
+
+    [Test]
+    [MethodDataSource(nameof(WrongChoices))]
+    public async Task WrongMultipleChoicesAreRefused(string name, int[] header, ushort[] words) {
+        using var folder = new TemporaryFolder();
+        WriteChoices(folder["file"], header, words);
+        var error = Assert.Throws<Gpt2Exception>(() => MultipleChoice.Read(folder["file"], 9).ToArray());
+        await Assert.That(error.Message).Contains(folder["file"]).Because(name);
+    }
+}
+
+/// <summary>The tokenizer against ids of another implementation, and shards of text in pieces against text in one.</summary>
+public class TokenizerTests {
+    static readonly Tokenizer Tokenizer = new();
+
+    static string Text => File.ReadAllText(Support.Golden("tokenizer.txt"));
+
+    static int[] Ids => [.. File.ReadAllText(Support.Golden("tokenizer.ids"))
+        .Split((char[])[' ', '\n'], StringSplitOptions.RemoveEmptyEntries).Select(int.Parse)];
+
+    [Test]
+    public async Task EncodesAsTiktokenDoes() => await Support.Same(Tokenizer.Encode(Text), Ids);
+
+    [Test]
+    public async Task DecodesToTheSameBytes() {
+        var bytes = Encoding.UTF8.GetBytes(string.Concat(Tokenizer.Decode(Ids)));
+        await Support.Same(bytes, File.ReadAllBytes(Support.Golden("tokenizer.txt")));
+    }
+
+    [Test]
+    public async Task StreamsWholeCharactersAsSoonAsTheyAre() {
+        // Each emoji is two tokens or more; in the end one lacks its last token.
+        const string text = "Hi 😀😁🤖👩‍👩‍👧‍👦 日本語の漢字 𝔘𝔫𝔦 e\u0301 🦄";
+        int[] ids = [.. Tokenizer.Encode(text)];
+        var (taken, streamed) = (0, "");
+        IEnumerable<int> Count() {
+            foreach (var id in ids) {
+                taken++;
+                yield return id;
+            }
+        }
+        foreach (var part in Tokenizer.Decode(Count())) {
+            await Assert.That(part.Contains('\ufffd')).IsFalse();
+            streamed += part;
+            // What was streamed is all that was taken, so nothing whole is held back.
+            await Support.Same(Tokenizer.Encode(streamed), ids[..taken]);
+        }
+        await Assert.That(streamed).IsEqualTo(text);
+        var cut = string.Concat(Tokenizer.Decode(ids[..^1]));
+        await Assert.That(cut.StartsWith(text[..^2]) && cut.EndsWith('\ufffd')).IsTrue();
+    }
+
+    /// <summary>Runs of white space and other things that must not be divided, around each place where a piece of a file
+    /// ends (2^18 characters), and 600,000 characters without any white space.</summary>
+    static string TextAroundPieces() {
+        const int piece = 1 << 18;
+        var filler = Text;
+        var text = new StringBuilder();
+        void Fill(int length) {
+            while (text.Length < length) {
+                // Cut at a letter of the alphabet, where no character is divided.
+                var count = Math.Min(filler.Length, length - text.Length);
+                while (count > 0 && count < filler.Length && !char.IsAsciiLetter(filler[count]))
+                    count--;
+                text.Append(count > 0 ? filler.AsSpan(0, count) : "a");
+            }
+        }
+        (string Before, string After)[] boundaries = [
+            (new string(' ', 700), new string(' ', 700) + "x"), ("x", "   x"), ("x   ", "x"), ("x\r", "\n\r\nx"),
+            ("x \u00a0\u3000\u2003", "\u2003\t x"), ("x" + Tokenizer.EndOfText[..5], Tokenizer.EndOfText[5..] + " x"),
+            (Tokenizer.EndOfText, "\n\nx"), (Tokenizer.EndOfText + " \n", " " + Tokenizer.EndOfText + Tokenizer.EndOfText),
+            ("x 😀\ud83d", "\ude01 x"), ("it'", "s"),
+        ];
+        for (var i = 0; i < boundaries.Length; i++) {
+            Fill((i + 1) * piece - boundaries[i].Before.Length);
+            text.Append(boundaries[i].Before).Append(boundaries[i].After);
+        }
+        text.Insert(text.Length - 1000, string.Concat(Enumerable.Repeat("a1", 300_000)));
+        return text.Append("  \n").ToString();
+    }
+
+    [Test]
+    public async Task ShardsOfAFileInPiecesEqualItsTextInOne() {
+        using var folder = new TemporaryFolder();
+        string[] texts = [TextAroundPieces(), " A second file.\n"];
+        string[] files = [folder["1.txt"], folder["2.txt"]];
+        var expected = new List<int>();
+        for (var i = 0; i < texts.Length; i++) {
+            File.WriteAllText(files[i], texts[i]);
+            foreach (var document in texts[i].Split(Tokenizer.EndOfText).Where(document => document.Any(c => !char.IsWhiteSpace(c))))
+                expected.AddRange([Tokenizer.EndOfTextId, .. Tokenizer.Encode(document)]);
+        }
+        var read = 0L;
+        var (tokens, shards) = Tokenizer.WriteShards(folder["shard"], 1000, files, bytes => read += bytes);
+        await Assert.That((tokens, shards)).IsEqualTo((expected.Count, 1));
+        await Assert.That(read).IsEqualTo(files.Sum(file => new FileInfo(file).Length));
+        ushort[] Read(string name) => MemoryMarshal.Cast<byte, ushort>(File.ReadAllBytes(folder[name]).AsSpan(1024)).ToArray();
+        var (val, train) = (Read("shard_val_000000.bin"), Read("shard_train_000001.bin"));
+        await Assert.That(val.Length).IsEqualTo(1000);
+        await Support.Same(val.Concat(train).Select(token => (int)token), expected);
+    }
+
+    [Test]
+    // A byte that only follows others, one that nothing follows, an overlong zero, half a surrogate pair, a number past the
+    // last character, another encoding's mark.
+    [Arguments((byte[])[0x41, 0x80, 0x41])]
+    [Arguments((byte[])[0x41, 0xc3])]
+    [Arguments((byte[])[0x41, 0xc0, 0x80])]
+    [Arguments((byte[])[0x41, 0xed, 0xa0, 0x80, 0x41])]
+    [Arguments((byte[])[0xf4, 0x90, 0x80, 0x80])]
+    [Arguments((byte[])[0xff, 0xfe, 0x41, 0x00])]
+    public async Task TextThatIsNotUtf8IsRefused(byte[] bytes) {
+        using var folder = new TemporaryFolder();
+        File.WriteAllBytes(folder["text"], bytes);
+        await Assert.That(Refusal(folder, 0, folder["text"])).Contains(folder["text"]).And.Contains("UTF-8");
+    }
+
+    [Test]
+    public async Task ShardsNeedTextBeyondTheHeldOutTokensAndAFreeName() {
+        using var folder = new TemporaryFolder();
+        File.WriteAllText(folder["text"], "One two three four.");
+        // Its mark and five tokens.
+        await Assert.That(Refusal(folder, 6, folder["text"])).Contains(folder["text"]);
+        await Assert.That(Directory.GetFiles(folder.Path).Length).IsEqualTo(1);
+        File.WriteAllText(folder["nothing"], " \n");
+        await Assert.That(Refusal(folder, 0, folder["nothing"])).Contains(folder["nothing"]);
+        var written = Tokenizer.WriteShards(folder["shard"], 5, [folder["text"]], _ => { });
+        await Assert.That(written).IsEqualTo((6, 1));
+        await Assert.That(Refusal(folder, 0, folder["text"])).Contains(folder["shard_train_000001.bin"]);
+    }
+
+    /// <summary>The sentence of the error that writing shards ends with; threads that encode wrap it.</summary>
+    static string Refusal(TemporaryFolder folder, int valTokens, string file) {
+        try {
+            Tokenizer.WriteShards(folder["shard"], valTokens, [file], _ => { });
+        } catch (Exception e) when ((e as AggregateException)?.InnerException is Gpt2Exception || e is Gpt2Exception) {
+            return (e as Gpt2Exception ?? e.InnerException!).Message;
+        }
+        return "nothing was refused";
+    }
+}
