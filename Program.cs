@@ -4,14 +4,19 @@ using Microsoft.Extensions.Logging;
 using ZLogger;
 using static Gpt2.Gpt2Exception;
 
-var misused = false;
+// Help alone is a success; help for want of something required is not.
+var misused = args is ["sample" or "eval" or "tokenize" or "verify"];
 ConsoleApp.LogError = message => {
     misused = true;
-    Console.Error.WriteLine(message);
+    Console.Error.WriteLine($"gpt2: {message}");
 };
 var app = ConsoleApp.Create();
 app.Add<Commands>();
-app.Run(args);
+string[] known = ["train", "sample", "eval", "tokenize", "verify", "bench", "-h", "--help", "--version"];
+if (args.Length == 0 || known.Contains(args[0]))
+    app.Run(args);
+else
+    ConsoleApp.LogError($"expected a command (gpt2 --help lists them), found '{args[0]}'");
 return misused ? 2 : Environment.ExitCode;
 
 /// <summary>Which device computes.</summary>
@@ -70,8 +75,8 @@ internal sealed class Commands {
     /// <param name="promptIds">Token ids to continue, in place of a text: 1,2,3. Ids are printed then.</param>
     /// <param name="tokens">-n, Tokens to add at most.</param>
     /// <param name="temperature">Above 1 is wilder, below tamer; 0 always takes the likeliest token.</param>
-    /// <param name="topK">Choose among this many of the likeliest tokens; 0 for all.</param>
-    /// <param name="topP">Choose among the likeliest tokens of this probability together.</param>
+    /// <param name="topK">--top-k, Choose among this many of the likeliest tokens; 0 for all.</param>
+    /// <param name="topP">--top-p, Choose among the likeliest tokens of this probability together.</param>
     /// <param name="num">Samples.</param>
     /// <param name="seed">Seed of the choices.</param>
     /// <param name="device">auto, cuda or cpu.</param>
@@ -116,15 +121,16 @@ internal sealed class Commands {
     /// <param name="valData">-j, Token shards.</param>
     /// <param name="valBatches">-m, Batches at most; 0 for all.</param>
     /// <param name="batch">-b, Sequences in a batch.</param>
-    /// <param name="seq">-t, Tokens in a sequence.</param>
+    /// <param name="seq">-t, Tokens in a sequence. [the model's longest]</param>
     /// <param name="hellaswag">A multiple-choice file, such as hellaswag_val.bin.</param>
     /// <param name="device">auto, cuda or cpu.</param>
     /// <param name="verbose">Show where an error came from.</param>
-    public int Eval(string init, string valData = "data/*val_*.bin", int valBatches = 0, int batch = 4, int seq = 64,
+    public int Eval(string init, string valData = "data/*val_*.bin", int valBatches = 0, int batch = 4, int seq = 0,
         string? hellaswag = null, DeviceKind device = DeviceKind.Auto, bool verbose = false) => Guard(verbose, () => {
             var (file, config) = Config.Open(init);
             using var _ = file;
             Require(batch > 0, "--batch", "1 or more", batch);
+            seq = seq == 0 ? config.MaxT : seq;
             Require(seq > 0 && seq <= config.MaxT, "--seq", $"1 to {config.MaxT}, the model's longest sequence", seq);
             Require(valBatches >= 0, "--val-batches", "0 or more", valBatches);
             using var loader = new TokenLoader(valData, batch, seq, config.V, shuffle: false);

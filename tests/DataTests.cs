@@ -1,13 +1,16 @@
 using System.Globalization;
 using System.Runtime.InteropServices;
 using System.Text;
+using static Gpt2.Tests.Support;
 
 namespace Gpt2.Tests;
 
 /// <summary>The Mersenne Twister against published values and torch's.</summary>
 public class Mt19937Tests {
-    static float[] Golden(string name) => [.. File.ReadLines(Support.Golden("normals.txt"))
-        .Single(line => line.StartsWith(name + " ")).Split(' ').Skip(1).Select(s => float.Parse(s, CultureInfo.InvariantCulture))];
+    /// <summary>The numbers of a line of the golden file.</summary>
+    static float[] Numbers(string name) =>
+        [.. File.ReadLines(Golden("normals.txt")).Single(line => line.StartsWith(name + " ")).Split(' ').Skip(1)
+            .Select(number => float.Parse(number, CultureInfo.InvariantCulture))];
 
     [Test]
     public async Task DrawsThePublishedNumbers() {
@@ -23,16 +26,16 @@ public class Mt19937Tests {
     public async Task DrawsTorchsNumbersForSeed42() {
         var random = new Mt19937(42);
         uint[] drawn = [random.NextUInt32(), random.NextUInt32(), random.NextUInt32(), random.NextUInt32()];
-        await Support.Same<uint>(drawn, [1608637542, 3421126067, 4083286876, 787846414]);
-        await Support.Same(Golden("raw"), drawn.Select(number => (float)number));
+        await Same<uint>(drawn, [1608637542, 3421126067, 4083286876, 787846414]);
+        await Same(Numbers("raw"), drawn.Select(number => (float)number));
     }
 
     [Test]
     public async Task ReproducesTheExampleInLlmc() {
-        // llm.c's rand.h shows these for seed 137: five numbers, 8 normals (16 numbers there), one number, 16 normals, one.
+        // llm.c's rand.h shows these for seed 137: 5 numbers, 8 normals made of 16 numbers, 1 number, 16 normals, 1.
         var random = new Mt19937(137);
         uint[] drawn = [.. Enumerable.Range(0, 22).Select(_ => random.NextUInt32())];
-        await Support.Same<uint>(drawn[..5], [4053805790, 2173880614, 380293709, 1237255315, 2986595568]);
+        await Same<uint>(drawn[..5], [4053805790, 2173880614, 380293709, 1237255315, 2986595568]);
         await Assert.That(drawn[21]).IsEqualTo(2186503452u);
         var normals = new float[16];
         random.Normal(normals, 1);
@@ -42,7 +45,7 @@ public class Mt19937Tests {
             -0.2913765013217926, 0.34313806891441345, -1.1186704635620117, -0.18305328488349915, -2.3153159618377686,
             0.3961987793445587,
         ];
-        await Assert.That(Support.RelativeError(normals, expected)).IsLessThan(1e-6);
+        await Assert.That(RelativeError(normals, expected)).IsLessThan(1e-6);
         await Assert.That(random.NextUInt32()).IsEqualTo(2756748748u);
     }
 
@@ -53,7 +56,7 @@ public class Mt19937Tests {
     public async Task NormalEqualsTorch(string name, int count, float std) {
         var values = new float[count];
         new Mt19937(42).Normal(values, std);
-        await Assert.That(Support.RelativeError(values, Golden(name))).IsLessThan(1e-6);
+        await Assert.That(RelativeError(values, Numbers(name))).IsLessThan(1e-6);
     }
 
     [Test]
@@ -71,7 +74,7 @@ public class Mt19937Tests {
                 expected[block + t + 8] = 0.5 * radius * Math.Sin(angle);
             }
         }
-        await Assert.That(Support.RelativeError(values, expected)).IsLessThan(1e-6);
+        await Assert.That(RelativeError(values, expected)).IsLessThan(1e-6);
     }
 
     [Test]
@@ -79,7 +82,7 @@ public class Mt19937Tests {
         // 1608637542 mod 5 = 2, 3421126067 mod 4 = 3, 4083286876 mod 3 = 1, 787846414 mod 2 = 0.
         int[] values = [0, 1, 2, 3, 4];
         new Mt19937(42).Permute(values);
-        await Support.Same(values, [4, 0, 1, 3, 2]);
+        await Same(values, [4, 0, 1, 3, 2]);
     }
 }
 
@@ -87,20 +90,20 @@ public class Mt19937Tests {
 public class TokenLoaderTests {
     const int B = 2, T = 3, AnyVocabulary = 1 << 16;
 
-    /// <summary>Tokens in the shards: 2, 4, 1 and 3 samples; the second one lacks one token for a fifth sample.</summary>
+    /// <summary>Tokens in the shards: 2, 4, 1 and 3 samples; the second lacks one token for a fifth sample.</summary>
     static readonly int[] Counts = [13, 30, 12, 20];
 
     static int[] Samples => [.. Counts.Select(count => (count - 1) / (B * T))];
 
-    /// <summary>Shards whose tokens are their shard's number times 100 and their position, under names whose ordinal order
-    /// is another one than that of the numbers in them.</summary>
+    /// <summary>Shards whose tokens are their shard's number times 100 and their position, under names whose ordinal
+    /// order is another one than that of the numbers in them.</summary>
     static string WriteShards(TemporaryFolder folder) {
         string[] names = ["X_train_9", "x_train_10", "x_train_2", "x_train_2b"];
         for (var shard = 0; shard < Counts.Length; shard++) {
             var tokens = Enumerable.Range(shard * 100, Counts[shard]).Select(token => (ushort)token);
-            Support.WriteShard(folder[names[shard] + ".bin"], [.. tokens]);
+            WriteShard(folder[names[shard] + ".bin"], [.. tokens]);
         }
-        Support.WriteShard(folder["x_val_1.bin"], new ushort[20]);
+        WriteShard(folder["x_val_1.bin"], new ushort[20]);
         return folder["*_train_*.bin"];
     }
 
@@ -145,7 +148,7 @@ public class TokenLoaderTests {
         await Assert.That(loader.Tokens).IsEqualTo(Counts.Sum());
         await Assert.That(loader.Batches).IsEqualTo(Samples.Sum());
         foreach (var first in FirstTokens(shuffle).Take(5 * Samples.Sum()))
-            await Support.Same(Next(loader), Batch(first));
+            await Same(Next(loader), Batch(first));
     }
 
     [Test]
@@ -155,7 +158,7 @@ public class TokenLoaderTests {
         for (var i = 0; i < 4; i++)
             Next(loader);
         loader.Reset();
-        await Support.Same(Next(loader), Batch(0));
+        await Same(Next(loader), Batch(0));
     }
 
     /// <summary>A file with a header and what a loader saves.</summary>
@@ -163,7 +166,7 @@ public class TokenLoaderTests {
         using var content = new MemoryStream();
         using (var writer = new BinaryWriter(content, Encoding.UTF8, leaveOpen: true))
             loader.Save(writer);
-        Support.WriteFile(path, [7, 1], content.ToArray());
+        WriteFile(path, [7, 1], content.ToArray());
     }
 
     static BinaryFile OpenState(string path) => new(path, "a loader's state", 7, 1);
@@ -184,7 +187,7 @@ public class TokenLoaderTests {
                 state.CheckEnd();
             }
             foreach (var first in FirstTokens(shuffle).Skip(done).Take(2 * Samples.Sum()))
-                await Support.Same(Next(loaded), Batch(first));
+                await Same(Next(loaded), Batch(first));
             Next(saved);
         }
     }
@@ -199,7 +202,7 @@ public class TokenLoaderTests {
         reader.BaseStream.Position = 1024;
         int[] ReadOrder() => [.. Enumerable.Range(0, (int)reader.ReadUInt64()).Select(_ => reader.ReadInt32())];
         var (shards, samples) = (ReadOrder(), ReadOrder());
-        await Support.Same(shards.Order(), [0, 1, 2, 3]);
+        await Same(shards.Order(), [0, 1, 2, 3]);
         await Assert.That(shards[0] * 100 + samples[0] * B * T).IsEqualTo(FirstTokens(shuffle: true).First());
         await Assert.That(samples.Length).IsEqualTo(Samples[shards[0]]);
         await Assert.That(reader.BaseStream.Length - reader.BaseStream.Position).IsEqualTo(2520);
@@ -223,7 +226,7 @@ public class TokenLoaderTests {
     }
 
     [Test]
-    // Offsets count from the state's first byte: 8 + 4·4 for the shards, then the samples of the first one, the generator.
+    // Offsets count from the state's first byte, 8 + 4·4 for the shards and then the samples, or from its end.
     [Arguments("number of shards", 0, 5)]
     [Arguments("a shard twice", 8, -1)]
     [Arguments("a shard of none", 12, 4)]
@@ -270,7 +273,7 @@ public class TokenLoaderTests {
     [Test]
     public async Task ATokenOutsideTheVocabularyIsNamed() {
         using var folder = new TemporaryFolder();
-        Support.WriteShard(folder["shard.bin"], 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 42, 41, 0);
+        WriteShard(folder["shard.bin"], 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 42, 41, 0);
         using var loader = new TokenLoader(folder["shard.bin"], B, T, 42, shuffle: false);
         Next(loader);
         var error = Assert.Throws<Gpt2Exception>(() => Next(loader));
@@ -280,10 +283,10 @@ public class TokenLoaderTests {
     [Test]
     public async Task AShardNeedsABatchAndTheTokenAfterIt() {
         using var folder = new TemporaryFolder();
-        Support.WriteShard(folder["long.bin"], new ushort[B * T + 1]);
+        WriteShard(folder["long.bin"], new ushort[B * T + 1]);
         using (var loader = new TokenLoader(folder["*.bin"], B, T, 1, shuffle: true))
             await Assert.That(loader.Batches).IsEqualTo(1);
-        Support.WriteShard(folder["short.bin"], new ushort[B * T]);
+        WriteShard(folder["short.bin"], new ushort[B * T]);
         var error = Assert.Throws<Gpt2Exception>(() => new TokenLoader(folder["*.bin"], B, T, 1, shuffle: true));
         await Assert.That(error.Message).Contains(folder["short.bin"]);
     }
@@ -293,7 +296,7 @@ public class TokenLoaderTests {
         // 2.2 GB of a sparse file, of which two blocks are written.
         const int count = 1_100_000_000, rows = 1 << 10, columns = 1 << 10;
         using var folder = new TemporaryFolder();
-        Support.WriteFile(folder["shard.bin"], [20240520, 1, count]);
+        WriteFile(folder["shard.bin"], [20240520, 1, count]);
         var (last, beyond) = ((count - 1) / (rows * columns) - 1, (1 << 30) + 7L);
         using (var file = File.OpenWrite(folder["shard.bin"])) {
             file.SetLength(1024 + 2L * count);
@@ -311,17 +314,17 @@ public class TokenLoaderTests {
                 shard.Read(first, values, AnyVocabulary);
                 return values;
             }
-            await Support.Same<ushort>(Read(beyond - 1, 4), [0, 13, 14, 0]);
-            await Support.Same<ushort>(Read(count - 3, 3), [0, 15, 16]);
+            await Same<ushort>(Read(beyond - 1, 4), [0, 13, 14, 0]);
+            await Same<ushort>(Read(count - 3, 3), [0, 15, 16]);
         }
-        Support.WriteFile(folder["state"], [7, 1]);
+        WriteFile(folder["state"], [7, 1]);
         using var loader = new TokenLoader(folder["shard.bin"], rows, columns, AnyVocabulary, shuffle: false);
         using (var state = OpenState(folder["state"]))
             loader.Load(state, false, (0, last));
         var (inputs, targets) = (new int[rows * columns], new int[rows * columns]);
         loader.Next(inputs, targets);
-        await Support.Same(inputs[..3], [11, 12, 0]);
-        await Support.Same(targets[..2], [12, 0]);
+        await Same(inputs[..3], [11, 12, 0]);
+        await Same(targets[..2], [12, 0]);
         loader.Next(inputs, targets);
         await Assert.That(loader.Position).IsEqualTo((0, 1));
     }
@@ -331,8 +334,8 @@ public class TokenLoaderTests {
         using var folder = new TemporaryFolder();
         ushort[] tokens = [1, 2, 65535, 0];
         TokenShard.Write(folder["ours.bin"], tokens);
-        Support.WriteShard(folder["by_hand.bin"], tokens);
-        await Support.Same(File.ReadAllBytes(folder["ours.bin"]), File.ReadAllBytes(folder["by_hand.bin"]));
+        WriteShard(folder["by_hand.bin"], tokens);
+        await Same(File.ReadAllBytes(folder["ours.bin"]), File.ReadAllBytes(folder["by_hand.bin"]));
     }
 }
 
@@ -346,24 +349,25 @@ public class BinaryFileTests {
     public async Task BFloat16IsTheUpperHalfOfAFloat(int count) {
         using var folder = new TemporaryFolder();
         // One, −0, infinity, not a number, the smallest and the largest number among others.
-        ushort[] halves = [0x3f80, 0x8000, 0x7f80, 0x7fc0, 0x0001, 0x7f7f, .. Support.Tokens(1, count, 1 << 16).Select(x => (ushort)x)];
-        halves = halves[^count..];
-        Support.WriteFile(folder["file"], [7, 1], MemoryMarshal.AsBytes(halves.AsSpan()));
+        ushort[] halves = [0x3f80, 0x8000, 0x7f80, 0x7fc0, 0x0001, 0x7f7f];
+        halves = [.. Tokens(1, count, 1 << 16).Select(half => (ushort)half).Concat(halves).TakeLast(count)];
+        WriteFile(folder["file"], [7, 1], MemoryMarshal.AsBytes(halves.AsSpan()));
         using var file = new BinaryFile(folder["file"], "a test", 7, 1);
         var values = new float[count];
         file.ReadBFloat16(values);
         file.CheckEnd();
-        await Support.Same(values.Select(BitConverter.SingleToUInt32Bits), halves.Select(half => (uint)half << 16));
+        await Same(values.Select(BitConverter.SingleToUInt32Bits), halves.Select(half => (uint)half << 16));
     }
 
     /// <summary>The words of an example, from its mark on.</summary>
     static ushort[] Example(int index, int label, ushort[] context, params ushort[][] completions) {
-        ushort[] words = [(ushort)context.Length, .. context, .. completions.SelectMany(x => (ushort[])[(ushort)x.Length, .. x])];
-        return [65535, (ushort)(2 * (words.Length + 5)), (ushort)index, (ushort)label, (ushort)completions.Length, .. words];
+        ushort[] words = [.. completions.Prepend(context).SelectMany(part => (ushort[])[(ushort)part.Length, .. part])];
+        int[] before = [65535, 2 * (words.Length + 5), index, label, completions.Length];
+        return [.. before.Select(word => (ushort)word), .. words];
     }
 
     static void WriteChoices(string path, int[] header, params ushort[][] examples) =>
-        Support.WriteFile(path, header, MemoryMarshal.AsBytes(examples.SelectMany(words => words).ToArray().AsSpan()));
+        WriteFile(path, header, MemoryMarshal.AsBytes(examples.SelectMany(words => words).ToArray().AsSpan()));
 
     [Test]
     public async Task MultipleChoicesAreReadAsRowsOfContextAndCompletion() {
@@ -371,15 +375,16 @@ public class BinaryFileTests {
         WriteChoices(folder["file"], [20240522, 1, 2, 100], Example(0, 3, [1, 2, 3], [4], [5, 6], [7, 8, 9], [10]),
             Example(1, 0, [11], [12, 13], [14]));
         var questions = MultipleChoice.Read(folder["file"], 15).ToArray();
-        await Support.Same(questions.Select(question => (question.Label, question.ContextLength)), [(3, 3), (0, 1)]);
+        await Same(questions.Select(question => (question.Label, question.ContextLength)), [(3, 3), (0, 1)]);
         var rows = questions.SelectMany(question => question.Rows).Select(row => string.Join(' ', row));
-        await Support.Same(rows, ["1 2 3 4", "1 2 3 5 6", "1 2 3 7 8 9", "1 2 3 10", "11 12 13", "11 14"]);
+        await Same(rows, ["1 2 3 4", "1 2 3 5 6", "1 2 3 7 8 9", "1 2 3 10", "11 12 13", "11 14"]);
     }
 
     /// <summary>Evaluations with one thing wrong: a name, the header's fields, the words of two examples.</summary>
     public static IEnumerable<Func<(string Name, int[] Header, ushort[] Words)>> WrongChoices() {
         int[] header = [20240522, 1, 2, 100];
-        ushort[] first = Example(0, 1, [1, 2], [3], [4, 5]), second = Example(1, 1, [6], [7], [8]), words = [.. first, .. second];
+        ushort[] first = Example(0, 1, [1, 2], [3], [4, 5]), second = Example(1, 1, [6], [7], [8]);
+        ushort[] words = [.. first, .. second];
         int[] WithField(int index, int value) => [.. header[..index], value, .. header[(index + 1)..]];
         ushort[] With(int index, int value) => [.. words[..index], (ushort)value, .. words[(index + 1)..]];
         yield return () => ("magic number", WithField(0, 20240520), words);
@@ -418,22 +423,23 @@ public class BinaryFileTests {
     }
 }
 
-/// <summary>The tokenizer against ids of another implementation, and shards of text in pieces against text in one.</summary>
+/// <summary>The tokenizer against another implementation's ids, and shards of text in pieces against text in
+/// one.</summary>
 public class TokenizerTests {
     static readonly Tokenizer Tokenizer = new();
 
-    static string Text => File.ReadAllText(Support.Golden("tokenizer.txt"));
+    static string Text => File.ReadAllText(Golden("tokenizer.txt"));
 
-    static int[] Ids => [.. File.ReadAllText(Support.Golden("tokenizer.ids"))
+    static int[] Ids => [.. File.ReadAllText(Golden("tokenizer.ids"))
         .Split((char[])[' ', '\n'], StringSplitOptions.RemoveEmptyEntries).Select(int.Parse)];
 
     [Test]
-    public async Task EncodesAsTiktokenDoes() => await Support.Same(Tokenizer.Encode(Text), Ids);
+    public async Task EncodesAsTiktokenDoes() => await Same(Tokenizer.Encode(Text), Ids);
 
     [Test]
     public async Task DecodesToTheSameBytes() {
         var bytes = Encoding.UTF8.GetBytes(string.Concat(Tokenizer.Decode(Ids)));
-        await Support.Same(bytes, File.ReadAllBytes(Support.Golden("tokenizer.txt")));
+        await Same(bytes, File.ReadAllBytes(Golden("tokenizer.txt")));
     }
 
     [Test]
@@ -452,15 +458,15 @@ public class TokenizerTests {
             await Assert.That(part.Contains('\ufffd')).IsFalse();
             streamed += part;
             // What was streamed is all that was taken, so nothing whole is held back.
-            await Support.Same(Tokenizer.Encode(streamed), ids[..taken]);
+            await Same(Tokenizer.Encode(streamed), ids[..taken]);
         }
         await Assert.That(streamed).IsEqualTo(text);
         var cut = string.Concat(Tokenizer.Decode(ids[..^1]));
         await Assert.That(cut.StartsWith(text[..^2]) && cut.EndsWith('\ufffd')).IsTrue();
     }
 
-    /// <summary>Runs of white space and other things that must not be divided, around each place where a piece of a file
-    /// ends (2^18 characters), and 600,000 characters without any white space.</summary>
+    /// <summary>Runs of white space and other things that must not be divided, around each place where a piece of a
+    /// file ends (2^18 characters), and 600,000 characters without any white space.</summary>
     static string TextAroundPieces() {
         const int piece = 1 << 18;
         var filler = Text;
@@ -477,7 +483,8 @@ public class TokenizerTests {
         (string Before, string After)[] boundaries = [
             (new string(' ', 700), new string(' ', 700) + "x"), ("x", "   x"), ("x   ", "x"), ("x\r", "\n\r\nx"),
             ("x \u00a0\u3000\u2003", "\u2003\t x"), ("x" + Tokenizer.EndOfText[..5], Tokenizer.EndOfText[5..] + " x"),
-            (Tokenizer.EndOfText, "\n\nx"), (Tokenizer.EndOfText + " \n", " " + Tokenizer.EndOfText + Tokenizer.EndOfText),
+            (Tokenizer.EndOfText, "\n\nx"),
+            (Tokenizer.EndOfText + " \n", " " + Tokenizer.EndOfText + Tokenizer.EndOfText),
             ("x 😀\ud83d", "\ude01 x"), ("it'", "s"),
         ];
         for (var i = 0; i < boundaries.Length; i++) {
@@ -496,22 +503,25 @@ public class TokenizerTests {
         var expected = new List<int>();
         for (var i = 0; i < texts.Length; i++) {
             File.WriteAllText(files[i], texts[i]);
-            foreach (var document in texts[i].Split(Tokenizer.EndOfText).Where(document => document.Any(c => !char.IsWhiteSpace(c))))
-                expected.AddRange([Tokenizer.EndOfTextId, .. Tokenizer.Encode(document)]);
+            foreach (var document in texts[i].Split(Tokenizer.EndOfText)) {
+                if (document.Any(character => !char.IsWhiteSpace(character)))
+                    expected.AddRange([Tokenizer.EndOfTextId, .. Tokenizer.Encode(document)]);
+            }
         }
         var read = 0L;
         var (tokens, shards) = Tokenizer.WriteShards(folder["shard"], 1000, files, bytes => read += bytes);
         await Assert.That((tokens, shards)).IsEqualTo((expected.Count, 1));
         await Assert.That(read).IsEqualTo(files.Sum(file => new FileInfo(file).Length));
-        ushort[] Read(string name) => MemoryMarshal.Cast<byte, ushort>(File.ReadAllBytes(folder[name]).AsSpan(1024)).ToArray();
+        ushort[] Read(string name) =>
+            MemoryMarshal.Cast<byte, ushort>(File.ReadAllBytes(folder[name]).AsSpan(1024)).ToArray();
         var (val, train) = (Read("shard_val_000000.bin"), Read("shard_train_000001.bin"));
         await Assert.That(val.Length).IsEqualTo(1000);
-        await Support.Same(val.Concat(train).Select(token => (int)token), expected);
+        await Same(val.Concat(train).Select(token => (int)token), expected);
     }
 
     [Test]
-    // A byte that only follows others, one that nothing follows, an overlong zero, half a surrogate pair, a number past the
-    // last character, another encoding's mark.
+    // A byte that only follows others, one that nothing follows, an overlong zero, half a surrogate pair, a number past
+    // the last character, another encoding's mark.
     [Arguments((byte[])[0x41, 0x80, 0x41])]
     [Arguments((byte[])[0x41, 0xc3])]
     [Arguments((byte[])[0x41, 0xc0, 0x80])]

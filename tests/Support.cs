@@ -26,7 +26,8 @@ static class Support {
     /// <summary>The path of a file in tests/golden.</summary>
     public static string Golden(string name) => Path.Combine(Root, "tests", "golden", name);
 
-    /// <summary>Writes a header whose first integers are given, and what follows it, without the code under test.</summary>
+    /// <summary>Writes a header, whose first integers are given, and what follows it, without the code under
+    /// test.</summary>
     public static void WriteFile(string path, ReadOnlySpan<int> header, params ReadOnlySpan<byte> content) {
         using var file = File.Create(path);
         var all = new int[256];
@@ -43,8 +44,10 @@ static class Support {
     public static float[] Floats(int seed, long count, double std = 1) {
         var random = new Random(seed);
         var values = new float[count];
-        foreach (ref var value in values.AsSpan())
-            value = (float)(std * Math.Sqrt(-2 * Math.Log(1 - random.NextDouble())) * Math.Cos(Math.Tau * random.NextDouble()));
+        foreach (ref var value in values.AsSpan()) {
+            var radius = std * Math.Sqrt(-2 * Math.Log(1 - random.NextDouble()));
+            value = (float)(radius * Math.Cos(Math.Tau * random.NextDouble()));
+        }
         return values;
     }
 
@@ -54,7 +57,8 @@ static class Support {
         return [.. Enumerable.Range(0, count).Select(_ => random.Next(vocabulary))];
     }
 
-    /// <summary>‖found − expected‖/‖expected‖; infinite if anything found is not a number, or the lengths differ.</summary>
+    /// <summary>‖found − expected‖/‖expected‖; infinite if anything found is not a number, for which IsLessThan would
+    /// hold, or if the lengths differ.</summary>
     public static double RelativeError(ReadOnlySpan<float> found, ReadOnlySpan<double> expected) {
         if (found.Length != expected.Length)
             return double.PositiveInfinity;
@@ -71,10 +75,18 @@ static class Support {
     public static double RelativeError(ReadOnlySpan<float> found, ReadOnlySpan<float> expected) =>
         RelativeError(found, Doubles(expected));
 
+    /// <summary>The same of single numbers.</summary>
+    public static double RelativeError(double found, double expected) {
+        var error = found == expected ? 0 : Math.Abs((found - expected) / expected);
+        return double.IsNaN(error) ? double.PositiveInfinity : error;
+    }
+
     /// <summary>Requires equal elements in the same order, and shows the first one that is not.</summary>
     public static async Task Same<T>(IEnumerable<T> found, IEnumerable<T> expected) {
         T[] left = [.. found], right = [.. expected];
-        var same = left.Zip(right).TakeWhile(pair => Equals(pair.First, pair.Second)).Count();
+        var same = 0;
+        while (same < left.Length && same < right.Length && EqualityComparer<T>.Default.Equals(left[same], right[same]))
+            same++;
         static string At(T[] values, int i) => i < values.Length ? $"{values[i]}" : "the end";
         await Assert.That(same == left.Length && same == right.Length).IsTrue()
             .Because($"element {same} is {At(left, same)} and should be {At(right, same)}");
@@ -108,7 +120,8 @@ static class DeviceArrays {
     }
 
     /// <summary>An array of one row.</summary>
-    public static Tensor Upload(this IDevice device, ReadOnlySpan<float> values) => device.Upload(values, 1, 1, values.Length);
+    public static Tensor Upload(this IDevice device, ReadOnlySpan<float> values) =>
+        device.Upload(values, 1, 1, values.Length);
 
     /// <summary>An array for output, without a number in it yet.</summary>
     public static Tensor Poisoned(this IDevice device, int depth, int rows, int columns) {
