@@ -199,7 +199,12 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
             var c = s.c.Part(i, j, s.rows, s.columns);
             for (var row = 0; s.bias.Address != 0 && row < c.Rows; row++)
                 new Span<float>(Floats(s.bias) + j, c.Columns).CopyTo(new Span<float>(c.Row(row), c.Columns));
-            Product.Add(s.a.Part(i, 0, s.rows, s.a.Columns), s.b.Part(0, j, s.b.Rows, s.columns), c);
+            // Not Add: whether a part has one row depends on the threads, and its bits must not.
+            var (a, b) = (s.a.Part(i, 0, s.rows, s.a.Columns), s.b.Part(0, j, s.b.Rows, s.columns));
+            if (s.c.Rows == 1)
+                Product.Add(a, b, c);
+            else
+                Product.AddTiles(a, b, c);
         }, 2.0 * c.Rows * c.Columns * a.Columns, name);
     }
 
@@ -451,10 +456,14 @@ static unsafe class Product {
 
     /// <summary>c += a·b for c with contiguous columns.</summary>
     public static void Add(Matrix a, Matrix b, Matrix c) {
-        if (a.Rows == 1 && a.ColumnStride == 1) {
+        if (a.Rows == 1 && a.ColumnStride == 1)
             AddRow(a.Address, b, c.Address);
-            return;
-        }
+        else
+            AddTiles(a, b, c);
+    }
+
+    /// <summary>The same, for more than one row.</summary>
+    public static void AddTiles(Matrix a, Matrix b, Matrix c) {
         var buffer = stackalloc float[DepthBlock * (StripColumns + BlockRows) + WidestVector];
         var packedB = (float*)(((nint)buffer + 63) & ~63);
         var packedA = packedB + DepthBlock * StripColumns;

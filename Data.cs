@@ -478,7 +478,7 @@ public sealed class Tokenizer {
     /// <summary>A file in pieces that can be encoded apart, and whether each begins a document. No token of GPT-2's
     /// pattern has white space after something else, so any place between the two divides the text.</summary>
     static IEnumerable<(string Text, bool Begins)> Pieces(string path, Action<long> progress) {
-        using var reader = new StreamReader(path, new UTF8Encoding(false, throwOnInvalidBytes: true));
+        using var reader = new StreamReader(path, new UTF8Encoding(true, throwOnInvalidBytes: true), false);
         var (text, begins, block) = ("", true, new char[1 << 18]);
         for (int count = 1, cut; count > 0; text = text[cut..]) {
             var position = reader.BaseStream.Position;
