@@ -333,7 +333,10 @@ public sealed class Model {
     public double Loss(float gradientScale) {
         Device.Classify(activations.Logits, Targets, Config.V, activations.Losses, gradientScale);
         Device.Read(activations.Losses, Losses);
-        return Losses.Average(loss => (double)loss);
+        var sum = 0.0;
+        foreach (var loss in Losses)
+            sum += loss;
+        return sum / Losses.Length;
     }
 
     /// <summary>Adds the gradients of the last <see cref="Loss"/> to <see cref="Gradients"/>.</summary>

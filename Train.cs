@@ -247,6 +247,8 @@ public sealed class Trainer : IDisposable {
 
 /// <summary>AdamW over a model's parameters, with its moments.</summary>
 public sealed class Optimizer(Model model) {
+    readonly ParameterShape[] shapes = model.Config.Parameters;
+
     /// <summary>The first and the second moments.</summary>
     public Parameters M { get; } = model.AllocateParameters("first moments");
     public Parameters V { get; } = model.AllocateParameters("second moments");
@@ -258,7 +260,6 @@ public sealed class Optimizer(Model model) {
     public void Update(int number, float rate, float decay, float norm) {
         const float clip = 1;
         var update = new AdamWStep(number, rate, decay, norm > clip ? clip / norm : 1, 0.9f, 0.95f, 1e-8f);
-        var shapes = model.Config.Parameters;
         for (var i = 0; i < shapes.Length; i++) {
             model.Device.AdamW(model.Weights.Tensors[i], model.Gradients!.Tensors[i], M.Tensors[i], V.Tensors[i],
                 shapes[i].IsMatrix ? update : update with { WeightDecay = 0 });
