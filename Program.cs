@@ -54,7 +54,7 @@ internal sealed class Commands {
     public int Train(string trainData = "data/*train_*.bin", string valData = "data/*val_*.bin", string? init = null,
         string @out = "log", int batch = 4, int seq = 128, int totalBatch = 0, int maxSteps = 300, float lr = 1e-3f,
         int warmup = 20, float finalLrFrac = 0.1f, float weightDecay = 0.1f, Schedule schedule = Schedule.Cosine,
-        int valEvery = 100, int valBatches = 20, int sampleEvery = 0, int genTokens = 64, int checkpointEvery = 200,
+        int valEvery = 50, int valBatches = 20, int sampleEvery = 0, int genTokens = 64, int checkpointEvery = 200,
         int keep = 2, bool resume = false, int recompute = 0, bool overfit = false, bool noShuffle = false,
         DeviceKind device = DeviceKind.Auto, uint seed = 42, bool verbose = false) => Guard(verbose, () => {
             using var logs = LoggerFactory.Create(logging => logging.AddZLoggerConsole(options =>

@@ -138,7 +138,7 @@ public sealed class Trainer : IDisposable {
         var perToken = model.Config.FlopsPerToken(options.T) / model.Device.PeakFlops();
         if (firstStep == 0 && options.ValEvery > 0)
             Validate(0);
-        for (var step = firstStep; step < options.MaxSteps && !stop;) {
+        for (var (step, stopping) = (firstStep, false); step < options.MaxSteps && !stopping;) {
             var start = Stopwatch.GetTimestamp();
             var (loss, norm) = Step(step);
             var seconds = Stopwatch.GetElapsedTime(start).TotalSeconds;
@@ -152,9 +152,10 @@ public sealed class Trainer : IDisposable {
                 Validate(step);
             if (Due(options.SampleEvery) && options.GenTokens > 0)
                 Sample();
-            if (Due(options.CheckpointEvery) || stop)
+            stopping = stop; // read once: a signal after this waits for the next step
+            if (Due(options.CheckpointEvery) || stopping)
                 checkpoints.Save(step, model, optimizer, train, options.Keep);
-            if (live) {
+            if (live && step < options.MaxSteps && !stopping) {
                 var left = Stopwatch.GetElapsedTime(begin) / (step - firstStep) * (options.MaxSteps - step);
                 output.Write($"{(double)step / options.MaxSteps:0.0%} | loss {loss:F3} | {speed:F0} tok/s | " +
                     $"{left:d\\.hh\\:mm\\:ss} left");
@@ -162,6 +163,8 @@ public sealed class Trainer : IDisposable {
         }
         if (stop)
             log.ZLogInformation($"stopped by a signal; --resume goes on from here");
+        else if (firstStep >= options.MaxSteps)
+            log.ZLogInformation($"nothing to do: {firstStep} steps are done, and --max-steps is {options.MaxSteps}");
     }
 
     /// <summary>One update: the mean loss and the gradient's norm before clipping.</summary>
@@ -399,7 +402,7 @@ public sealed partial class RunLog {
             Text(X(step), bottom + 20, "middle", $"{step:F0}");
         }
         Text((left + right) / 2, bottom + 42, "middle", "steps");
-        Text(left - 40, top - 6, "start", "loss");
+        Text(left + 6, top + 14, "start", "loss");
         Curve("training", train, "#4878b0", top + 20);
         Curve("validation", validation, "#d05020", top + 40);
         return svg.Append("</svg>\n").ToString();

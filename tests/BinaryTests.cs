@@ -1,0 +1,330 @@
+using System.Diagnostics;
+using System.Runtime.InteropServices;
+using System.Text.RegularExpressions;
+using System.Xml.Linq;
+
+namespace Gpt2.Tests;
+
+/// <summary>The commands as a user meets them: what they print, and where, and what they leave.</summary>
+public partial class BinaryTests {
+    // golden.py's ten steps: three micro-batches each, in order.
+    const string TenSteps = "train -i train.bin -j val.bin -e model.bin -b 2 -t 21 -d 126 -x 10 -l 1e-2 -u 4 -q 0.1 " +
+        "-c 0.1 --no-shuffle -m 5 -o out";
+
+    [Test]
+    public async Task Ten_steps_equal_PyTorchs() {
+        using var folder = Folders.Goldens();
+        var result = await Gpt2Process.Succeed(folder.Path, TenSteps);
+        var expected = File.ReadAllLines(Support.Golden("train.txt"));
+        var steps = result.Lines.Where(line => line.StartsWith("step")).ToArray();
+        await Assert.That(steps).Count().IsEqualTo(10);
+        for (var i = 0; i < steps.Length; i++) {
+            await Assert.That(steps[i]).Matches(StepLine());
+            var fields = StepLine().Match(steps[i]).Groups;
+            var numbers = expected[i].Split(' ');
+            await Near(fields["step"].Value, numbers[0], 0);
+            await Near(fields["loss"].Value, numbers[1], 1e-4);
+            await Near(fields["norm"].Value, numbers[2], 1e-4);
+            await Near(fields["rate"].Value, numbers[3], 5e-3);
+        }
+        await Assert.That(result.Lines).Count(line => line.StartsWith("val loss ")).IsEqualTo(2);
+        var validation = result.Lines.Last(line => line.StartsWith("val loss "));
+        await Assert.That(validation).Matches(@"^val loss \d+\.\d{6}$");
+        await Near(validation["val loss ".Length..], expected[^1]["val ".Length..], 1e-4);
+
+        var log = File.ReadAllLines(Path.Combine(folder["out"], "main.log"));
+        await Assert.That(log).Count().IsEqualTo(12);
+        await Assert.That(log[0]).Matches(@"^s:0 tel:\d\.\d{4}$");
+        for (var i = 0; i < 10; i++) {
+            await Assert.That(log[i + 1]).Matches($@"^s:{i} trl:\d\.\d{{4}} lr:0\.\d{{6}} norm:\d\.\d\d$");
+            await Near(log[i + 1].Split(':', ' ')[3], expected[i].Split(' ')[1], 1e-4);
+            await Near(log[i + 1].Split(':', ' ')[5], expected[i].Split(' ')[3], 1e-4);
+        }
+        await Assert.That(log[11]).IsEqualTo($"s:10 tel:{double.Parse(validation["val loss ".Length..]):F4}");
+
+        static async Task Near(string found, string expected, double tolerance) {
+            var (a, b) = (double.Parse(found), double.Parse(expected));
+            await Assert.That(a).IsBetween(b * (1 - tolerance), b * (1 + tolerance));
+        }
+    }
+
+    [GeneratedRegex(@"^step (?<step>[ \d]{4})/10 \| loss (?<loss>\d+\.\d{6}) \| norm (?<norm>\d+\.\d{4}) \| " +
+        @"lr (?<rate>\d\.\d\de-\d\d) \| \d+\.\d\d ms \| \d+\.\d% MFU \| \d+ tok/s$")]
+    private static partial Regex StepLine();
+
+    [Test]
+    public async Task Steps_go_to_standard_output_and_the_rest_to_standard_error() {
+        using var folder = Folders.Goldens();
+        var result = await Gpt2Process.Succeed(folder.Path, $"{TenSteps} -s 5 -g 4");
+        var samples = result.Lines.Where(line => Regex.IsMatch(line, @"^sample:( \d+){4}$")).ToArray();
+        await Assert.That(samples).Count().IsEqualTo(2);
+        var others = result.Lines.Except(samples).Where(line => !line.StartsWith("val loss "));
+        await Assert.That(others).All(line => StepLine().IsMatch(line));
+        // No live line in a pipe: nothing is ever written over.
+        await Assert.That(result.Output).DoesNotContain("\r").And.DoesNotContain("\e").And.EndsWith("\n");
+        await Assert.That(result.Sentences).IsEmpty();
+        foreach (var word in "2 layers,3 heads,48 channels,211,train.bin,val.bin,2 x 21,126,CPU,MB".Split(','))
+            await Assert.That(result.Error).Contains(word);
+    }
+
+    // A pseudo-terminal for standard output and standard error.
+    const string Terminal = "exec script -qec \"$*\" /dev/null";
+
+    [Test]
+    public async Task On_a_terminal_a_live_line_shows_progress() {
+        using var folder = Folders.Goldens();
+        var result = await Gpt2Process.RunIn(Terminal, folder.Path, TenSteps);
+        await Assert.That(result.ExitCode).IsEqualTo(0).Because(result.ToString());
+        await Assert.That(result.Output).Matches(@"50\.0% \| loss \d\.\d+ \| \d+ tok/s \| \S+ left");
+        // Once each live line has been wiped, none is left over.
+        foreach (var line in result.Output.Split("\r\n"))
+            await Assert.That(line.Split("\e[K")[^1]).DoesNotContain("left");
+    }
+
+    [Test]
+    public async Task Tokenize_shows_a_progress_bar_on_a_terminal() {
+        using var folder = new TemporaryFolder();
+        File.WriteAllText(folder["text.txt"], string.Concat(Enumerable.Repeat("All work and no play. ", 60_000)));
+        var result = await Gpt2Process.RunIn(Terminal, folder.Path, "tokenize -o new text.txt text.txt");
+        await Assert.That(result.ExitCode).IsEqualTo(0).Because(result.ToString());
+        var bars = result.Output.Split('\r', '\n').Where(line => line.Contains('#')).ToArray();
+        await Assert.That(bars).IsNotEmpty();
+        foreach (var bar in bars)
+            await Assert.That(bar.Count(character => character == '#')).IsLessThanOrEqualTo(40).Because(bar);
+        await Assert.That(bars[^1]).StartsWith(new string('#', 40));
+    }
+
+    [Test]
+    public async Task Evaluation_equals_the_validation_of_training() {
+        using var folder = Folders.Goldens();
+        var trained = await Gpt2Process.Succeed(folder.Path, TenSteps);
+        var loss = trained.Lines.Last(line => line.StartsWith("val loss "))["val loss ".Length..];
+        const string eval = "eval -e out/model_00000010.bin -j val.bin -b 2 -t 21";
+        var part = await Gpt2Process.Succeed(folder.Path, $"{eval} -m 5");
+        await Assert.That(part.Output).StartsWith($"loss {loss} | perplexity ").And.EndsWith(" | 210 tokens\n");
+        await Assert.That(part.Error).IsEmpty();
+        var ratio = double.Parse(part.Output.Split(' ')[4]) / Math.Exp(double.Parse(loss));
+        await Assert.That(ratio).IsBetween(0.9999, 1.0001);
+        // The default is all of the 11 batches.
+        await Assert.That((await Gpt2Process.Succeed(folder.Path, eval)).Output).EndsWith(" | 462 tokens\n");
+    }
+
+    [Test]
+    public async Task Multiple_choices_are_scored() {
+        using var folder = Folders.Goldens();
+        const string eval = "eval -e model.bin -j val.bin -b 3 -t 16 --hellaswag choices.bin";
+        // The same question again and again with each label in turn: one in four is right.
+        Folders.WriteChoices(folder["choices.bin"], 8);
+        var result = await Gpt2Process.Succeed(folder.Path, eval);
+        await Assert.That(result.Lines[^1]).IsEqualTo("accuracy 0.2500 | 8 examples");
+        // With the same label every time it is always right or always wrong.
+        var accuracies = new List<string>();
+        for (var label = 0; label < 4; label++) {
+            Folders.WriteChoices(folder["choices.bin"], 8, words => words[3] = (ushort)label);
+            accuracies.Add((await Gpt2Process.Succeed(folder.Path, eval)).Lines[^1].Split(' ')[1]);
+        }
+        await Assert.That(string.Join(' ', accuracies.Order())).IsEqualTo("0.0000 0.0000 0.0000 1.0000");
+    }
+
+    [Test]
+    public async Task Verify_tells_a_right_model_from_a_wrong_one() {
+        using var folder = Folders.Goldens();
+        var right = await Gpt2Process.Succeed(folder.Path, "verify -e model.bin --state state.bin");
+        var names = right.Lines[1..].Select(line => line.Split(' ')[0]);
+        await Assert.That(string.Join(' ', names)).IsEqualTo("logits loss wte wpe ln1w ln1b qkvw qkvb attprojw " +
+            "attprojb ln2w ln2b fcw fcb fcprojw fcprojb lnfw lnfb");
+        await Assert.That(right.Lines[1..]).All(line => line.EndsWith("  ok"));
+        // The last of all weights is a bias of the last layer norm. Not a number is not near anything.
+        foreach (var value in (float[])[1, float.NaN]) {
+            var bytes = File.ReadAllBytes(folder["model.bin"]);
+            MemoryMarshal.Cast<byte, float>(bytes.AsSpan())[^1] = value;
+            File.WriteAllBytes(folder["wrong.bin"], bytes);
+            var wrong = await Gpt2Process.Run(folder.Path, "verify -e wrong.bin --state state.bin");
+            await Assert.That(wrong.ExitCode).IsEqualTo(1).Because(wrong.ToString());
+            await Assert.That(wrong.Lines[1]).StartsWith("logits ").And.EndsWith("  DIFFERS");
+            await Assert.That(wrong.Error).IsEmpty();
+        }
+    }
+
+    [Test]
+    public async Task A_model_in_bf16_loads_too() {
+        using var folder = Folders.Goldens();
+        var bytes = File.ReadAllBytes(folder["model.bin"]);
+        bytes[4] = 5; // the version
+        // The upper half of each float, rounded.
+        var halves = MemoryMarshal.Cast<byte, uint>(bytes.AsSpan(1024)).ToArray()
+            .Select(bits => (ushort)(bits + 0x8000 >> 16)).ToArray();
+        File.WriteAllBytes(folder["half.bin"], [.. bytes[..1024], .. MemoryMarshal.AsBytes(halves.AsSpan())]);
+        var losses = new List<double>();
+        foreach (var model in (string[])["model.bin", "half.bin"]) {
+            var result = await Gpt2Process.Succeed(folder.Path, $"eval -e {model} -j val.bin -b 2 -t 21");
+            losses.Add(double.Parse(result.Output.Split(' ')[1]));
+        }
+        await Assert.That(losses[1]).IsNotEqualTo(losses[0]);
+        await Assert.That(Math.Abs(losses[1] / losses[0] - 1)).IsLessThan(3e-3);
+    }
+
+    [Test]
+    public async Task Samples_of_ids_are_the_same_for_the_same_seed() {
+        using var folder = Folders.Goldens();
+        const string ids = "--prompt-ids 1,2,3 -n 8";
+        var greedy = await Sample($"{ids} --temperature 0");
+        await Assert.That(greedy).Matches(@"^1 2 3( \d+){8}\n$");
+        string[] likeliest = ["--temperature 0 --seed 7", "--top-k 1", "--top-p 0.0001", "--temperature 0.0001"];
+        foreach (var narrow in likeliest)
+            await Assert.That(await Sample($"{ids} {narrow}")).IsEqualTo(greedy).Because(narrow);
+        var three = await Sample($"{ids} --num 3");
+        await Assert.That(three).Matches(@"^(1 2 3( \d+){8}\n---\n){2}1 2 3( \d+){8}\n$");
+        await Assert.That(three.Split("---\n").Distinct()).Count().IsEqualTo(3);
+        await Assert.That(await Sample($"{ids} --num 3 --seed 42")).IsEqualTo(three);
+        await Assert.That(await Sample($"{ids} --num 3 --seed 43")).IsNotEqualTo(three);
+        // A prompt that fills the context leaves room for the one token that follows it.
+        var full = await Sample($"--prompt-ids {string.Join(',', Enumerable.Range(0, 32))} -n 100");
+        await Assert.That(full.Split(' ')).Count().IsEqualTo(33);
+
+        async Task<string> Sample(string options) {
+            var result = await Gpt2Process.Succeed(folder.Path, $"sample -e model.bin {options}");
+            await Assert.That(result.Error).IsEmpty();
+            return result.Output;
+        }
+    }
+
+    [Test]
+    [Arguments("train", "-i,--train-data -j,--val-data -e,--init -o,--out -b,--batch -t,--seq -d,--total-batch " +
+        "-x,--max-steps -l,--lr -u,--warmup -q,--final-lr-frac -c,--weight-decay -k,--schedule -v,--val-every " +
+        "-m,--val-batches -s,--sample-every -g,--gen-tokens -n,--checkpoint-every --keep -y,--resume -r,--recompute " +
+        "-a,--overfit --no-shuffle --device --seed --verbose")]
+    [Arguments("sample", "-e,--init -p,--prompt --prompt-ids -n,--tokens --temperature --top-k --top-p --num --seed " +
+        "--device --verbose")]
+    [Arguments("eval", "-e,--init -j,--val-data -m,--val-batches -b,--batch -t,--seq --hellaswag --device --verbose")]
+    [Arguments("tokenize", "-o,--out --val-tokens --verbose")]
+    [Arguments("verify", "-e,--init --state --device --verbose")]
+    [Arguments("bench", "-e,--init -b,--batch -t,--seq --device --verbose")]
+    public async Task Help_names_every_option(string command, string options) {
+        using var folder = new TemporaryFolder();
+        var overview = await Gpt2Process.Succeed(folder.Path, "--help");
+        await Assert.That(overview.Output).Contains($"\n  {command} ");
+        var help = await Gpt2Process.Succeed(folder.Path, $"{command} --help");
+        foreach (var option in options.Split(' ')) {
+            // An option has a line of its own, which begins with its names and goes on to say something.
+            var line = new Regex($@"^ +{option.Replace(",", ", ")}(, --\w+)?( <\S+>)? .*[a-z.]");
+            await Assert.That(help.Lines.Count(line.IsMatch)).IsEqualTo(1).Because($"{command} {option}");
+        }
+        await Assert.That(help.Error).IsEmpty();
+    }
+
+    [Test]
+    [NotInParallel]
+    public async Task It_is_small_and_starts_at_once() {
+        await Assert.That(new FileInfo(Gpt2Process.Binary).Length).IsLessThanOrEqualTo(15_000_000);
+        var best = TimeSpan.MaxValue;
+        for (var i = 0; i < 10; i++) {
+            var watch = Stopwatch.StartNew();
+            using var process = Gpt2Process.Start(".", "--help");
+            await process.End();
+            best = watch.Elapsed < best ? watch.Elapsed : best;
+        }
+        await Assert.That(best).IsLessThan(TimeSpan.FromMilliseconds(20));
+    }
+
+    [Test]
+    public async Task The_curves_are_a_picture() {
+        using var folder = Folders.Goldens();
+        await Gpt2Process.Succeed(folder.Path, $"{TenSteps} -v 5");
+        XNamespace svg = "http://www.w3.org/2000/svg";
+        var root = XDocument.Load(Path.Combine(folder["out"], "loss.svg")).Root!;
+        await Assert.That(root.Name).IsEqualTo(svg + "svg");
+        var size = ((string)root.Attribute("viewBox")!).Split(' ').Select(double.Parse).ToArray();
+        var curves = root.Elements(svg + "polyline").Select(line => ((string)line.Attribute("points")!).Split(' ')
+            .Select(point => point.Split(',').Select(double.Parse).ToArray()).ToArray()).ToArray();
+        await Assert.That(string.Join(' ', curves.Select(curve => curve.Length))).IsEqualTo("10 3");
+        await Assert.That(curves.SelectMany(curve => curve)).All(point =>
+            point[0] > 0 && point[0] < size[2] && point[1] > 0 && point[1] < size[3]);
+        // Time goes to the right, and these losses go down from first to last.
+        foreach (var curve in curves) {
+            await Assert.That(curve.Zip(curve.Skip(1))).All(pair => pair.First[0] < pair.Second[0]);
+            await Assert.That(curve[^1][1]).IsGreaterThan(curve[0][1]);
+        }
+        var texts = root.Elements(svg + "text").Select(text => text.Value).ToArray();
+        foreach (var label in (string[])["step", "loss", "training", "validation"])
+            await Assert.That(texts).Contains(text => text.StartsWith(label));
+        await Assert.That(texts).Contains("0").And.Contains("10");
+    }
+
+    [Test]
+    public async Task A_loss_that_is_no_number_ends_the_run() {
+        using var folder = Folders.Goldens();
+        var result = await Gpt2Process.Run(folder.Path, $"{TenSteps} -l 1e30 -u 0 -n 1 --keep 9");
+        await Assert.That(result.ExitCode).IsEqualTo(1).Because(result.ToString());
+        await Assert.That(result.Sentences).Count().IsEqualTo(1);
+        await Assert.That(result.Sentences[0]).StartsWith("gpt2: step 2: expected a finite loss");
+        await Assert.That(Folders.Names(folder["out"])).Contains("DONE_00000001").And.DoesNotContain("00000002");
+        await Assert.That(File.ReadAllText(Path.Combine(folder["out"], "main.log"))).DoesNotContain("NaN");
+    }
+
+    [Test]
+    public async Task Resume_without_a_checkpoint_starts_fresh_and_says_so() {
+        using var folder = Folders.Goldens();
+        var fresh = await Gpt2Process.Succeed(folder.Path, TenSteps);
+        var resumed = await Gpt2Process.Succeed(folder.Path, TenSteps.Replace("-o out", "-o again -y"));
+        await Assert.That(fresh.Sentences).IsEmpty();
+        await Assert.That(resumed.Sentences).Count().IsEqualTo(1);
+        await Assert.That(resumed.Sentences[0]).Contains("again").And.Contains("no complete checkpoint");
+        await Assert.That(Folders.Contents(folder["again"])).IsEqualTo(Folders.Contents(folder["out"]));
+    }
+
+    [Test]
+    public async Task Garbage_in_the_log_does_not_hinder_resuming() {
+        using var folder = Folders.Goldens();
+        await Gpt2Process.Succeed(folder.Path, $"{TenSteps} -n 5 --keep 9");
+        var log = File.ReadAllText(Path.Combine(folder["out"], "main.log"));
+        const string garbage =
+            "s:3 trl:\ns: tel:4\n\0\u00ff\n\ns:99999999999 trl:1 lr:1 norm:1\ns:4 trl:x lr:1 norm:1\ns:5 trl:5.1";
+        await Assert.That(await ResumedLog("again", garbage)).IsEqualTo(log);
+        // Another program's lines about earlier steps are kept.
+        await Assert.That(await ResumedLog("more", "s:3 eval:0.2891\n")).Contains("s:3 eval:0.2891\n");
+
+        async Task<string> ResumedLog(string name, string added) {
+            Folders.Copy(folder["out"], folder[name], name => !name.Contains("00000010"));
+            var path = Path.Combine(folder[name], "main.log");
+            // In the place of what followed step 5.
+            File.WriteAllText(path, log[..log.IndexOf("s:5")] + added);
+            await Gpt2Process.Succeed(folder.Path, TenSteps.Replace("-o out", $"-o {name} -y"));
+            return File.ReadAllText(path);
+        }
+    }
+
+    [Test]
+    public async Task From_text_to_text() {
+        using var folder = new TemporaryFolder();
+        var words = Enumerable.Range(0, 300).Select(i => $"the number {i} comes before {i + 1}.");
+        File.WriteAllText(folder["a.txt"], string.Join(' ', words));
+        File.WriteAllText(folder["b, c.txt"], "Once<|endoftext|>twice caf\u00e9 \ud83d\ude00");
+        var tokenized = await Gpt2Process.Succeed(
+            folder.Path, "tokenize", "-o", "text", "--val-tokens", "100", "a.txt", "b, c.txt");
+        await Assert.That(tokenized.Output).IsEmpty();
+        await Assert.That(Folders.Names(folder.Path)).EndsWith(" text_train_000001.bin text_val_000000.bin");
+        await Assert.That(new FileInfo(folder["text_val_000000.bin"]).Length).IsEqualTo(1024 + 200);
+
+        var trained = await Gpt2Process.Succeed(folder.Path,
+            "train -i text_train_*.bin -j text_val_*.bin -e d6 -b 1 -t 16 -x 1 -m 1 -g 4 -o out --schedule Linear");
+        await Assert.That(trained.Lines.Single(line => line.StartsWith("step    1/1 "))).Contains("| loss 10.");
+        await Assert.That(trained.Output).Contains("sample: ");
+
+        // Text alone, the prompt first; the same again, but for another seed.
+        const string prompt = "The caf\u00e9 \u2014";
+        var first = await Sample(prompt);
+        await Assert.That(first.Output).StartsWith(prompt).And.EndsWith("\n");
+        await Assert.That(first.Error).IsEmpty();
+        await Assert.That((await Sample(prompt)).Output).IsEqualTo(first.Output);
+        await Assert.That((await Sample(prompt, "--seed", "1")).Output).IsNotEqualTo(first.Output);
+        await Assert.That((await Sample(prompt, "--num", "2")).Output).StartsWith($"{first.Output}---\n{prompt}");
+        await Assert.That((await Sample("", "--temperature", "0")).ExitCode).IsEqualTo(0);
+        var tooLong = await Sample(string.Concat(Enumerable.Repeat("a ", 1100)));
+        await Assert.That(tooLong.ExitCode).IsEqualTo(2);
+        await Assert.That(tooLong.Sentences.Single()).Contains("prompt").And.Contains("1024");
+
+        Task<Result> Sample(string text, params string[] options) => Gpt2Process.Run(
+            folder.Path, ["sample", "-e", "out/model_00000001.bin", "-n", "3", "-p", text, .. options]);
+    }
+}
