@@ -27,7 +27,11 @@ public sealed class BinaryFile : IDisposable {
     /// <param name="kind">What the file should be, for messages.</param>
     /// <exception cref="Gpt2Exception">It is not of this kind.</exception>
     public BinaryFile(string path, string kind, int magic, params ReadOnlySpan<int> versions) {
+        if (path == "")
+            throw new Gpt2Exception($"expected the name of {kind}, found nothing");
         stream = new FileStream(path, FileMode.Open, FileAccess.Read, FileShare.Read);
+        if (!stream.CanSeek)
+            throw Fail($"{kind} in a file", "a pipe");
         if (stream.Length < HeaderBytes)
             throw Fail($"{kind} with a header of {HeaderBytes} bytes", $"a file of {stream.Length} bytes");
         Read(Header.AsSpan());
@@ -106,9 +110,10 @@ public static class Files {
                 stream.Flush(flushToDisk: true);
             }
             File.Move(temporary, path, overwrite: true);
-        } catch (IOException) {
+        } catch (Exception e) when (e is IOException or ArgumentOutOfRangeException) {
             File.Delete(temporary); // room again on a full disk
-            throw;
+            // The runtime takes a file that the system does not let grow for a wrong argument, and does not name it.
+            throw e as IOException ?? new IOException($"The file is too large : '{path}'");
         }
     }
 

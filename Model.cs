@@ -292,7 +292,12 @@ public sealed class Model {
 
     nint Allocate(string name, long bytes) {
         Memory.Add((name, bytes));
-        return Device.Allocate(bytes);
+        try {
+            return Device.Allocate(bytes);
+        } catch (OutOfMemoryException) {
+            throw new Gpt2Exception($"memory: expected {bytes / 1e9:F1} GB for {name}, found less; a smaller --batch " +
+                "takes less");
+        }
     }
 
     Activations Place(int B, int T, int context, Purpose purpose, string name) {
@@ -497,8 +502,9 @@ public static class Verification {
         var model = new Model(config, device, B, T, Purpose.Train);
         reference.Read(model.Tokens.AsSpan());
         reference.Read(model.Targets.AsSpan());
-        if (model.Tokens.Concat(model.Targets).Any(token => token < 0 || token >= config.V))
-            throw reference.Fail($"tokens below the model's vocabulary of {config.V}", "others");
+        var wrong = model.Tokens.Concat(model.Targets).FirstOrDefault(token => token < 0 || token >= config.V);
+        if (wrong != 0)
+            throw reference.Fail($"tokens below the model's vocabulary of {config.V}", $"{wrong}");
         model.Load(file);
         model.Forward();
         var rows = Enumerable.Range(0, B * T).Select(row => (long)row * config.Vp);

@@ -13,7 +13,9 @@ ConsoleApp.LogError = message => {
 var app = ConsoleApp.Create();
 app.Add<Commands>();
 string[] known = ["train", "sample", "eval", "tokenize", "verify", "bench", "-h", "--help", "--version"];
-if (args.Length == 0 || known.Contains(args[0]))
+if (args.Contains("--"))
+    ConsoleApp.LogError("expected options, found '--'");
+else if (args.Length == 0 || known.Contains(args[0]))
     app.Run(args);
 else
     ConsoleApp.LogError($"expected a command (gpt2 --help lists them), found '{args[0]}'");
@@ -60,6 +62,8 @@ internal sealed class Commands {
             using var logs = LoggerFactory.Create(logging => logging.AddZLoggerConsole(options =>
                 options.LogToStandardErrorThreshold = LogLevel.Trace));
             using var computer = Open(device);
+            Require(Enum.IsDefined(schedule), "--schedule", "cosine, linear, constant or wsd", schedule);
+            Require(batch <= int.MaxValue / Math.Max(1, seq), "--batch", "less than 2^31 tokens together", batch);
             totalBatch = totalBatch == 0 ? batch * seq : totalBatch;
             var options = new TrainOptions(trainData, valData, init, @out, batch, seq, totalBatch, maxSteps, lr,
                 warmup, finalLrFrac, weightDecay, schedule, valEvery, valBatches, sampleEvery, genTokens,
@@ -202,8 +206,11 @@ internal sealed class Commands {
             return 0;
         });
 
-    static Cpu Open(DeviceKind device) => device != DeviceKind.Cuda ? new Cpu()
-        : throw new Gpt2Exception("--device cuda: expected a build with GPU kernels, found one without");
+    static Cpu Open(DeviceKind device) {
+        Require(Enum.IsDefined(device), "--device", "auto, cuda or cpu", device);
+        return device != DeviceKind.Cuda ? new Cpu()
+            : throw new Gpt2Exception("--device cuda: expected a build with GPU kernels, found one without");
+    }
 
     /// <summary>Streams a prompt and what follows, ended by a new line.</summary>
     static void Print(IEnumerable<string> prompt, IEnumerable<string> generated, string separator) {
@@ -220,9 +227,9 @@ internal sealed class Commands {
     static int Guard(bool verbose, Func<int> command) {
         try {
             return command();
-        } catch (Exception e) when (!verbose) {
+        } catch (Exception e) {
             e = (e as AggregateException)?.InnerException ?? e;
-            Console.Error.WriteLine($"gpt2: {e.Message}");
+            Console.Error.WriteLine($"gpt2: {(verbose ? e : e.Message)}");
             return (e as Gpt2Exception)?.ExitCode ?? 1;
         }
     }

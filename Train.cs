@@ -44,10 +44,10 @@ public sealed record TrainOptions(
         var whole = TotalBatch > 0 && TotalBatch % ((long)B * T) == 0;
         Require(whole, "--total-batch", $"a multiple of {B} x {T} tokens", TotalBatch);
         Require(MaxSteps > 0, "--max-steps", "1 or more", MaxSteps);
-        Require(LearningRate > 0, "--lr", "more than 0", LearningRate);
+        Require(LearningRate is > 0 and < float.PositiveInfinity, "--lr", "more than 0", LearningRate);
         Require(Warmup >= 0, "--warmup", "0 or more", Warmup);
         Require(FinalFraction is >= 0 and <= 1, "--final-lr-frac", "0 to 1", FinalFraction);
-        Require(WeightDecay >= 0, "--weight-decay", "0 or more", WeightDecay);
+        Require(WeightDecay is >= 0 and < float.PositiveInfinity, "--weight-decay", "0 or more", WeightDecay);
         Require(ValEvery >= 0, "--val-every", "0 or more", ValEvery);
         Require(ValBatches > 0, "--val-batches", "1 or more", ValBatches);
         Require(SampleEvery >= 0, "--sample-every", "0 or more", SampleEvery);
@@ -275,7 +275,8 @@ public sealed class Checkpoints(string folder) {
     const int Magic = 20240527;
 
     /// <summary>Whether the folder holds anything of a run.</summary>
-    public bool HasRun => File.Exists(Path.Combine(folder, "main.log")) || Steps("*").Length > 0;
+    public bool HasRun => Steps("*").Length > 0 || File.Exists(Path.Combine(folder, "main.log")) &&
+        File.ReadLines(Path.Combine(folder, "main.log")).Any(line => line.Contains(" trl:"));
 
     /// <summary>The step of the last complete checkpoint, or null.</summary>
     public int? Last => Steps("DONE_*").Cast<int?>().LastOrDefault();
@@ -285,8 +286,9 @@ public sealed class Checkpoints(string folder) {
     string DonePath(int step) => Path.Combine(folder, $"DONE_{step:d8}");
 
     int[] Steps(string pattern) => [.. Files.Glob(Path.Combine(folder, pattern))
-        .Select(path => Regex.Match(Path.GetFileName(path), @"^(DONE|model|state)_(\d{8})(_\d{5})?(\.bin)?$"))
-        .Where(match => match.Success).Select(match => int.Parse(match.Groups[2].Value)).Distinct().Order()];
+        .Select(path => Regex.Match(Path.GetFileName(path), @"^(DONE_(?<step>\d{8})|" +
+            @"model_(?<step>\d{8})\.bin|state_(?<step>\d{8})_\d{5}\.bin)$"))
+        .Where(match => match.Success).Select(match => int.Parse(match.Groups["step"].Value)).Distinct().Order()];
 
     /// <summary>Requires a checkpoint's files to be those that were written; llm.c's say nothing of them.</summary>
     public void Verify(int step) {
@@ -329,6 +331,8 @@ public sealed class Checkpoints(string folder) {
         file.Check("rank", 3, header[3] == 0, "0");
         file.Check("master weights", 4, header[4] is 0 or 1, "0 or 1");
         file.Check("shuffling", 5, header[5] is 0 or 1, "0 or 1");
+        file.Check("upper half of the shard index", 31, header[31] == 0, "0");
+        file.Check("upper half of the sample index", 33, header[33] == 0, "0");
         file.Check("step", 10, header[10] == step, $"{step} as its name says");
         model.Read(file, optimizer.M);
         model.Read(file, optimizer.V);
@@ -348,37 +352,39 @@ public sealed partial class RunLog {
     public RunLog(string folder, int firstStep) {
         this.folder = folder;
         var log = new StringBuilder();
-        foreach (var line in File.Exists(LogPath) ? File.ReadAllLines(LogPath) : []) {
-            if (Line().Match(line) is not { Success: true } match)
-                continue;
-            var (step, isTrain) = (int.Parse(match.Groups[1].Value), match.Groups[2].Value == "trl");
-            if (step >= firstStep + (isTrain ? 0 : 1))
-                continue;
-            (isTrain ? train : validation).Add((step, double.Parse(match.Groups[3].Value)));
-            log.Append(line).Append('\n');
+        // A run that starts anew validates anew too.
+        foreach (var line in File.Exists(LogPath) && firstStep > 0 ? File.ReadAllLines(LogPath) : []) {
+            if (Line().Match(line) is { Success: true } match &&
+                int.Parse(match.Groups[1].Value) < firstStep + (match.Groups[2].Value == "trl" ? 0 : 1))
+                log.Append(Add(line)).Append('\n');
         }
         Files.Write(LogPath, to => to.Write(Encoding.UTF8.GetBytes(log.ToString())));
     }
 
     string LogPath => Path.Combine(folder, "main.log");
 
-    [GeneratedRegex(@"^s:(\d{1,9}) (trl|tel):(\d+\.\d{4})( lr:\d\.\d{6} norm:\d+\.\d\d)?$")]
+    [GeneratedRegex(@"^s:(\d{1,9}) (trl|tel|eval):(\d+\.\d{4})( lr:\d+\.\d{6} norm:\d+\.\d\d)?$")]
     private static partial Regex Line();
 
-    /// <summary>Logs an update.</summary>
-    public void Train(int step, double loss, float rate, float norm) {
-        train.Add((step, loss));
-        Append($"s:{step} trl:{loss:F4} lr:{rate:F6} norm:{norm:F2}\n");
+    /// <summary>Adds a line's loss to the curves as the line gives it, so that a resumed run draws the same.</summary>
+    string Add(string line) {
+        var groups = Line().Match(line).Groups;
+        if (groups[2].Value is "trl" or "tel")
+            (groups[2].Value == "trl" ? train : validation).Add((int.Parse(groups[1].Value), double.Parse(groups[3].Value)));
+        return line;
     }
+
+    /// <summary>Logs an update.</summary>
+    public void Train(int step, double loss, float rate, float norm) =>
+        Append($"s:{step} trl:{loss:F4} lr:{rate:F6} norm:{norm:F2}");
 
     /// <summary>Logs a validation after <paramref name="step"/> updates, and draws the curves.</summary>
     public void Validation(int step, double loss) {
-        validation.Add((step, loss));
-        Append($"s:{step} tel:{loss:F4}\n");
+        Append($"s:{step} tel:{loss:F4}");
         Files.Write(Path.Combine(folder, "loss.svg"), to => to.Write(Encoding.UTF8.GetBytes(Draw())));
     }
 
-    void Append(string line) => File.AppendAllText(LogPath, line);
+    void Append(string line) => File.AppendAllText(LogPath, Add(line) + "\n");
 
     /// <summary>Training and validation loss against steps.</summary>
     string Draw() {

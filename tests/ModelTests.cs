@@ -72,6 +72,16 @@ public sealed class ModelTests(DeviceUnderTest deviceUnderTest) : IDisposable {
     }
 
     [Test]
+    public async Task VerificationFindsAResultThatIsNotANumber() {
+        using var folder = new TemporaryFolder();
+        var numbers = MemoryMarshal.Cast<byte, float>(File.ReadAllBytes(Golden("model.bin"))).ToArray();
+        numbers[^1] = float.NaN;
+        File.WriteAllBytes(folder["model.bin"], MemoryMarshal.AsBytes(numbers.AsSpan()));
+        foreach (var (name, _, relative) in Verification.Run(folder["model.bin"], Golden("state.bin"), device))
+            await Assert.That(relative < Verification.Tolerance).IsFalse().Because(name);
+    }
+
+    [Test]
     public async Task TenStepsOfTrainingEqualPyTorchs() {
         using var folder = new TemporaryFolder();
         var options = new TrainOptions(Golden("tokens_train.bin"), Golden("tokens_val.bin"), Golden("model.bin"),
