@@ -212,9 +212,9 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
 
     // ---- Attention
 
-    /// <summary>Scores that a thread holds on its stack, and queries that it takes at once unless that makes too many:
-    /// enough to repay packing the keys.</summary>
-    const int ScoreCount = 1 << 17, QueryBlock = 128;
+    /// <summary>Scores that a thread holds on its stack, one query's at the least, and queries that it takes at once unless
+    /// that makes too many: enough to repay packing the keys.</summary>
+    const int ScoreCount = Config.LongestT, QueryBlock = 128;
 
     public void Attention(Tensor qkv, int start, int heads, Tensor y, Tensor lse) {
         For(qkv.Depth * heads, (qkv, start, heads, y, lse), static (s, head) => {

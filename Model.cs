@@ -117,6 +117,9 @@ public readonly record struct ParameterShape(string Name, int Layers, int Rows, 
 public sealed record Config(int MaxT, int V, int Vp, int L, int NH, int C) {
     const int ModelMagic = 20240326;
 
+    /// <summary>The longest sequence that any device must manage.</summary>
+    public const int LongestT = 1 << 17;
+
     /// <summary>The parameter tensors in the order of checkpoints.</summary>
     public ParameterShape[] Parameters => [
         new("wte", 1, Vp, C), new("wpe", 1, MaxT, C),
@@ -151,7 +154,7 @@ public sealed record Config(int MaxT, int V, int Vp, int L, int NH, int C) {
         var file = new BinaryFile(path, "a GPT-2 model", ModelMagic, 3, 5);
         var header = file.Header;
         var config = new Config(header[2], header[3], header[7], header[4], header[5], header[6]);
-        file.Check("maximum sequence length", 2, config.MaxT is > 0 and <= 1 << 20, "1 to 1048576");
+        file.Check("maximum sequence length", 2, config.MaxT is > 0 and <= LongestT, $"1 to {LongestT}");
         file.Check("vocabulary", 3, config.V is > 1 and <= 65536, "2 to 65536");
         file.Check("number of layers", 4, config.L is > 0 and <= 1000, "1 to 1000");
         file.Check("number of heads", 5, config.NH is > 0 and <= 1000, "1 to 1000");

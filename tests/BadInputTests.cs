@@ -88,7 +88,7 @@ public partial class BadInputTests {
         foreach (var input in Fields("model", fields, "model.bin", sample).Concat(Sizes("model", "model.bin", sample)))
             yield return input;
         yield return new("model of absurd sizes", sample, 1, "bad.bin bytes 282880", folder => {
-            (int, int)[] sizes = [(2, 1 << 20), (3, 65536), (7, 65536), (4, 1000), (5, 64), (6, 65536)];
+            (int, int)[] sizes = [(2, 1 << 17), (3, 65536), (7, 65536), (4, 1000), (5, 64), (6, 65536)];
             File.Copy(folder["model.bin"], folder["bad.bin"]);
             foreach (var (index, value) in sizes)
                 Set(folder["bad.bin"], index, value);

@@ -444,8 +444,8 @@ public class TokenizerTests {
 
     [Test]
     public async Task StreamsWholeCharactersAsSoonAsTheyAre() {
-        // Each emoji is two tokens or more; in the end one lacks its last token.
-        const string text = "Hi 😀😁🤖👩‍👩‍👧‍👦 日本語の漢字 𝔘𝔫𝔦 e\u0301 🦄";
+        // Each emoji is two tokens or more; the rare Han characters are such that tokens end one and begin the next.
+        const string text = "Hi 😀😁🤖👩‍👩‍👧‍👦 日本語の漢字 𝔘𝔫𝔦 e\u0301 鴧◢醚釲蝫 咶溛 槈虦誅 豝踫鯏鑎疛ॉ呚擶殺 🦄";
         int[] ids = [.. Tokenizer.Encode(text)];
         var (taken, streamed) = (0, "");
         IEnumerable<int> Count() {
@@ -457,8 +457,8 @@ public class TokenizerTests {
         foreach (var part in Tokenizer.Decode(Count())) {
             await Assert.That(part.Contains('\ufffd')).IsFalse();
             streamed += part;
-            // What was streamed is all that was taken, so nothing whole is held back.
-            await Same(Tokenizer.Encode(streamed), ids[..taken]);
+            // No character is held back once its last token is there.
+            await Assert.That(string.Concat(Tokenizer.Decode(ids[..taken])).TrimEnd('\ufffd')).IsEqualTo(streamed);
         }
         await Assert.That(streamed).IsEqualTo(text);
         var cut = string.Concat(Tokenizer.Decode(ids[..^1]));
