@@ -437,17 +437,20 @@ public sealed class Tokenizer {
 
     /// <summary>Turns ids into text as they come; characters of several tokens wait until they are whole.</summary>
     public IEnumerable<string> Decode(IEnumerable<int> tokens) {
-        const int longestCharacter = 4;
-        var pending = new List<int>();
+        var (pending, sent) = (new List<int>(), 0);
         foreach (var token in tokens) {
             pending.Add(token);
             var text = encoding.Decode(pending);
-            if (text.EndsWith('\ufffd') && pending.Count < longestCharacter)
-                continue;
-            yield return text;
-            pending.Clear();
+            // Of the bytes so far only the last character can be incomplete: it stands as one mark at the end.
+            var whole = text.EndsWith('\ufffd') ? text.Length - 1 : text.Length;
+            yield return text[sent..whole];
+            sent = whole;
+            if (whole == text.Length) {
+                pending.Clear();
+                sent = 0;
+            }
         }
-        yield return encoding.Decode(pending);
+        yield return encoding.Decode(pending)[sent..];
     }
 
     /// <summary>Encodes text files as shards PREFIX_val_000000.bin and PREFIX_train_000001.bin, …: each file is split

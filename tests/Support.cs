@@ -9,18 +9,15 @@ static class Support {
         yield return new DeviceUnderTest("CPU", () => new Cpu());
     }
 
-    /// <summary>The repository's root: the folder above the tests' binary, or above the current one, that holds
-    /// tests/golden.</summary>
+    /// <summary>The repository's root: the folder above the tests' binary that holds tests/golden.</summary>
     public static string Root { get; } = FindRoot();
 
     static string FindRoot() {
-        foreach (var start in (string[])[AppContext.BaseDirectory, Environment.CurrentDirectory]) {
-            for (var folder = new DirectoryInfo(start); folder != null; folder = folder.Parent) {
-                if (Directory.Exists(Path.Combine(folder.FullName, "tests", "golden")))
-                    return folder.FullName;
-            }
+        for (var folder = new DirectoryInfo(AppContext.BaseDirectory); folder != null; folder = folder.Parent) {
+            if (Directory.Exists(Path.Combine(folder.FullName, "tests", "golden")))
+                return folder.FullName;
         }
-        throw new DirectoryNotFoundException("tests/golden is in no folder above the binary or the current one");
+        throw new DirectoryNotFoundException($"tests/golden is in no folder above {AppContext.BaseDirectory}");
     }
 
     /// <summary>The path of a file in tests/golden.</summary>
