@@ -96,7 +96,9 @@ public static class Files {
         var folder = Path.GetDirectoryName(pattern) ?? "/";
         if (!Directory.Exists(Path.Combine(".", folder)))
             return [];
-        var names = Directory.GetFiles(Path.Combine(".", folder), Path.GetFileName(pattern)).Select(Path.GetFileName);
+        var options = new EnumerationOptions { MatchType = MatchType.Simple };
+        var paths = Directory.GetFiles(Path.Combine(".", folder), Path.GetFileName(pattern), options);
+        var names = paths.Select(Path.GetFileName);
         return [.. names.Select(name => Path.Combine(folder, name!)).Order(StringComparer.Ordinal)];
     }
 
