@@ -255,7 +255,6 @@ public sealed class TokenShard : IDisposable {
 public sealed class TokenLoader : IDisposable {
     readonly TokenShard[] shards;
     readonly int vocabulary;
-    readonly bool shuffle;
     readonly Mt19937 random;
     readonly int[] shardOrder;
     readonly ushort[] buffer;
@@ -267,7 +266,7 @@ public sealed class TokenLoader : IDisposable {
         shards = [.. Files.Glob(pattern).Select(path => new TokenShard(path))];
         if (shards.Length == 0)
             throw new Gpt2Exception($"{pattern}: expected token shards, found none; run make data or gpt2 tokenize");
-        (BatchTokens, this.vocabulary, this.shuffle, random) = (B * T, vocabulary, shuffle, new Mt19937(seed));
+        (BatchTokens, this.vocabulary, Shuffles, random) = (B * T, vocabulary, shuffle, new Mt19937(seed));
         shardOrder = [.. Enumerable.Range(0, shards.Length)];
         buffer = new ushort[BatchTokens + 1];
         Batches = shards.Sum(shard => (long)shard.Batches(BatchTokens));
@@ -275,7 +274,7 @@ public sealed class TokenLoader : IDisposable {
     }
 
     /// <summary>Whether batches come in a random order.</summary>
-    public bool Shuffles => shuffle;
+    public bool Shuffles { get; }
 
     /// <summary>Tokens in all shards.</summary>
     public long Tokens => shards.Sum(shard => (long)shard.Count);
@@ -293,7 +292,7 @@ public sealed class TokenLoader : IDisposable {
 
     /// <summary>Starts an epoch.</summary>
     public void Reset() {
-        if (shuffle)
+        if (Shuffles)
             random.Permute(shardOrder);
         Open(0);
     }
@@ -301,7 +300,7 @@ public sealed class TokenLoader : IDisposable {
     void Open(int shard) {
         Position = (shard, 0);
         sampleOrder = [.. Enumerable.Range(0, Shard.Batches(BatchTokens))];
-        if (shuffle)
+        if (Shuffles)
             random.Permute(sampleOrder);
     }
 
@@ -321,7 +320,7 @@ public sealed class TokenLoader : IDisposable {
 
     /// <summary>Writes the orders and the generator's state, if this loader shuffles.</summary>
     public void Save(BinaryWriter to) {
-        if (!shuffle)
+        if (!Shuffles)
             return;
         foreach (var order in (int[][])[shardOrder, sampleOrder]) {
             to.Write((long)order.Length);
@@ -332,17 +331,17 @@ public sealed class TokenLoader : IDisposable {
 
     /// <summary>Goes on from a position, with what <see cref="Save"/> wrote there.</summary>
     public void Load(BinaryFile from, bool shuffled, (int Shard, int Sample) position) {
-        if (shuffled != shuffle)
-            throw from.Fail(shuffle ? "a run that shuffles" : "a run with --no-shuffle", "the other kind");
+        if (shuffled != Shuffles)
+            throw from.Fail(Shuffles ? "a run that shuffles" : "a run with --no-shuffle", "the other kind");
         if (position.Shard < 0 || position.Shard >= shards.Length)
             throw from.Fail($"a position in {shards.Length} shards", $"shard {position.Shard}");
-        if (shuffle)
+        if (Shuffles)
             ReadOrder(shardOrder, "shards");
         Position = position;
         sampleOrder = [.. Enumerable.Range(0, Shard.Batches(BatchTokens))];
         if (position.Sample < 0 || position.Sample > sampleOrder.Length)
             throw from.Fail($"at most {sampleOrder.Length} batches of {BatchTokens} tokens", $"{position.Sample}");
-        if (!shuffle)
+        if (!Shuffles)
             return;
         ReadOrder(sampleOrder, $"batches of {BatchTokens} tokens");
         random.Load(from);

@@ -62,7 +62,6 @@ internal sealed class Commands {
             using var logs = LoggerFactory.Create(logging => logging.AddZLoggerConsole(options =>
                 options.LogToStandardErrorThreshold = LogLevel.Trace));
             using var computer = Open(device);
-            Require(Enum.IsDefined(schedule), "--schedule", "cosine, linear, constant or wsd", schedule);
             Require(batch <= int.MaxValue / Math.Max(1, seq), "--batch", "less than 2^31 tokens together", batch);
             totalBatch = totalBatch == 0 ? batch * seq : totalBatch;
             var options = new TrainOptions(trainData, valData, init, @out, batch, seq, totalBatch, maxSteps, lr,

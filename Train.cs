@@ -54,6 +54,7 @@ public sealed record TrainOptions(
         Require(GenTokens >= 0, "--gen-tokens", "0 or more", GenTokens);
         Require(CheckpointEvery >= 0, "--checkpoint-every", "0 or more", CheckpointEvery);
         Require(Keep > 0, "--keep", "1 or more", Keep);
+        Require(Enum.IsDefined(Schedule), "--schedule", "cosine, linear, constant or wsd", Schedule);
         Require(Recompute is >= 0 and <= 2, "--recompute", "0, 1 or 2", Recompute);
     }
 }
