@@ -20,15 +20,38 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
 
     public Profile? Profile { get; set; }
 
+    public DataType Precision => DataType.Fp32;
+
+    public long FreeMemory => GC.GetGCMemoryInfo().TotalAvailableMemoryBytes;
+
+    public void Synchronize() { }
+
     public double PeakFlops() {
         const int rounds = 2000, tries = 40; // until the system has put each thread on a core of its own
-        var best = double.PositiveInfinity;
+        var best = Best(tries, () => For(workers.Threads, 0, static (_, _) => Product.Spin(rounds)));
+        return workers.Threads * Product.Spin(1) * (double)rounds / best;
+    }
+
+    public (double Flops, double Bytes) MeasureCeilings() {
+        const int floats = 1 << 25;
+        float[] from = new float[floats], to = new float[floats];
+        fixed (float* source = from, target = to) {
+            var x = new Tensor((nint)source, 1, 1, floats);
+            var y = x with { Address = (nint)target };
+            var seconds = Best(5, () => ForChunks(x, (x, y), static (s, i, n) =>
+                new Span<float>(Floats(s.x) + i, n).CopyTo(new Span<float>(Floats(s.y) + i, n))));
+            return (PeakFlops(), 2.0 * floats * sizeof(float) / seconds);
+        }
+    }
+
+    static double Best(int tries, Action run) {
+        var best = TimeSpan.MaxValue;
         for (var i = 0; i < tries; i++) {
             var start = Stopwatch.GetTimestamp();
-            For(workers.Threads, 0, static (_, _) => Product.Spin(rounds));
-            best = Math.Min(best, Stopwatch.GetElapsedTime(start).TotalSeconds);
+            run();
+            best = TimeSpan.FromTicks(Math.Min(best.Ticks, Stopwatch.GetElapsedTime(start).Ticks));
         }
-        return workers.Threads * Product.Spin(1) * (double)rounds / best;
+        return best.TotalSeconds;
     }
 
     public nint Allocate(long bytes) {
@@ -241,9 +264,10 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
         }, 2.0 * qkv.Depth * qkv.Rows * (qkv.Rows + 1) * (qkv.Columns / 3));
     }
 
-    public void AttentionBackward(Tensor dy, Tensor qkv, Tensor y, Tensor lse, int heads, Tensor dqkv) {
+    public void AttentionBackward(
+        Tensor dy, Tensor qkv, Tensor y, Tensor lse, int heads, Tensor delta, Tensor dqkv) {
         Clear(dqkv);
-        For(qkv.Depth * heads, (dy, qkv, y, lse, heads, dqkv), static (s, head) => {
+        For(qkv.Depth * heads, (dy, qkv, y, lse, heads, delta, dqkv), static (s, head) => {
             var scratch = stackalloc float[2 * ScoreCount];
             var ((q, k, v), (dq, dk, dv)) = (Heads(s.qkv, s.heads, head), Heads(s.dqkv, s.heads, head));
             var (y, dy) = (Head(s.y, 1, 0, s.heads, head), Head(s.dy, 1, 0, s.heads, head));
@@ -260,7 +284,9 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
                     var visible = first + row + 1;
                     Exponentials(p.Row(row), visible, scale, Floats(s.lse)[(long)head * y.Rows + first + row]);
                     new Span<float>(p.Row(row) + visible, keys - visible).Clear();
-                    Vector<float> delta = new(Product.Dot(dy.Row(first + row), y.Row(first + row), y.Columns));
+                    var sum = Product.Dot(dy.Row(first + row), y.Row(first + row), y.Columns);
+                    Floats(s.delta)[(long)head * y.Rows + first + row] = sum;
+                    Vector<float> delta = new(sum);
                     for (int i = 0, n = keys; n > 0; i += Lanes, n -= Lanes)
                         Store(ds.Row(row) + i, n, Load(p.Row(row) + i, n) * (Load(ds.Row(row) + i, n) - delta) * scale);
                 }
@@ -336,22 +362,27 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
         return sum;
     }
 
-    public void AdamW(Tensor w, Tensor dw, Tensor m, Tensor v, in AdamWStep step) {
+    public void AdamW(ReadOnlySpan<AdamWPart> parts, in AdamWStep step) {
         var rate = step.LearningRate / (1 - MathF.Pow(step.Beta1, step.Number));
         var correction = 1 / (1 - MathF.Pow(step.Beta2, step.Number));
-        ForChunks(w, (w, dw, m, v, step, rate, correction), static (s, i, n) => {
-            var (beta1, beta2, decay) = (s.step.Beta1, s.step.Beta2, s.step.LearningRate * s.step.WeightDecay);
-            for (; n > 0; i += Lanes, n -= Lanes) {
-                var g = Load(Floats(s.dw) + i, n) * s.step.GradientScale;
-                var m = beta1 * Load(Floats(s.m) + i, n) + (1 - beta1) * g;
-                var v = beta2 * Load(Floats(s.v) + i, n) + (1 - beta2) * g * g;
-                var change = s.rate * m / (Vector.SquareRoot(v * s.correction) + new Vector<float>(s.step.Epsilon));
-                Store(Floats(s.m) + i, n, m);
-                Store(Floats(s.v) + i, n, v);
-                Store(Floats(s.w) + i, n, Load(Floats(s.w) + i, n) * (1 - decay) - change);
-                Store(Floats(s.dw) + i, n, Vector<float>.Zero);
-            }
-        });
+        foreach (var part in parts) {
+            ForChunks(part.W, (part, step, rate, correction), static (s, i, n) => {
+                float* w = Floats(s.part.W) + i, dw = Floats(s.part.Dw) + i;
+                float* m = Floats(s.part.M) + i, v = Floats(s.part.V) + i;
+                var (beta1, beta2) = (s.step.Beta1, s.step.Beta2);
+                var decay = s.part.Decays ? s.step.LearningRate * s.step.WeightDecay : 0;
+                for (; n > 0; w += Lanes, dw += Lanes, m += Lanes, v += Lanes, n -= Lanes) {
+                    var g = Load(dw, n) * s.step.GradientScale;
+                    var mean = beta1 * Load(m, n) + (1 - beta1) * g;
+                    var square = beta2 * Load(v, n) + (1 - beta2) * g * g;
+                    var root = Vector.SquareRoot(square * s.correction) + new Vector<float>(s.step.Epsilon);
+                    Store(m, n, mean);
+                    Store(v, n, square);
+                    Store(w, n, Load(w, n) * (1 - decay) - s.rate * mean / root);
+                    Store(dw, n, Vector<float>.Zero);
+                }
+            });
+        }
     }
 
     // ---- Threads, rows and lanes
@@ -360,7 +391,7 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
     void For<T>(int count, T state, Action<T, int> body, double flops = 0, [CallerMemberName] string operation = "") {
         var start = Stopwatch.GetTimestamp();
         workers.Run(count, state, body);
-        Profile?.Add(operation, Stopwatch.GetElapsedTime(start).TotalSeconds, flops);
+        Profile?.Add(operation, Stopwatch.GetElapsedTime(start).TotalSeconds, flops, 0);
     }
 
     void ForRows<T>(Tensor x, T state, Action<T, int> body, [CallerMemberName] string operation = "") =>

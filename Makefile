@@ -10,10 +10,15 @@ CUDA ?= $(HOME)/.cache/gpt2/cuda
 NVCC ?= $(or $(shell command -v nvcc >/dev/null && nvcc --version | sed -n 's/.*release \([0-9.]*\).*/\1/p' \
 	| sed '1i 12.4' | sort -CV && command -v nvcc),$(CUDA)/nvcc)
 
+# GPUs that the kernels are compiled for, by compute capability; native is this machine's.
+ARCH ?= 80 86 89 90a $(shell [ -x "$(NVCC)" ] && $(NVCC) --list-gpu-arch | sed -n 's/^compute_\(100\|120\)$$/\1/p')
+
 export DOTNET_NOLOGO := 1
 export DOTNET_CLI_TELEMETRY_OPTOUT := 1
 
-sources := $(wildcard *.cs) Gpt2Cli.csproj $(wildcard packages.lock.json) bin/isa
+# Without a CUDA compiler the build is for CPUs only.
+kernels := $(if $(wildcard $(NVCC)),bin/Kernels.bf16.fatbin bin/Kernels.fp32.fatbin)
+sources := $(wildcard *.cs) Gpt2Cli.csproj $(wildcard packages.lock.json) bin/isa $(kernels)
 tests := $(wildcard tests/*.cs tests/*.csproj tests/packages.lock.json)
 shards := $(wildcard data/*train_*.bin)
 
@@ -44,10 +49,18 @@ gpt2-tests: $(sources) $(tests)
 	$(call publish,tests/Gpt2Cli.Tests.csproj,bin/tests)
 	@cp bin/tests/$@ $@.new && mv $@.new $@
 
-# Rewritten only when ISA is another one than last time, and then the binaries are out of date.
+# The kernels as machine code for each GPU, without PTX.
+targets = $(if $(filter native,$(ARCH)),-arch=native,$(foreach a,$(ARCH),-gencode arch=compute_$a,code=sm_$a))
+bin/Kernels.%.fatbin: Kernels.cu bin/arch
+	$(NVCC) -std=c++17 -O3 $(if $(filter fp32,$*),-DFP32) $(targets) -Xfatbin -compress-all -fatbin -o $@ $<
+
+# Rewritten only when ISA or ARCH is another one than last time, and then what was built is out of date.
 bin/isa: always
 	@mkdir -p bin
 	@echo $(ISA) | cmp -s - $@ || echo $(ISA) >$@
+bin/arch: always
+	@mkdir -p bin
+	@echo $(ARCH) | cmp -s - $@ || echo $(ARCH) >$@
 
 train: gpt2 data
 	./gpt2 train -y -i 'data/*train_*.bin' -j 'data/*val_*.bin' -o log $(ARGS)

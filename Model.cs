@@ -2,9 +2,19 @@ using System.Runtime.InteropServices;
 
 namespace Gpt2;
 
-/// <summary>A row-major fp32 array of three dimensions in a device's memory; the default stands for none.</summary>
+/// <summary>What an element is: IEEE single precision, or its upper half.</summary>
+public enum DataType { Fp32, Bf16 }
+
+/// <summary>A row-major array of three dimensions in a device's memory; the default stands for none.</summary>
 /// <param name="Address">Of its first element, in the device's own address space.</param>
-public readonly record struct Tensor(nint Address, int Depth, int Rows, int Columns) {
+public readonly record struct Tensor(
+    nint Address, int Depth, int Rows, int Columns, DataType Type = DataType.Fp32) {
+    /// <summary>Bytes of an element.</summary>
+    public int ElementSize => SizeOf(Type);
+
+    /// <summary>Bytes of an element of a type.</summary>
+    public static int SizeOf(DataType type) => type == DataType.Bf16 ? 2 : 4;
+
     /// <summary>Number of elements.</summary>
     public long Count => (long)Depth * Rows * Columns;
 
@@ -12,17 +22,19 @@ public readonly record struct Tensor(nint Address, int Depth, int Rows, int Colu
     public int AllRows => Depth * Rows;
 
     /// <summary>Size in memory.</summary>
-    public long Bytes => Count * sizeof(float);
+    public long Bytes => Count * ElementSize;
 
     /// <summary>The (Rows, Columns) part at index <paramref name="i"/> of the first dimension.</summary>
-    public Tensor this[int i] => new(Address + (nint)((long)i * Rows * Columns * sizeof(float)), 1, Rows, Columns);
+    public Tensor this[int i] => Part((long)i * Rows * Columns, Rows, Columns);
 
-    /// <summary>Rows [first, first + count) of an array of depth 1.</summary>
-    public Tensor Slice(int first, int count) =>
-        new(Address + (nint)((long)first * Columns * sizeof(float)), 1, count, Columns);
+    /// <summary>Rows [first, first + count) of all depths together.</summary>
+    public Tensor Slice(int first, int count) => Part((long)first * Columns, count, Columns);
 
     /// <summary>The flat part of <paramref name="count"/> elements from <paramref name="first"/> on.</summary>
-    public Tensor Flat(long first, int count) => new(Address + (nint)(first * sizeof(float)), 1, 1, count);
+    public Tensor Flat(long first, int count) => Part(first, 1, count);
+
+    Tensor Part(long first, int rows, int columns) =>
+        this with { Address = Address + (nint)(first * ElementSize), Depth = 1, Rows = rows, Columns = columns };
 
     /// <summary>Everything in flat parts of a size that can pass through the host.</summary>
     public IEnumerable<Tensor> Chunks() {
@@ -33,16 +45,23 @@ public readonly record struct Tensor(nint Address, int Depth, int Rows, int Colu
 }
 
 /// <summary>One update of AdamW (Loshchilov and Hutter, 2019), whose gradient is first multiplied by a scale.</summary>
-public readonly record struct AdamWStep(
-    int Number, float LearningRate, float WeightDecay, float GradientScale, float Beta1, float Beta2, float Epsilon);
+/// <param name="Seed">Of the stochastic rounding of master weights to bf16.</param>
+public readonly record struct AdamWStep(int Number, float LearningRate, float WeightDecay, float GradientScale,
+    float Beta1, float Beta2, float Epsilon, uint Seed);
 
-/// <summary>Calls, seconds and floating-point operations by operation.</summary>
+/// <summary>What AdamW updates together: flat arrays of one length, from the parameter with index First on; W is a
+/// rounded copy of Master, or Master itself.</summary>
+public readonly record struct AdamWPart(
+    long First, bool Decays, Tensor W, Tensor Master, Tensor Dw, Tensor M, Tensor V);
+
+/// <summary>The seconds of each call of an operation, and the work of one.</summary>
 public sealed class Profile {
-    public Dictionary<string, (int Calls, double Seconds, double Flops)> Operations { get; } = [];
+    public Dictionary<string, (List<double> Seconds, double Flops, double Bytes)> Operations { get; } = [];
 
-    public void Add(string operation, double seconds, double flops) {
-        var sum = Operations.GetValueOrDefault(operation);
-        Operations[operation] = (sum.Calls + 1, sum.Seconds + seconds, sum.Flops + flops);
+    public void Add(string operation, double seconds, double flops, double bytes) {
+        if (!Operations.TryGetValue(operation, out var entry))
+            Operations[operation] = entry = ([], flops, bytes);
+        entry.Seconds.Add(seconds);
     }
 }
 
@@ -51,10 +70,19 @@ public sealed class Profile {
 public interface IDevice : IDisposable {
     /// <summary>The device in words.</summary>
     string Name { get; }
-    /// <summary>Floating-point operations a second at best, for the share that training reaches.</summary>
+    /// <summary>The type of weights and activations; statistics, losses and gradients of weights are fp32.</summary>
+    DataType Precision { get; }
+    /// <summary>Memory that can still be allocated.</summary>
+    long FreeMemory { get; }
+    /// <summary>Floating-point operations a second at best, of which MFU is a share: a GPU's data sheet's.</summary>
     double PeakFlops();
+    /// <summary>Floating-point operations a second of a large product, and bytes read and written a second of a large
+    /// copy, as measured now.</summary>
+    (double Flops, double Bytes) MeasureCeilings();
     /// <summary>Takes the time of every operation while it is there.</summary>
     Profile? Profile { get; set; }
+    /// <summary>Waits for all work before.</summary>
+    void Synchronize();
     /// <summary>Zeroed memory, released with the device.</summary>
     nint Allocate(long bytes);
     /// <summary>Copies host values to the device.</summary>
@@ -86,15 +114,15 @@ public interface IDevice : IDisposable {
     /// <summary>Causal attention of the rows from start on. qkv (B, T, 3·NH·HS) packs queries, keys and values;
     /// y (B, T − start, NH·HS); lse (B, NH, T − start) is the log-sum-exp of each query's scaled scores.</summary>
     void Attention(Tensor qkv, int start, int heads, Tensor y, Tensor lse);
-    /// <summary>dqkv from dy, for start 0.</summary>
-    void AttentionBackward(Tensor dy, Tensor qkv, Tensor y, Tensor lse, int heads, Tensor dqkv);
+    /// <summary>dqkv from dy, for start 0; delta (B, NH, T) becomes each query's Σ dy·y.</summary>
+    void AttentionBackward(Tensor dy, Tensor qkv, Tensor y, Tensor lse, int heads, Tensor delta, Tensor dqkv);
     /// <summary>losses (B, T) = cross-entropy of each row of logits (B, T, Vp) against its target; the logits become
     /// (softmax − one-hot)·gradientScale. Columns from the vocabulary on take no part and become zero.</summary>
     void Classify(Tensor logits, ReadOnlySpan<int> targets, int vocabulary, Tensor losses, float gradientScale);
     /// <summary>Σ x².</summary>
     double SumOfSquares(Tensor x);
-    /// <summary>Updates w and the moments m and v, and leaves dw zero for the next step.</summary>
-    void AdamW(Tensor w, Tensor dw, Tensor m, Tensor v, in AdamWStep step);
+    /// <summary>Updates weights and moments, and leaves the gradients zero for the next step.</summary>
+    void AdamW(ReadOnlySpan<AdamWPart> parts, in AdamWStep step);
 }
 
 /// <summary>One of the 16 parameter tensors: its name in llm.c, its layers (1 where it is not per layer), and the shape
@@ -165,10 +193,10 @@ public sealed record Config(int MaxT, int V, int Vp, int L, int NH, int C) {
         return (file, config);
     }
 
-    /// <summary>The header of a checkpoint of this model in fp32.</summary>
-    public int[] Header() {
+    /// <summary>The header of a checkpoint of this model.</summary>
+    public int[] Header(DataType type) {
         var header = new int[BinaryFile.HeaderLength];
-        int[] fields = [ModelMagic, 3, MaxT, V, L, NH, C, Vp];
+        int[] fields = [ModelMagic, type == DataType.Fp32 ? 3 : 5, MaxT, V, L, NH, C, Vp];
         fields.CopyTo(header, 0);
         return header;
     }
@@ -178,10 +206,10 @@ public sealed record Config(int MaxT, int V, int Vp, int L, int NH, int C) {
 public sealed class Parameters {
     readonly Tensor[] tensors;
 
-    public Parameters(Config config, nint address) {
-        All = new Tensor(address, 1, checked((int)(config.ParameterCount / config.C)), config.C);
+    public Parameters(Config config, DataType type, nint address) {
+        All = new Tensor(address, 1, checked((int)(config.ParameterCount / config.C)), config.C, type);
         tensors = [.. config.Parameters.Select(shape => {
-            var tensor = new Tensor(address, shape.Layers, shape.Rows, shape.Columns);
+            var tensor = new Tensor(address, shape.Layers, shape.Rows, shape.Columns, type);
             address += (nint)tensor.Bytes;
             return tensor;
         })];
@@ -214,36 +242,45 @@ public enum Purpose { Train, Evaluate, Generate }
 /// <summary>The activations of a forward pass over (B, T) tokens and the buffers of its backward pass, laid out from an
 /// address on; laid out from 0, it tells how much memory that takes.</summary>
 public sealed class Activations {
-    public readonly Tensor Encoded, Branch, Final, FinalStatistics, Logits, Losses, DResidual, DBranch, DQkv, DFch;
+    public readonly Tensor Encoded, Branch, Final, FinalStatistics, Logits, Losses;
+    public readonly Tensor DResidual, DBranch, DQkv, DFch, Delta;
     public readonly Layer[] Layers;
+
+    /// <summary>Rows whose logits are held at a time: the largest activation but for this.</summary>
+    const int LogitRows = 1 << 14;
 
     /// <summary>Size in memory.</summary>
     public readonly long Bytes;
 
     /// <param name="context">Rows of queries, keys and values: T unless earlier rows are to be attended to.</param>
     /// <param name="recompute">1: GELU's output is computed anew in the backward pass; 2: layer norms' too.</param>
-    public Activations(Config config, int B, int T, int context, Purpose purpose, int recompute, nint address) {
-        var (C, L, start) = (config.C, config.L, address);
-        Tensor New(int columns, int rows = 0) {
+    public Activations(Config config, DataType type, int B, int T, int context, Purpose purpose, int recompute,
+        nint address) {
+        var (C, L, NH, start) = (config.C, config.L, config.NH, address);
+        Tensor Place(Tensor tensor) {
             const int alignment = 256;
-            var tensor = new Tensor(address, B, rows > 0 ? rows : T, columns);
+            tensor = tensor with { Address = address };
             address += (nint)((tensor.Bytes + alignment - 1) / alignment * alignment);
             return tensor;
         }
+        Tensor New(int columns) => Place(new(0, B, T, columns, type));
+        Tensor Fp32(int rows, int columns) => Place(new(0, B, rows, columns));
         // Queries, keys and values come first: generation lays out one row over the memory of a longer prompt.
-        var qkv = Enumerable.Range(0, L).Select(_ => New(3 * C, context)).ToArray();
-        (Encoded, Branch, Final, FinalStatistics, Losses) = (New(C), New(C), New(C), New(2), New(1));
-        Logits = New(config.Vp, purpose == Purpose.Generate ? 1 : T);
+        var qkv = Enumerable.Range(0, L).Select(_ => Place(new(0, B, context, 3 * C, type))).ToArray();
+        (Encoded, Branch, Final) = (New(C), New(C), New(C));
+        (FinalStatistics, Losses) = (Fp32(T, 2), Fp32(T, 1));
+        Logits = Place(new(0, 1, purpose == Purpose.Generate ? 1 : Math.Min(B * T, LogitRows), config.Vp, type));
         Layers = new Layer[L];
         for (var l = 0; l < L; l++) {
             // What is not kept for the backward pass lies where the first layer has it.
             bool Kept(int level) => l == 0 || recompute < level;
             Layers[l] = l > 0 && purpose != Purpose.Train ? Layers[0] with { Qkv = qkv[l] } : new Layer(
-                Kept(2) ? New(C) : Layers[0].Ln1, New(2), qkv[l], New(C), New(T, config.NH), New(C),
-                Kept(2) ? New(C) : Layers[0].Ln2, New(2), New(4 * C), Kept(1) ? New(4 * C) : Layers[0].FchGelu, New(C));
+                Kept(2) ? New(C) : Layers[0].Ln1, Fp32(T, 2), qkv[l], New(C), Fp32(NH, T), New(C),
+                Kept(2) ? New(C) : Layers[0].Ln2, Fp32(T, 2), New(4 * C), Kept(1) ? New(4 * C) : Layers[0].FchGelu,
+                New(C));
         }
         if (purpose == Purpose.Train)
-            (DResidual, DBranch, DQkv, DFch) = (New(C), New(C), New(3 * C), New(4 * C));
+            (DResidual, DBranch, DQkv, DFch, Delta) = (New(C), New(C), New(3 * C), New(4 * C), Fp32(NH, T));
         Bytes = address - start;
     }
 
@@ -256,14 +293,22 @@ public sealed class Activations {
 /// <summary>GPT-2 (Radford et al., 2019) on a device: its parameters, forward and backward pass.</summary>
 public sealed class Model {
     readonly Activations activations;
+    readonly Activations? cache;
     readonly int recompute;
 
     /// <summary>Allocates a model for batches of (B, T) tokens, whose weights are all zero.</summary>
+    /// <exception cref="Gpt2Exception">The device has too little memory.</exception>
     public Model(Config config, IDevice device, int B, int T, Purpose purpose, int recompute = 0) {
         (Config, Device, this.B, this.T, this.recompute) = (config, device, B, T, recompute);
-        Weights = AllocateParameters("parameters");
-        Gradients = purpose == Purpose.Train ? AllocateParameters("gradients") : null;
-        activations = Place(B, T, T, purpose, "activations");
+        Memory = Plan(config, device.Precision, B, T, purpose, recompute);
+        CheckMemory(purpose);
+        Weights = AllocateParameters(device.Precision);
+        Master = device.Precision == DataType.Fp32 || purpose != Purpose.Train ? Weights : AllocateParameters();
+        Gradients = purpose == Purpose.Train ? AllocateParameters() : null;
+        Activations Place(Func<nint, Activations> layout) => layout(device.Allocate(layout(0).Bytes));
+        activations = Place(address => Layout(config, device.Precision, B, T, purpose, recompute, address));
+        cache = purpose == Purpose.Evaluate ? null
+            : Place(address => Cache(config, device.Precision, config.MaxT, address));
         (Tokens, Targets, Losses) = (new int[B * T], new int[B * T], new float[B * T]);
     }
 
@@ -273,6 +318,9 @@ public sealed class Model {
     public int T { get; }
     public Parameters Weights { get; }
 
+    /// <summary>The weights in fp32, which training updates: the weights themselves unless those are bf16.</summary>
+    public Parameters Master { get; }
+
     /// <summary>Sums of the gradients of every backward pass since the last update; only in training.</summary>
     public Parameters? Gradients { get; }
 
@@ -280,39 +328,64 @@ public sealed class Model {
     public int[] Tokens { get; }
     public int[] Targets { get; }
 
-    /// <summary>Each position's cross-entropy, (B, T), of the last <see cref="Loss"/>.</summary>
+    /// <summary>Each position's cross-entropy, (B, T), at the last <see cref="MeanLoss"/>.</summary>
     public float[] Losses { get; }
 
-    /// <summary>The logits (B, T, Vp) of the last forward pass, until the loss replaces them by a gradient.</summary>
-    public Tensor Logits => activations.Logits;
+    /// <summary>What takes how many bytes, the optimizer's moments included.</summary>
+    public (string Name, long Bytes)[] Memory { get; }
 
-    /// <summary>What takes how many bytes.</summary>
-    public List<(string Name, long Bytes)> Memory { get; } = [];
+    // ---- Memory
+
+    static (string Name, long Bytes)[] Plan(
+        Config config, DataType type, int B, int T, Purpose purpose, int recompute) {
+        var (weights, fp32) = (config.ParameterCount * Tensor.SizeOf(type), config.ParameterCount * sizeof(float));
+        var training = purpose == Purpose.Train ? 1 : 0;
+        (string, long)[] all = [
+            ("parameters", weights), ("master weights", training * (type == DataType.Fp32 ? 0 : fp32)),
+            ("gradients", training * fp32), ("moments", training * 2 * fp32),
+            ("activations", Layout(config, type, B, T, purpose, recompute, 0).Bytes),
+            ("keys and values", purpose == Purpose.Evaluate ? 0 : Cache(config, type, config.MaxT, 0).Bytes),
+        ];
+        return [.. all.Where(part => part.Item2 > 0)];
+    }
+
+    /// <summary>Requires the plan to fit, or says what would.</summary>
+    void CheckMemory(Purpose purpose) {
+        var (available, total) = (Device.FreeMemory, Memory.Sum(part => part.Bytes));
+        if (total <= available)
+            return;
+        var fits = new List<string>();
+        var (level, low) = (recompute, 0);
+        do {
+            var tooMany = B + 1;
+            while (tooMany - low > 1) {
+                var batch = low + (tooMany - low) / 2;
+                var bytes = Plan(Config, Device.Precision, batch, T, purpose, level).Sum(part => part.Bytes);
+                (low, tooMany) = bytes <= available ? (batch, tooMany) : (low, batch);
+            }
+            if (low > 0)
+                fits.Add($"--batch {low}{(level > recompute ? $" with --recompute {level}" : "")}");
+        } while (purpose == Purpose.Train && low < B && ++level <= 2);
+        throw new Gpt2Exception($"memory: expected {total / 1e9:F2} GB free on {Device.Name}, found " +
+            $"{available / 1e9:F2} GB, {(total - available) / 1e9:F2} GB too little; " +
+            (fits.Count > 0 ? $"{string.Join(", or ", fits)} fits" : "not even --batch 1 fits"));
+    }
+
+    static Activations Layout(Config config, DataType type, int B, int T, Purpose purpose, int recompute,
+        nint address) => new(config, type, B, T, T, purpose, recompute, address);
+
+    /// <summary>The activations of generating, with room for the keys and values of a full context.</summary>
+    static Activations Cache(Config config, DataType type, int T, nint address) =>
+        new(config, type, 1, T, config.MaxT, Purpose.Generate, 0, address);
 
     /// <summary>Memory of the device for something of the parameters' shapes.</summary>
-    public Parameters AllocateParameters(string name) =>
-        new(Config, Allocate(name, Config.ParameterCount * sizeof(float)));
+    public Parameters AllocateParameters(DataType type = DataType.Fp32) =>
+        new(Config, type, Device.Allocate(Config.ParameterCount * Tensor.SizeOf(type)));
 
-    nint Allocate(string name, long bytes) {
-        Memory.Add((name, bytes));
-        try {
-            return Device.Allocate(bytes);
-        } catch (OutOfMemoryException) {
-            throw new Gpt2Exception($"memory: expected {bytes / 1e9:F1} GB for {name}, found less; a smaller --batch " +
-                "takes less");
-        }
-    }
+    // ---- Forward and backward
 
-    Activations Place(int B, int T, int context, Purpose purpose, string name) {
-        Activations Layout(nint address) => new(Config, B, T, context, purpose, recompute, address);
-        return Layout(Allocate(name, Layout(0).Bytes));
-    }
-
-    /// <summary>Computes the logits of the batch.</summary>
-    public void Forward() {
-        ForwardBlocks(Tokens, activations, 0);
-        Device.Linear(activations.Final, Weights.Wte, default, activations.Logits);
-    }
+    /// <summary>Computes the activations of the batch, up to the last layer norm.</summary>
+    public void Forward() => ForwardBlocks(Tokens, activations, 0);
 
     void ForwardBlocks(ReadOnlySpan<int> tokens, Activations a, int start) {
         Device.Embed(tokens, Weights.Wte, Weights.Wpe, start, a.Encoded);
@@ -336,10 +409,37 @@ public sealed class Model {
         }
     }
 
-    /// <summary>The mean loss of the last forward pass.</summary>
+    /// <summary>The logits (rows, Vp) of the last forward pass are computed in so many parts, which share memory.</summary>
+    public int LogitParts => (B * T + activations.Logits.Rows - 1) / activations.Logits.Rows;
+
+    /// <summary>Computes the logits of one part of the rows.</summary>
+    public Tensor Logits(int part) {
+        var rows = RowsOf(activations.Final, part);
+        var logits = activations.Logits.Slice(0, rows.Rows);
+        Device.Linear(rows, Weights.Wte, default, logits);
+        return logits;
+    }
+
+    Tensor RowsOf(Tensor x, int part) {
+        var size = activations.Logits.Rows;
+        return x.Slice(part * size, Math.Min(size, x.AllRows - part * size));
+    }
+
+    /// <summary>Computes the losses of the last forward pass and, where they count for something in the gradients, the
+    /// classifier's part of the backward pass.</summary>
     /// <param name="gradientScale">What one position's loss counts for in the gradients.</param>
-    public double Loss(float gradientScale) {
-        Device.Classify(activations.Logits, Targets, Config.V, activations.Losses, gradientScale);
+    public void Loss(float gradientScale = 0) {
+        for (var (part, a) = (0, activations); part < LogitParts; part++) {
+            var (logits, losses, final) = (Logits(part), RowsOf(a.Losses, part), RowsOf(a.Final, part));
+            var targets = Targets.AsSpan(part * a.Logits.Rows, losses.Rows);
+            Device.Classify(logits, targets, Config.V, losses, gradientScale);
+            if (gradientScale != 0)
+                Device.LinearBackward(logits, final, Weights.Wte, RowsOf(a.DBranch, part), Gradients!.Wte, default);
+        }
+    }
+
+    /// <summary>The mean of the last losses, which arrive in <see cref="Losses"/>.</summary>
+    public double MeanLoss() {
         Device.Read(activations.Losses, Losses);
         var sum = 0.0;
         foreach (var loss in Losses)
@@ -351,7 +451,6 @@ public sealed class Model {
     public void Backward() {
         var (a, g) = (activations, Gradients!);
         var last = a.Layers[^1].Residual3;
-        Device.LinearBackward(a.Logits, a.Final, Weights.Wte, a.DBranch, g.Wte, default);
         Device.Clear(a.DResidual);
         Device.LayerNormBackward(a.DBranch, last, Weights.Lnfw, a.FinalStatistics, a.DResidual, g.Lnfw, g.Lnfb);
         for (var l = Config.L - 1; l >= 0; l--) {
@@ -365,7 +464,7 @@ public sealed class Model {
             Device.LinearBackward(a.DFch, x.Ln2, w.Fcw, a.DBranch, dw.Fcw, dw.Fcb);
             Device.LayerNormBackward(a.DBranch, x.Residual2, w.Ln2w, x.Ln2Statistics, a.DResidual, dw.Ln2w, dw.Ln2b);
             Device.LinearBackward(a.DResidual, x.Atty, w.Attprojw, a.DBranch, dw.Attprojw, dw.Attprojb);
-            Device.AttentionBackward(a.DBranch, x.Qkv, x.Atty, x.Lse, Config.NH, a.DQkv);
+            Device.AttentionBackward(a.DBranch, x.Qkv, x.Atty, x.Lse, Config.NH, a.Delta, a.DQkv);
             if (recompute >= 2)
                 Device.LayerNorm(residual, w.Ln1w, w.Ln1b, x.Ln1, x.Ln1Statistics);
             Device.LinearBackward(a.DQkv, x.Ln1, w.Qkvw, a.DBranch, dw.Qkvw, dw.Qkvb);
@@ -376,16 +475,12 @@ public sealed class Model {
 
     // ---- Generation
 
-    Activations? cache;
-
     /// <summary>Continues a prompt, one token at a time, until the context is full.</summary>
     public IEnumerable<int> Generate(int[] prompt, Sampler sampler) {
-        cache ??= Place(1, Config.MaxT, Config.MaxT, Purpose.Generate, "keys and values");
         var logits = new float[Config.V];
         var tokens = prompt;
         for (var start = 0; start + tokens.Length <= Config.MaxT; ) {
-            var memory = cache.Layers[0].Qkv.Address;
-            var a = new Activations(Config, 1, tokens.Length, Config.MaxT, Purpose.Generate, 0, memory);
+            var a = Cache(Config, Device.Precision, tokens.Length, cache!.Layers[0].Qkv.Address);
             ForwardBlocks(tokens, a, start);
             Device.Linear(a.Final.Slice(tokens.Length - 1, 1), Weights.Wte, default, a.Logits);
             Device.Read(a.Logits.Flat(0, Config.V), logits);
@@ -413,7 +508,8 @@ public sealed class Model {
                     random.Normal(values, shape.Name.EndsWith("projw") ? 0.02f / MathF.Sqrt(2 * Config.L) : 0.02f);
                 else if (shape.Name is "ln1w" or "ln2w" or "lnfw")
                     Array.Fill(values, 1);
-                Device.Write(Weights.Tensors[i][l].Flat(0, values.Length), values);
+                foreach (var to in Copies)
+                    Device.Write(to.Tensors[i][l].Flat(0, values.Length), values);
             }
         }
     }
@@ -425,24 +521,30 @@ public sealed class Model {
         if (file == null)
             Initialize(seed);
         else
-            Read(file, Weights, file.Header[1] == 5);
+            Read(file, file.Header[1] == 5 ? DataType.Bf16 : DataType.Fp32, Copies);
     }
 
-    /// <summary>Reads all 16 tensors.</summary>
-    public void Read(BinaryFile file, Parameters to, bool bfloat16 = false) {
-        foreach (var part in to.All.Chunks()) {
+    /// <summary>The weights in each of their types.</summary>
+    Parameters[] Copies => Master == Weights ? [Weights] : [Weights, Master];
+
+    /// <summary>Reads all 16 tensors, to one place or several.</summary>
+    public void Read(BinaryFile file, DataType type, params Parameters[] to) {
+        var first = 0L;
+        foreach (var part in to[0].All.Chunks()) {
             var values = new float[part.Count];
-            if (bfloat16)
+            if (type == DataType.Bf16)
                 file.ReadBFloat16(values);
             else
                 file.Read(values.AsSpan());
-            Device.Write(part, values);
+            foreach (var parameters in to)
+                Device.Write(parameters.All.Flat(first, values.Length), values);
+            first += values.Length;
         }
     }
 
-    /// <summary>Writes the weights as an fp32 checkpoint.</summary>
+    /// <summary>Writes the weights as a checkpoint of their type.</summary>
     public void Save(Stream to) {
-        to.Write(MemoryMarshal.AsBytes(Config.Header().AsSpan()));
+        to.Write(MemoryMarshal.AsBytes(Config.Header(Weights.All.Type).AsSpan()));
         Write(to, Weights);
     }
 
@@ -451,7 +553,10 @@ public sealed class Model {
         foreach (var part in from.All.Chunks()) {
             var values = new float[part.Count];
             Device.Read(part, values);
-            to.Write(MemoryMarshal.AsBytes(values.AsSpan()));
+            var bytes = MemoryMarshal.AsBytes(values.AsSpan());
+            for (var i = 0; from.All.Type == DataType.Bf16 && i < values.Length; i++)
+                bytes.Slice(4 * i + 2, 2).CopyTo(bytes[(2 * i)..]);
+            to.Write(bytes[..(int)part.Bytes]);
         }
     }
 }
@@ -490,8 +595,8 @@ public sealed class Sampler(float temperature, int topK, float topP, uint seed) 
 
 /// <summary>A model's logits, loss and gradients beside those that PyTorch computed.</summary>
 public static class Verification {
-    /// <summary>The largest ‖a − b‖/‖b‖ that counts as equal in fp32.</summary>
-    public const double Tolerance = 1e-4;
+    /// <summary>The largest ‖a − b‖/‖b‖ that counts as equal.</summary>
+    public static double Tolerance(DataType type) => type == DataType.Fp32 ? 1e-4 : 2e-2;
 
     /// <summary>Compares with a debug state: for each tensor the largest difference, and ‖a − b‖/‖b‖.</summary>
     public static IEnumerable<(string Name, double Largest, double Relative)> Run(
@@ -510,9 +615,11 @@ public static class Verification {
             throw reference.Fail($"tokens below the model's vocabulary of {config.V}", $"{wrong}");
         model.Load(file);
         model.Forward();
-        var rows = Enumerable.Range(0, B * T).Select(row => (long)row * config.Vp);
-        yield return Compare("logits", rows.Select(first => Values(model.Logits.Flat(first, config.V))));
-        yield return Compare("loss", [[(float)model.Loss(1f / (B * T))]]);
+        var rows = Enumerable.Range(0, model.LogitParts).Select(model.Logits)
+            .SelectMany(part => Enumerable.Range(0, part.Rows).Select(row => part.Slice(row, 1)));
+        yield return Compare("logits", rows.Select(row => Values(row.Flat(0, config.V))));
+        model.Loss(1f / (B * T));
+        yield return Compare("loss", [[(float)model.MeanLoss()]]);
         model.Backward();
         for (var i = 0; i < config.Parameters.Length; i++)
             yield return Compare(config.Parameters[i].Name, model.Gradients!.Tensors[i].Chunks().Select(Values));

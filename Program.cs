@@ -51,6 +51,7 @@ internal sealed class Commands {
     /// <param name="overfit">-a, Train on the first batches alone.</param>
     /// <param name="noShuffle">Take the data in order.</param>
     /// <param name="device">auto, cuda or cpu.</param>
+    /// <param name="precision">Of weights and activations: bf16 or fp32. [bf16 on a GPU]</param>
     /// <param name="seed">Seed of weights, order and samples.</param>
     /// <param name="verbose">Show where an error came from.</param>
     public int Train(string trainData = "data/*train_*.bin", string valData = "data/*val_*.bin", string? init = null,
@@ -58,10 +59,11 @@ internal sealed class Commands {
         int warmup = 20, float finalLrFrac = 0.1f, float weightDecay = 0.1f, Schedule schedule = Schedule.Cosine,
         int valEvery = 50, int valBatches = 20, int sampleEvery = 0, int genTokens = 64, int checkpointEvery = 200,
         int keep = 2, bool resume = false, int recompute = 0, bool overfit = false, bool noShuffle = false,
-        DeviceKind device = DeviceKind.Auto, uint seed = 42, bool verbose = false) => Guard(verbose, () => {
+        DeviceKind device = DeviceKind.Auto, DataType? precision = null, uint seed = 42, bool verbose = false) =>
+        Guard(verbose, () => {
             using var logs = LoggerFactory.Create(logging => logging.AddZLoggerConsole(options =>
                 options.LogToStandardErrorThreshold = LogLevel.Trace));
-            using var computer = Open(device);
+            using var computer = Open(device, precision, verbose);
             Require(batch <= int.MaxValue / Math.Max(1, seq), "--batch", "less than 2^31 tokens together", batch);
             totalBatch = totalBatch == 0 ? batch * seq : totalBatch;
             var options = new TrainOptions(trainData, valData, init, @out, batch, seq, totalBatch, maxSteps, lr,
@@ -83,10 +85,11 @@ internal sealed class Commands {
     /// <param name="num">Samples.</param>
     /// <param name="seed">Seed of the choices.</param>
     /// <param name="device">auto, cuda or cpu.</param>
+    /// <param name="precision">Of weights and activations: bf16 or fp32. [bf16 on a GPU]</param>
     /// <param name="verbose">Show where an error came from.</param>
     public int Sample(string init, string? prompt = null, int[]? promptIds = null, int tokens = 256,
         float temperature = 1, int topK = 0, float topP = 1, int num = 1, uint seed = 42,
-        DeviceKind device = DeviceKind.Auto, bool verbose = false) => Guard(verbose, () => {
+        DeviceKind device = DeviceKind.Auto, DataType? precision = null, bool verbose = false) => Guard(verbose, () => {
             Require(tokens > 0, "--tokens", "1 or more", tokens);
             Require(temperature >= 0, "--temperature", "0 or more", temperature);
             Require(topK >= 0, "--top-k", "0 or more", topK);
@@ -103,7 +106,7 @@ internal sealed class Commands {
             var known = ids.All(id => id >= 0 && id < config.V);
             Require(known, "--prompt-ids", $"ids from 0 to {config.V - 1}", string.Join(',', ids));
             Require(ids.Length > 0 && ids.Length <= config.MaxT, "--prompt", $"1 to {config.MaxT} tokens", ids.Length);
-            using var computer = Open(device);
+            using var computer = Open(device, precision, verbose);
             var model = new Model(config, computer, 1, 1, Purpose.Generate);
             model.Load(file);
             var sampler = new Sampler(temperature, topK, topP, seed);
@@ -127,9 +130,11 @@ internal sealed class Commands {
     /// <param name="seq">-t, Tokens in a sequence. [the model's longest]</param>
     /// <param name="hellaswag">A multiple-choice file, such as hellaswag_val.bin.</param>
     /// <param name="device">auto, cuda or cpu.</param>
+    /// <param name="precision">Of weights and activations: bf16 or fp32. [bf16 on a GPU]</param>
     /// <param name="verbose">Show where an error came from.</param>
     public int Eval(string init, string valData = "data/*val_*.bin", int valBatches = 0, int batch = 4, int seq = 0,
-        string? hellaswag = null, DeviceKind device = DeviceKind.Auto, bool verbose = false) => Guard(verbose, () => {
+        string? hellaswag = null, DeviceKind device = DeviceKind.Auto, DataType? precision = null,
+        bool verbose = false) => Guard(verbose, () => {
             var (file, config) = Config.Open(init);
             using var _ = file;
             Require(batch > 0, "--batch", "1 or more", batch);
@@ -138,7 +143,7 @@ internal sealed class Commands {
             Require(valBatches >= 0, "--val-batches", "0 or more", valBatches);
             using var loader = new TokenLoader(valData, batch, seq, config.V, shuffle: false);
             var questions = hellaswag == null ? [] : MultipleChoice.Read(hellaswag, config.V).ToArray();
-            using var computer = Open(device);
+            using var computer = Open(device, precision, verbose);
             var model = new Model(config, computer, batch, seq, Purpose.Evaluate);
             model.Load(file);
             var batches = valBatches > 0 ? Math.Min(valBatches, loader.Batches) : loader.Batches;
@@ -175,14 +180,15 @@ internal sealed class Commands {
     /// <param name="init">-e, A model file.</param>
     /// <param name="state">The debug state that PyTorch wrote for it.</param>
     /// <param name="device">auto, cuda or cpu.</param>
+    /// <param name="precision">Of weights and activations: bf16 or fp32. [bf16 on a GPU]</param>
     /// <param name="verbose">Show where an error came from.</param>
-    public int Verify(string init, string state, DeviceKind device = DeviceKind.Auto, bool verbose = false) =>
-        Guard(verbose, () => {
-            using var computer = Open(device);
+    public int Verify(string init, string state, DeviceKind device = DeviceKind.Auto, DataType? precision = null,
+        bool verbose = false) => Guard(verbose, () => {
+            using var computer = Open(device, precision, verbose);
             var good = true;
             Console.WriteLine($"{"tensor",-12}{"largest",12}{"relative",12}");
             foreach (var (name, largest, relative) in Verification.Run(init, state, computer)) {
-                var ok = relative < Verification.Tolerance;
+                var ok = relative < Verification.Tolerance(computer.Precision);
                 good &= ok;
                 Console.WriteLine($"{name,-12}{largest,12:0.00e+00}{relative,12:0.00e+00}  {(ok ? "ok" : "DIFFERS")}");
             }
@@ -193,22 +199,31 @@ internal sealed class Commands {
     /// <param name="init">-e, A model file or descriptor.</param>
     /// <param name="batch">-b, Sequences in a batch.</param>
     /// <param name="seq">-t, Tokens in a sequence.</param>
+    /// <param name="totalBatch">-d, Tokens in an update, a multiple of batch x seq. [one batch]</param>
     /// <param name="steps">-x, Steps, of which the median counts.</param>
+    /// <param name="recompute">-r, As in training.</param>
     /// <param name="device">auto, cuda or cpu.</param>
+    /// <param name="precision">Of weights and activations: bf16 or fp32. [bf16 on a GPU]</param>
     /// <param name="verbose">Show where an error came from.</param>
-    public int Bench(string init = "d12", int batch = 4, int seq = 64, int steps = 5,
-        DeviceKind device = DeviceKind.Auto, bool verbose = false) => Guard(verbose, () => {
+    public int Bench(string init = "d12", int batch = 4, int seq = 64, int totalBatch = 0, int steps = 5, int recompute = 0,
+        DeviceKind device = DeviceKind.Auto, DataType? precision = null, bool verbose = false) => Guard(verbose, () => {
             Require(batch > 0, "--batch", "1 or more", batch);
+            Require(batch <= int.MaxValue / Math.Max(1, seq), "--batch", "less than 2^31 tokens together", batch);
             Require(steps > 0, "--steps", "1 or more", steps);
-            using var computer = Open(device);
-            Benchmark.Run(init, batch, seq, steps, computer, Console.Out);
+            using var computer = Open(device, precision, verbose);
+            totalBatch = totalBatch == 0 ? batch * seq : totalBatch;
+            Benchmark.Run(init, batch, seq, totalBatch, steps, recompute, computer, Console.Out);
             return 0;
         });
 
-    static Cpu Open(DeviceKind device) {
+    /// <summary>The device asked for; bf16 unless said otherwise on a GPU, and fp32 on the CPU.</summary>
+    static IDevice Open(DeviceKind device, DataType? precision, bool verbose) {
         Require(Enum.IsDefined(device), "--device", "auto, cuda or cpu", device);
-        return device != DeviceKind.Cuda ? new Cpu()
-            : throw new Gpt2Exception("--device cuda: expected a build with GPU kernels, found one without");
+        Require(precision == null || Enum.IsDefined(precision.Value), "--precision", "bf16 or fp32", precision!);
+        if (device == DeviceKind.Cuda || device == DeviceKind.Auto && Cuda.IsAvailable)
+            return new Cuda(precision ?? DataType.Bf16, verbose: verbose);
+        Require(precision != DataType.Bf16, "--precision", "fp32 on the CPU", "bf16");
+        return new Cpu();
     }
 
     /// <summary>Streams a prompt and what follows, ended by a new line.</summary>

@@ -176,8 +176,9 @@ public sealed class Trainer : IDisposable {
         for (var micro = 0; micro < options.MicroSteps; micro++) {
             train.Next(model.Tokens, model.Targets);
             model.Forward();
-            loss += model.Loss(1f / options.TotalBatch) / options.MicroSteps;
+            model.Loss(1f / options.TotalBatch);
             model.Backward();
+            loss += model.MeanLoss() / options.MicroSteps;
         }
         var norm = optimizer.GradientNorm();
         if (!double.IsFinite(loss) || !float.IsFinite(norm))
@@ -201,7 +202,8 @@ public sealed class Trainer : IDisposable {
         for (var batch = 0L; batch < batches; batch++) {
             loader.Next(model.Tokens, model.Targets);
             model.Forward();
-            loss += model.Loss(0) / batches;
+            model.Loss();
+            loss += model.MeanLoss() / batches;
         }
         return loss;
     }
@@ -222,7 +224,8 @@ public sealed class Trainer : IDisposable {
             // The target of each position is the next token; only those of the completion count.
             model.Tokens.AsSpan(1).CopyTo(model.Targets);
             model.Forward();
-            model.Loss(0);
+            model.Loss();
+            model.MeanLoss();
             scores.AddRange(batch.Select((row, b) => model.Losses.AsSpan(b * T, T)[(row.ContextLength - 1)..]
                 [..(row.Tokens.Length - row.ContextLength)].ToArray().Average(loss => (double)loss)));
         }
@@ -250,12 +253,28 @@ public sealed class Trainer : IDisposable {
 }
 
 /// <summary>AdamW over a model's parameters, with its moments.</summary>
-public sealed class Optimizer(Model model) {
-    readonly ParameterShape[] shapes = model.Config.Parameters;
+public sealed class Optimizer {
+    readonly Model model;
+    readonly AdamWPart[] parts;
+
+    public Optimizer(Model model) {
+        this.model = model;
+        (M, V) = (model.AllocateParameters(), model.AllocateParameters());
+        var first = 0L;
+        parts = [.. model.Config.Parameters.Select((shape, i) => {
+            var part = new AdamWPart(first, shape.IsMatrix, model.Weights.Tensors[i], model.Master.Tensors[i],
+                model.Gradients!.Tensors[i], M.Tensors[i], V.Tensors[i]);
+            first += shape.Count;
+            return part;
+        })];
+    }
 
     /// <summary>The first and the second moments.</summary>
-    public Parameters M { get; } = model.AllocateParameters("first moments");
-    public Parameters V { get; } = model.AllocateParameters("second moments");
+    public Parameters M { get; }
+    public Parameters V { get; }
+
+    /// <summary>Seed of the next update's stochastic rounding.</summary>
+    public uint RoundingSeed { get; set; } = 42;
 
     /// <summary>The norm of all gradients together.</summary>
     public float GradientNorm() => (float)Math.Sqrt(model.Device.SumOfSquares(model.Gradients!.All));
@@ -263,11 +282,8 @@ public sealed class Optimizer(Model model) {
     /// <summary>Clips the gradients from the given norm to 1, and makes an update; the first has number 1.</summary>
     public void Update(int number, float rate, float decay, float norm) {
         const float clip = 1;
-        var update = new AdamWStep(number, rate, decay, norm > clip ? clip / norm : 1, 0.9f, 0.95f, 1e-8f);
-        for (var i = 0; i < shapes.Length; i++) {
-            model.Device.AdamW(model.Weights.Tensors[i], model.Gradients!.Tensors[i], M.Tensors[i], V.Tensors[i],
-                shapes[i].IsMatrix ? update : update with { WeightDecay = 0 });
-        }
+        var scale = norm > clip ? clip / norm : 1;
+        model.Device.AdamW(parts, new AdamWStep(number, rate, decay, scale, 0.9f, 0.95f, 1e-8f, RoundingSeed++));
     }
 }
 
@@ -304,12 +320,16 @@ public sealed class Checkpoints(string folder) {
     public void Save(int step, Model model, Optimizer optimizer, TokenLoader loader, int keep) {
         var header = new int[BinaryFile.HeaderLength];
         (header[0], header[1], header[2], header[5], header[10]) = (Magic, 1, 1, loader.Shuffles ? 1 : 0, step);
+        (header[4], header[20], header[22]) =
+            (model.Master == model.Weights ? 0 : 1, (int)optimizer.RoundingSeed, (int)optimizer.RoundingSeed - 1);
         (header[30], header[32]) = loader.Position;
         Files.Write(ModelPath(step), model.Save);
         Files.Write(StatePath(step), to => {
             to.Write(MemoryMarshal.AsBytes(header.AsSpan()));
             model.Write(to, optimizer.M);
             model.Write(to, optimizer.V);
+            if (model.Master != model.Weights)
+                model.Write(to, model.Master);
             using var writer = new BinaryWriter(to, Encoding.UTF8, leaveOpen: true);
             loader.Save(writer);
         });
@@ -335,10 +355,11 @@ public sealed class Checkpoints(string folder) {
         file.Check("upper half of the shard index", 31, header[31] == 0, "0");
         file.Check("upper half of the sample index", 33, header[33] == 0, "0");
         file.Check("step", 10, header[10] == step, $"{step} as its name says");
-        model.Read(file, optimizer.M);
-        model.Read(file, optimizer.V);
+        optimizer.RoundingSeed = (uint)header[20];
+        model.Read(file, DataType.Fp32, optimizer.M);
+        model.Read(file, DataType.Fp32, optimizer.V);
         if (header[4] == 1)
-            model.Read(file, model.Weights);
+            model.Read(file, DataType.Fp32, model.Master);
         loader.Load(file, header[5] == 1, (header[30], header[32]));
         file.CheckEnd();
     }
@@ -422,43 +443,65 @@ public sealed partial class RunLog {
     }
 }
 
-/// <summary>Training steps timed by operation.</summary>
+/// <summary>Training steps timed, as a whole and by operation.</summary>
 public static class Benchmark {
-    /// <summary>Prints the median time of a training step on random tokens, and the times of its operations.</summary>
-    public static void Run(string init, int B, int T, int steps, IDevice device, TextWriter output) {
+    /// <summary>Prints the median time of a training step on random tokens, then of each of its operations beside what
+    /// the device does at best, as measured now: a large product or a large copy.</summary>
+    public static void Run(string init, int B, int T, int totalBatch, int steps, int recompute, IDevice device,
+        TextWriter output) {
         var (file, config) = Trainer.Open(init);
         Require(T > 0 && T <= config.MaxT, "--seq", $"1 to {config.MaxT}, the model's longest sequence", T);
-        var (peak, times) = (device.PeakFlops(), new double[steps]);
-        var model = new Model(config, device, B, T, Purpose.Train);
+        var whole = totalBatch > 0 && totalBatch % ((long)B * T) == 0;
+        Require(whole, "--total-batch", $"a multiple of {B} x {T} tokens", totalBatch);
+        var ceilings = device.MeasureCeilings();
+        var model = new Model(config, device, B, T, Purpose.Train, recompute);
         var optimizer = new Optimizer(model);
         model.Load(file, 42);
         var random = new Random(1);
-        for (var step = -1; step < steps; step++) {
-            if (step == 0) // the one before warmed up
-                device.Profile = new Profile();
-            foreach (var tokens in (int[][])[model.Tokens, model.Targets]) {
-                foreach (ref var token in tokens.AsSpan())
-                    token = random.Next(config.V);
-            }
+        foreach (var tokens in (int[][])[model.Tokens, model.Targets]) {
+            foreach (ref var token in tokens.AsSpan())
+                token = random.Next(config.V);
+        }
+        var number = 0;
+        double Step() {
             var start = Stopwatch.GetTimestamp();
-            model.Forward();
-            model.Loss(1f / (B * T));
-            model.Backward();
-            optimizer.Update(step + 2, 1e-4f, 0.1f, optimizer.GradientNorm());
-            times[Math.Max(step, 0)] = Stopwatch.GetElapsedTime(start).TotalSeconds;
+            for (var micro = 0; micro < totalBatch / (B * T); micro++) {
+                model.Forward();
+                model.Loss(1f / totalBatch);
+                model.Backward();
+                model.MeanLoss();
+            }
+            optimizer.Update(++number, 1e-4f, 0.1f, optimizer.GradientNorm());
+            device.Synchronize();
+            return Stopwatch.GetElapsedTime(start).TotalSeconds;
         }
-        Array.Sort(times);
-        var median = times[steps / 2];
-        output.WriteLine($"{device.Name}; measured peak {peak / 1e9:F0} GFLOP/s");
-        output.WriteLine($"{config.Summary}; batch {B} x {T}");
-        output.WriteLine($"step {median * 1e3:F1} ms | {B * T / median:F0} tok/s | " +
-            $"{config.FlopsPerToken(T) * B * T / median / peak:0.0%} MFU");
-        output.WriteLine($"{"operation",-36}{"calls",6}{"ms",10}{"share",8}{"GFLOP/s",9}{"of peak",9}");
-        var operations = device.Profile!.Operations.OrderByDescending(entry => entry.Value.Seconds);
-        foreach (var (name, (calls, seconds, flops)) in operations) {
-            var rate = flops > 0 ? $"{flops / seconds / 1e9,9:F1}{flops / seconds / peak,9:0.0%}" : "";
-            var share = seconds / times.Sum();
-            output.WriteLine($"{name,-36}{calls / steps,6}{seconds / steps * 1e3,10:F2}{share,8:0.0%}{rate}");
+        Step(); // warms up
+        var median = Median(Enumerable.Range(0, steps).Select(_ => Step()));
+        output.WriteLine($"{device.Name}, {device.Precision}; large product {ceilings.Flops / 1e12:F1} TFLOP/s, large " +
+            $"copy {ceilings.Bytes / 1e9:F0} GB/s");
+        output.WriteLine($"{config.Summary}; batch {B} x {T}, {totalBatch} tokens a step; " +
+            $"{model.Memory.Sum(part => part.Bytes) / 1e9:F1} GB");
+        output.WriteLine($"step {median * 1e3:F2} ms | {totalBatch / median:F0} tok/s | " +
+            $"{config.FlopsPerToken(T) * totalBatch / median / device.PeakFlops():0.0%} MFU");
+        device.Profile = new Profile();
+        for (var step = 0; step < steps; step++)
+            Step();
+        var operations = device.Profile.Operations.Select(entry => (Name: entry.Key, Calls: entry.Value.Seconds.Count,
+            Seconds: Median(entry.Value.Seconds), entry.Value.Flops, entry.Value.Bytes)).ToArray();
+        device.Profile = null;
+        var total = operations.Sum(operation => operation.Calls * operation.Seconds);
+        output.WriteLine($"{"operation",-40}{"calls",6}{"ms",10}{"share",8}{"",16}{"of best",8}");
+        foreach (var (name, calls, seconds, flops, bytes) in operations.OrderByDescending(o => o.Calls * o.Seconds)) {
+            var time = calls * seconds;
+            var rate = flops > 0 ? $"{flops / seconds / 1e12,9:F2} TFLOP/s{flops / seconds / ceilings.Flops,7:0.0%}"
+                : bytes > 0 ? $"{bytes / seconds / 1e9,9:F0} GB/s   {bytes / seconds / ceilings.Bytes,7:0.0%}" : "";
+            output.WriteLine($"{name,-40}{calls / steps,6}{time / steps * 1e3,10:F3}{time / total,8:0.0%}{rate}");
         }
+        output.WriteLine($"{"together",-46}{total / steps * 1e3,10:F3}");
+    }
+
+    static double Median(IEnumerable<double> values) {
+        double[] sorted = [.. values.Order()];
+        return sorted[sorted.Length / 2];
     }
 }

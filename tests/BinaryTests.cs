@@ -199,7 +199,7 @@ public partial class BinaryTests {
     [Arguments("eval", "-e,--init -j,--val-data -m,--val-batches -b,--batch -t,--seq --hellaswag --device --verbose")]
     [Arguments("tokenize", "-o,--out --val-tokens --verbose")]
     [Arguments("verify", "-e,--init --state --device --verbose")]
-    [Arguments("bench", "-e,--init -b,--batch -t,--seq --device --verbose")]
+    [Arguments("bench", "-e,--init -b,--batch -t,--seq -d,--total-batch -x,--steps -r,--recompute --device --verbose")]
     public async Task Help_names_every_option(string command, string options) {
         using var folder = new TemporaryFolder();
         var overview = await Gpt2Process.Succeed(folder.Path, "--help");

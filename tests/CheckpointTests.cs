@@ -1,4 +1,5 @@
 using System.Diagnostics;
+using System.Runtime.InteropServices;
 using System.Text.RegularExpressions;
 
 namespace Gpt2.Tests;
@@ -127,6 +128,21 @@ public partial class CheckpointTests {
         await Assert.That(FirstStep(resumed.Lines)).IsEqualTo(11);
         var loaded = await Gpt2Process.Run(folder.Path, "sample -e part/model_00000012.bin --prompt-ids 1 -n 1");
         await Assert.That(loaded.ExitCode).IsEqualTo(0);
+    }
+
+    [Test]
+    public async Task A_state_says_how_it_is_to_be_read_and_how_roundings_go_on() {
+        using var folder = Folders.Inputs();
+        await Gpt2Process.Succeed(folder.Path, $"{Run} -o out --device cpu");
+        foreach (var step in (int[])[5, 20]) {
+            var state = File.ReadAllBytes(Path.Combine(folder["out"], $"state_{step:d8}_00000.bin"));
+            var header = MemoryMarshal.Cast<byte, int>(state.AsSpan(0, 1024)).ToArray();
+            // No master weights beside those of the model file; the seed of the next update, and of the last one.
+            await Assert.That(header[4]).IsEqualTo(0);
+            await Assert.That(header[10]).IsEqualTo(step);
+            await Assert.That(header[20]).IsEqualTo(42 + step);
+            await Assert.That(header[22]).IsEqualTo(41 + step);
+        }
     }
 
     [Test]

@@ -316,11 +316,15 @@ public sealed class OperationTests(DeviceUnderTest deviceUnderTest) : IDisposabl
         var qkvOnDevice = device.Upload(qkv, B, T, 3 * NH * HS);
         var (y, lse) = (device.Poisoned(B, T, NH * HS), device.Poisoned(B, NH, T));
         device.Attention(qkvOnDevice, 0, NH, y, lse);
-        var dqkv = device.Poisoned(B, T, 3 * NH * HS);
-        device.AttentionBackward(device.Upload(dy, B, T, NH * HS), qkvOnDevice, y, lse, NH, dqkv);
+        var (delta, dqkv) = (device.Poisoned(B, NH, T), device.Poisoned(B, T, 3 * NH * HS));
+        device.AttentionBackward(device.Upload(dy, B, T, NH * HS), qkvOnDevice, y, lse, NH, delta, dqkv);
         var (input, r) = (Doubles(qkv), Doubles(dy));
         double Function() => Reference.Dot(Reference.Attention(input, B, T, 0, NH, HS).Y, r);
         await NearGradient(device.Download(dqkv), input, Function);
+        // The sums over the channels of each head, (B, T, NH), as (B, NH, T).
+        var sums = Reference.Attention(input, B, T, 0, NH, HS).Y.Zip(r, (left, right) => left * right).Chunk(HS)
+            .Select(products => products.Sum()).Chunk(T * NH).SelectMany(sums => Reference.Transpose(sums, NH));
+        await Near(device.Download(delta), [.. sums]);
     }
 
     [Test]
@@ -334,8 +338,8 @@ public sealed class OperationTests(DeviceUnderTest deviceUnderTest) : IDisposabl
         var expected = Reference.Attention(Doubles(qkv), 1, T, 0, NH, HS);
         await Near(device.Download(y), expected.Y);
         await Near(device.Download(lse), expected.Lse);
-        var dqkv = device.Poisoned(1, T, 3 * NH * HS);
-        device.AttentionBackward(device.Upload(dy, 1, T, NH * HS), qkvOnDevice, y, lse, NH, dqkv);
+        var (delta, dqkv) = (device.Poisoned(1, NH, T), device.Poisoned(1, T, 3 * NH * HS));
+        device.AttentionBackward(device.Upload(dy, 1, T, NH * HS), qkvOnDevice, y, lse, NH, delta, dqkv);
         var (input, r, gradient) = (Doubles(qkv), Doubles(dy), Doubles(device.Download(dqkv)));
         var direction = Doubles(Floats(3, qkv.Length));
         double Along(double[] distance) => Reference.Dot(
@@ -422,33 +426,45 @@ public sealed class OperationTests(DeviceUnderTest deviceUnderTest) : IDisposabl
     // Gradients as small as epsilon, which then counts.
     [Arguments(20, 1e-8)]
     public async Task AdamW(int count, double gradientStd) {
-        var first = new AdamWStep(1, 0.05f, 0.1f, 0.7f, 0.9f, 0.95f, 1e-8f);
-        var w = Floats(1, count);
-        var (weights, m, v) = (Doubles(w), new double[count], new double[count]);
-        var wOnDevice = device.Upload(w);
-        var (mOnDevice, vOnDevice) = (device.Upload(new float[count]), device.Upload(new float[count]));
+        var first = new AdamWStep(1, 0.05f, 0.1f, 0.7f, 0.9f, 0.95f, 1e-8f, Seed: 42);
+        // Two parts of different lengths, of which the second one does not decay.
+        int[] counts = [count, count / 2 + 1];
+        var w = counts.Select((n, part) => Floats(10 + part, n)).ToArray();
+        var weights = w.Select(values => Doubles(values)).ToArray();
+        var (m, v) = (counts.Select(n => new double[n]).ToArray(), counts.Select(n => new double[n]).ToArray());
+        var wOnDevice = w.Select(values => device.Upload(values)).ToArray();
+        var mOnDevice = counts.Select(n => device.Upload(new float[n])).ToArray();
+        var vOnDevice = counts.Select(n => device.Upload(new float[n])).ToArray();
         for (var number = 1; number <= 3; number++) {
             // The second update has another rate, and the third one no decay.
             var step = first with {
                 Number = number, LearningRate = number == 2 ? 0.1f : 0.05f, WeightDecay = number == 3 ? 0 : 0.1f,
             };
-            var dw = Floats(1 + number, count, gradientStd);
-            var dwOnDevice = device.Upload(dw);
-            device.AdamW(wOnDevice, dwOnDevice, mOnDevice, vOnDevice, step);
+            var dw = counts.Select((n, part) => Floats(20 * number + part, n, gradientStd)).ToArray();
+            var dwOnDevice = dw.Select(values => device.Upload(values)).ToArray();
+            device.AdamW([.. counts.Select((_, part) => new AdamWPart(part * count, part == 0, wOnDevice[part],
+                wOnDevice[part], dwOnDevice[part], mOnDevice[part], vOnDevice[part]))], step);
             var (beta1, beta2) = ((double)step.Beta1, (double)step.Beta2);
-            for (var i = 0; i < count; i++) {
-                var g = dw[i] * (double)step.GradientScale;
-                m[i] = beta1 * m[i] + (1 - beta1) * g;
-                v[i] = beta2 * v[i] + (1 - beta2) * g * g;
-                var (mean, square) = (m[i] / (1 - Math.Pow(beta1, number)), v[i] / (1 - Math.Pow(beta2, number)));
-                weights[i] -= step.LearningRate *
-                    (mean / (Math.Sqrt(square) + step.Epsilon) + step.WeightDecay * weights[i]);
+            for (var part = 0; part < 2; part++) {
+                var decay = part == 0 ? (double)step.WeightDecay : 0;
+                for (var i = 0; i < counts[part]; i++) {
+                    ref var mean = ref m[part][i];
+                    ref var square = ref v[part][i];
+                    var g = dw[part][i] * (double)step.GradientScale;
+                    mean = beta1 * mean + (1 - beta1) * g;
+                    square = beta2 * square + (1 - beta2) * g * g;
+                    var root = Math.Sqrt(square / (1 - Math.Pow(beta2, number)));
+                    weights[part][i] -= step.LearningRate *
+                        (mean / (1 - Math.Pow(beta1, number)) / (root + step.Epsilon) + decay * weights[part][i]);
+                }
+                await Assert.That(device.Download(dwOnDevice[part]).All(value => value == 0)).IsTrue();
             }
-            await Assert.That(device.Download(dwOnDevice).All(value => value == 0)).IsTrue();
         }
-        await Near(device.Download(mOnDevice), m);
-        await Near(device.Download(vOnDevice), v);
-        await Near(device.Download(wOnDevice), weights);
+        for (var part = 0; part < 2; part++) {
+            await Near(device.Download(mOnDevice[part]), m[part]);
+            await Near(device.Download(vOnDevice[part]), v[part]);
+            await Near(device.Download(wOnDevice[part]), weights[part]);
+        }
     }
 }
 

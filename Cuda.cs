@@ -1,0 +1,780 @@
+using System.Diagnostics;
+using System.Reflection;
+using System.Runtime.CompilerServices;
+using System.Runtime.InteropServices;
+using static Gpt2.CublasLt;
+using static Gpt2.Driver;
+
+namespace Gpt2;
+
+/// <summary>The operations on an NVIDIA GPU: kernels from the embedded fatbin and, in bf16, products by cuBLASLt. All
+/// work goes to one stream; nothing depends on timing, so the same calls give the same bits.</summary>
+public sealed unsafe class Cuda : IDevice {
+    const int StagingBytes = 32 << 20, WorkspaceBytes = 32 << 20, ScratchBytes = 32 << 20;
+    const int LargestColumns = 8192, LargestHead = 256;
+
+    readonly int device, capability, multiprocessors, largestShared;
+    readonly bool verbose, wgmma;
+    readonly nint context, module, stream, pinned, staging, workspace, scratch;
+    readonly List<nint> allocations = [];
+    readonly CudaKernel embed, embedBackwardTokens, embedBackwardPositions, layerNorm, layerNormBackward, gelu;
+    readonly CudaKernel geluBackward, sumRowsPartially, addRowSums, attentionAny, attentionAnyBackwardQ;
+    readonly CudaKernel attentionAnyBackwardKv, classify, sumOfSquares, adamW;
+    readonly CudaKernel? product, attention, attentionBackwardQ, attentionBackwardKv;
+    readonly Products? products;
+    int staged;
+
+    /// <summary>Opens the first GPU and loads the kernels.</summary>
+    /// <param name="portable">Takes the kernels that any GPU runs, on a Hopper too.</param>
+    /// <param name="verbose">Waits after each operation, so that a fault is reported where it happens.</param>
+    /// <exception cref="Gpt2Exception">The driver, the GPU, kernels for it or cuBLASLt are missing.</exception>
+    public Cuda(DataType precision, bool portable = false, bool verbose = false) {
+        (Precision, this.verbose) = (precision, verbose);
+        using var fatbin = Fatbin(precision) ?? throw new Gpt2Exception(
+            "--device cuda: expected a build with GPU kernels, found one without (make toolkit gets the compiler)");
+        Initialize();
+        Check(cuDeviceGet(out device, 0), "opening the GPU");
+        var name = stackalloc byte[256];
+        Check(cuDeviceGetName(name, 256, device), "reading the GPU's name");
+        int Attribute(int attribute) {
+            Check(cuDeviceGetAttribute(out var value, attribute, device), "reading the GPU's properties");
+            return value;
+        }
+        const int multiprocessorCount = 16, major = 75, minor = 76, sharedPerBlock = 97;
+        (multiprocessors, largestShared) = (Attribute(multiprocessorCount), Attribute(sharedPerBlock));
+        capability = 10 * Attribute(major) + Attribute(minor);
+        wgmma = capability == 90 && !portable;
+        Name = Marshal.PtrToStringUTF8((nint)name) ?? "";
+        Check(cuDevicePrimaryCtxRetain(out context, device), "starting CUDA");
+        Enter();
+        var status = cuModuleLoadData(out module, (nint)fatbin.PositionPointer);
+        if (status == NoBinaryForGpu)
+            throw new Gpt2Exception($"{Name}: expected compute capability 8.0, 8.6, 8.9 or 9.0, found " +
+                $"{capability / 10}.{capability % 10}; make ARCH={capability} builds kernels for it");
+        Check(status, "loading the kernels");
+        Check(cuStreamCreate(out stream, 1), "creating a stream");
+        Check(cuMemAllocHost(out pinned, StagingBytes), "allocating host memory");
+        (staging, workspace, scratch) = (Allocate(StagingBytes), Allocate(WorkspaceBytes), Allocate(ScratchBytes));
+
+        CudaKernel Kernel(string name) {
+            Check(cuModuleGetFunction(out var function, module, name), $"looking for the kernel {name}");
+            return new CudaKernel(name, function);
+        }
+        (embed, embedBackwardTokens) = (Kernel("embed"), Kernel("embed_backward_tokens"));
+        (embedBackwardPositions, layerNorm) = (Kernel("embed_backward_positions"), Kernel("layer_norm"));
+        (layerNormBackward, gelu) = (Kernel("layer_norm_backward"), Kernel("gelu"));
+        (geluBackward, sumRowsPartially) = (Kernel("gelu_backward"), Kernel("sum_rows_partially"));
+        (addRowSums, attentionAny) = (Kernel("add_row_sums"), Kernel("attention_any"));
+        attentionAnyBackwardQ = Kernel("attention_any_backward_q");
+        attentionAnyBackwardKv = Kernel("attention_any_backward_kv");
+        (classify, sumOfSquares, adamW) = (Kernel("classify"), Kernel("sum_of_squares"), Kernel("adamw"));
+        if (precision == DataType.Fp32) {
+            product = Kernel("product");
+            return;
+        }
+        var suffix = wgmma ? "_wgmma" : "";
+        attention = Kernel($"attention{suffix}");
+        attentionBackwardQ = Kernel($"attention_backward_q{suffix}");
+        attentionBackwardKv = Kernel($"attention_backward_kv{suffix}");
+        products = new Products(stream, workspace, WorkspaceBytes);
+    }
+
+    /// <summary>Whether this build has kernels, and this machine a GPU with a driver.</summary>
+    public static bool IsAvailable {
+        get {
+            using var fatbin = Fatbin(DataType.Bf16);
+            try {
+                return fatbin != null && cuInit(0) == 0 && cuDeviceGetCount(out var count) == 0 && count > 0;
+            } catch (DllNotFoundException) {
+                return false;
+            }
+        }
+    }
+
+    static UnmanagedMemoryStream? Fatbin(DataType precision) => (UnmanagedMemoryStream?)
+        typeof(Cuda).Assembly.GetManifestResourceStream($"Kernels.{precision.ToString().ToLowerInvariant()}.fatbin");
+
+    static void Initialize() {
+        const int oldestDriver = 12000;
+        try {
+            Check(cuInit(0), "starting CUDA");
+            Check(cuDriverGetVersion(out var version), "starting CUDA");
+            if (version < oldestDriver)
+                throw new Gpt2Exception("--device cuda: expected a driver for CUDA 12.0 or newer, found one for " +
+                    $"{version / 1000}.{version / 10 % 100}");
+        } catch (DllNotFoundException) {
+            throw new Gpt2Exception("--device cuda: expected NVIDIA's driver (libcuda.so.1), found none");
+        }
+    }
+
+    public string Name { get; }
+
+    public DataType Precision { get; }
+
+    public Profile? Profile { get; set; }
+
+    // ---- Memory
+
+    public long FreeMemory {
+        get {
+            Enter();
+            Check(cuMemGetInfo(out var free, out _), "reading the GPU's free memory");
+            return (long)free;
+        }
+    }
+
+    public nint Allocate(long bytes) {
+        Enter();
+        Check(cuMemAlloc(out var address, (nuint)Math.Max(1, bytes)), $"allocating {bytes} bytes on the GPU");
+        allocations.Add(address);
+        Check(cuMemsetD8Async(address, 0, (nuint)bytes, stream), "clearing memory");
+        return address;
+    }
+
+    public void Dispose() {
+        Enter();
+        cuStreamSynchronize(stream);
+        products?.Dispose();
+        allocations.ForEach(address => cuMemFree(address));
+        cuMemFreeHost(pinned);
+        cuStreamDestroy(stream);
+        cuModuleUnload(module);
+        cuDevicePrimaryCtxRelease(device);
+    }
+
+    /// <summary>Makes the context this thread's.</summary>
+    void Enter() => Check(cuCtxSetCurrent(context), "entering the context");
+
+    /// <summary>The offset of some of the pinned memory and its counterpart on the GPU, which hold until it comes round
+    /// to them again; what used them last is then done.</summary>
+    int Stage(long bytes) {
+        const int alignment = 256;
+        Debug.Assert(bytes <= StagingBytes);
+        if (staged + bytes > StagingBytes) {
+            Synchronize();
+            staged = 0;
+        }
+        var at = staged;
+        staged += (int)((bytes + alignment - 1) / alignment * alignment);
+        return at;
+    }
+
+    /// <summary>Copies to the GPU what the next few kernels read.</summary>
+    nint Upload<T>(ReadOnlySpan<T> values) where T : unmanaged {
+        var bytes = MemoryMarshal.AsBytes(values);
+        Enter();
+        var at = Stage(bytes.Length);
+        bytes.CopyTo(new Span<byte>((void*)(pinned + at), bytes.Length));
+        Check(cuMemcpyHtoDAsync(staging + at, pinned + at, (nuint)bytes.Length, stream), "copying to the GPU");
+        return staging + at;
+    }
+
+    public void Write(Tensor to, ReadOnlySpan<float> values) {
+        Enter();
+        for (var done = 0; done < values.Length;) {
+            var part = values.Slice(done, Math.Min(values.Length - done, StagingBytes / 8));
+            var at = Stage(part.Length * to.ElementSize);
+            if (to.Type == DataType.Fp32)
+                part.CopyTo(new Span<float>((void*)(pinned + at), part.Length));
+            else
+                Round(part, new Span<ushort>((void*)(pinned + at), part.Length));
+            var flat = to.Flat(done, part.Length);
+            Check(cuMemcpyHtoDAsync(flat.Address, pinned + at, (nuint)flat.Bytes, stream), "copying to the GPU");
+            done += part.Length;
+        }
+    }
+
+    public void Read(Tensor from, Span<float> values) {
+        Enter();
+        for (var done = 0; done < values.Length;) {
+            var part = values.Slice(done, Math.Min(values.Length - done, StagingBytes / 8));
+            var at = Stage(part.Length * from.ElementSize);
+            var flat = from.Flat(done, part.Length);
+            Check(cuMemcpyDtoHAsync(pinned + at, flat.Address, (nuint)flat.Bytes, stream), "copying from the GPU");
+            Synchronize();
+            if (from.Type == DataType.Fp32) {
+                new Span<float>((void*)(pinned + at), part.Length).CopyTo(part);
+            } else {
+                for (var i = 0; i < part.Length; i++)
+                    part[i] = BitConverter.Int32BitsToSingle(((ushort*)(pinned + at))[i] << 16);
+            }
+            done += part.Length;
+        }
+    }
+
+    /// <summary>Rounds to the nearest bf16, ties to even.</summary>
+    static void Round(ReadOnlySpan<float> values, Span<ushort> to) {
+        for (var i = 0; i < values.Length; i++) {
+            var bits = BitConverter.SingleToUInt32Bits(values[i]);
+            var up = 0x7fff + (bits >> 16 & 1);
+            to[i] = (ushort)((float.IsNaN(values[i]) ? bits | 0x400000 : bits + up) >> 16);
+        }
+    }
+
+    public void Clear(Tensor x) {
+        Enter();
+        Check(cuMemsetD8Async(x.Address, 0, (nuint)x.Bytes, stream), "clearing memory");
+    }
+
+    // ---- Launches
+
+    /// <summary>Queues a kernel.</summary>
+    /// <param name="traffic">Bytes that it must read and write, for its profile.</param>
+    void Launch(CudaKernel kernel, (int X, int Y, int Z) grid, int block, int shared, double flops, double traffic,
+        params ReadOnlySpan<Argument> arguments) {
+        Enter();
+        if (shared > kernel.SharedLimit) {
+            const int maxDynamicSharedBytes = 8;
+            Check(cuFuncSetAttribute(kernel.Function, maxDynamicSharedBytes, shared), kernel.Name);
+            kernel.SharedLimit = shared;
+        }
+        var pointers = stackalloc nint[arguments.Length];
+        fixed (Argument* values = arguments) {
+            for (var i = 0; i < arguments.Length; i++)
+                pointers[i] = (nint)(values + i);
+            var config = new LaunchConfig {
+                GridX = grid.X, GridY = grid.Y, GridZ = grid.Z, BlockX = block, BlockY = 1, BlockZ = 1,
+                Shared = shared, Stream = stream,
+            };
+            var start = Begin();
+            Check(cuLaunchKernelEx(&config, kernel.Function, pointers, null), kernel.Name);
+            End(start, kernel.Name, flops, traffic);
+        }
+    }
+
+    readonly List<(string Name, double Flops, double Bytes, nint Start, nint End)> timed = [];
+
+    /// <summary>Begins to time what is queued next, if there is a profile.</summary>
+    nint Begin() {
+        if (Profile == null)
+            return 0;
+        Check(cuEventCreate(out var start, 0), "timing");
+        Check(cuEventRecord(start, stream), "timing");
+        return start;
+    }
+
+    void End(nint start, string name, double flops, double traffic) {
+        if (start != 0) {
+            Check(cuEventCreate(out var end, 0), "timing");
+            Check(cuEventRecord(end, stream), "timing");
+            timed.Add((name, flops, traffic, start, end));
+        }
+        if (verbose)
+            Check(cuStreamSynchronize(stream), name);
+    }
+
+    public void Synchronize() {
+        Enter();
+        Check(cuStreamSynchronize(stream), "waiting for the GPU (--verbose names the operation)");
+        foreach (var (name, flops, bytes, start, end) in timed) {
+            Check(cuEventElapsedTime(out var milliseconds, start, end), "timing");
+            Profile?.Add(name, milliseconds / 1e3, flops, bytes);
+            cuEventDestroy(start);
+            cuEventDestroy(end);
+        }
+        timed.Clear();
+    }
+
+    static int Blocks(long count, int size) => checked((int)((count + size - 1) / size));
+
+    static void Require(bool condition, string what, string expected, int found) {
+        if (!condition)
+            throw new Gpt2Exception($"--device cuda: expected {what} to be {expected}, found {found}");
+    }
+
+    static void RequireColumns(int columns) => Require(columns % Width == 0 && columns <= LargestColumns,
+        "the number of channels", $"a multiple of {Width}, at most {LargestColumns}", columns);
+
+    // ---- Embedding
+
+    const int Width = 8, SumColumns = 256; // elements a thread moves at a time, and columns of a block that sums rows
+
+    int[] order = [], firsts = [];
+
+    public void Embed(ReadOnlySpan<int> tokens, Tensor wte, Tensor wpe, int start, Tensor x) {
+        RequireColumns(x.Columns);
+        Launch(embed, (x.AllRows, 1, 1), 96, 0, 0, 3.0 * x.Bytes,
+            Upload(tokens), wte, wpe, start, x, x.Rows, x.Columns);
+    }
+
+    public void EmbedBackward(ReadOnlySpan<int> tokens, Tensor dx, Tensor dwte, Tensor dwpe) {
+        var (vocabulary, C) = (dwte.AllRows, dx.Columns);
+        // Rows sorted by token, so that each token's gradient is summed in one order.
+        Array.Resize(ref firsts, vocabulary + 1);
+        Array.Resize(ref order, tokens.Length);
+        Array.Clear(firsts);
+        foreach (var token in tokens)
+            firsts[token]++;
+        var sum = 0;
+        for (var token = 0; token <= vocabulary; token++)
+            firsts[token] = sum += firsts[token];
+        for (var row = tokens.Length - 1; row >= 0; row--)
+            order[--firsts[tokens[row]]] = row;
+        Launch(embedBackwardTokens, (vocabulary, Blocks(C, SumColumns), 1), SumColumns, 0, 0, dx.Bytes + 8.0 * C *
+            Math.Min(vocabulary, tokens.Length), Upload<int>(order), Upload<int>(firsts), dx, dwte, C);
+        Launch(embedBackwardPositions, (dx.Rows, Blocks(C, SumColumns), 1), SumColumns, 0, 0, dx.Bytes + 8.0 * C * dx.Rows,
+            dx, dwpe, dx.Depth, dx.Rows, C);
+    }
+
+    // ---- Layer norm
+
+    public void LayerNorm(Tensor x, Tensor w, Tensor b, Tensor y, Tensor statistics) =>
+        ResidualLayerNorm(default, x, w, b, default, y, statistics);
+
+    public void ResidualLayerNorm(Tensor residual, Tensor x, Tensor w, Tensor b, Tensor sum, Tensor y,
+        Tensor statistics) {
+        RequireColumns(x.Columns);
+        var (rows, row) = (x.AllRows, x.Columns * x.ElementSize);
+        var warps = Math.Clamp((48 << 10) / row, 1, 8);
+        Launch(layerNorm, (Blocks(rows, warps), 1, 1), 32 * warps, warps * row, 0, (residual.Address == 0 ? 2.0 : 4) *
+            x.Bytes, residual, x, w, b, sum, y, statistics, rows, x.Columns);
+    }
+
+    public void LayerNormBackward(Tensor dy, Tensor x, Tensor w, Tensor statistics, Tensor dx, Tensor dw, Tensor db) {
+        var (rows, C) = (x.AllRows, x.Columns);
+        const int blocksPerMultiprocessor = 4, sums = 2 * sizeof(float);
+        var warps = Math.Clamp((56 << 10) / (C * sums), 1, 8);
+        var blocks = Math.Min(Blocks(rows, warps), Math.Min(blocksPerMultiprocessor * multiprocessors,
+            ScratchBytes / (C * sums)));
+        Launch(layerNormBackward, (blocks, 1, 1), 32 * warps, warps * C * sums, 0, 4.0 * x.Bytes,
+            dy, x, w, statistics, dx, scratch, rows, C);
+        Launch(addRowSums, (1, Blocks(C, SumColumns), 2), SumColumns, 0, 0, (double)blocks * C * sums,
+            scratch, blocks, C, db, dw);
+    }
+
+    // ---- Linear and GELU
+
+    public void Linear(Tensor x, Tensor w, Tensor b, Tensor y) {
+        var (rows, C, OC) = (x.AllRows, x.Columns, w.AllRows);
+        if (products == null)
+            Multiply(x, C, 1, w, 1, C, y, b, false, rows, OC, C);
+        else
+            Multiply(w, true, x, false, y, OC, rows, C, b.Address == 0 ? Epilogue.None : Epilogue.Bias, b);
+    }
+
+    public void LinearGelu(Tensor x, Tensor w, Tensor b, Tensor input, Tensor y) {
+        if (products == null) {
+            Linear(x, w, b, input);
+            Gelu(input, y);
+        } else {
+            Multiply(w, true, x, false, y, w.AllRows, x.AllRows, x.Columns, Epilogue.GeluAuxBias, b, input);
+        }
+    }
+
+    public void LinearBackward(Tensor dy, Tensor x, Tensor w, Tensor dx, Tensor dw, Tensor db) =>
+        LinearGeluBackward(dy, x, default, w, dx, dw, db);
+
+    public void LinearGeluBackward(Tensor dy, Tensor x, Tensor input, Tensor w, Tensor dx, Tensor dw, Tensor db) {
+        var (rows, C, OC) = (x.AllRows, x.Columns, w.AllRows);
+        if (products == null) {
+            Multiply(dy, OC, 1, w, C, 1, dx, default, false, rows, C, OC);
+            Multiply(dy, 1, OC, x, C, 1, dw, default, true, OC, C, rows);
+            if (input.Address != 0)
+                Launch(geluBackward, (Blocks(dx.Count, 256 * Width), 1, 1), 256, 0, 0, 3.0 * dx.Bytes, input, dx, dx.Count);
+        } else {
+            Multiply(w, false, dy, false, dx, C, rows, OC, input.Address == 0 ? Epilogue.None : Epilogue.DGelu, default,
+                input);
+            Multiply(x, false, dy, true, dw, C, OC, rows, Epilogue.None, accumulate: true);
+        }
+        if (db.Address == 0)
+            return;
+        const int blocksPerMultiprocessor = 8, fewestRows = 32;
+        var across = Blocks(OC, SumColumns);
+        var down = Math.Min(Blocks(rows, fewestRows), Blocks(blocksPerMultiprocessor * multiprocessors, across));
+        down = Math.Min(down, ScratchBytes / (OC * sizeof(float)));
+        Launch(sumRowsPartially, (down, across, 1), SumColumns, 0, 0, dy.Bytes, dy, rows, OC, scratch);
+        Launch(addRowSums, (1, across, 1), SumColumns, 0, 0, 4.0 * down * OC, scratch, down, OC, db, 0L);
+    }
+
+    public void Gelu(Tensor x, Tensor y) =>
+        Launch(gelu, (Blocks(x.Count, 256 * Width), 1, 1), 256, 0, 0, 2.0 * x.Bytes, x, y, x.Count);
+
+    /// <summary>c (M, N) = a·b, + bias or + c, in fp32; element (i, k) of a is at i·aRow + k·aColumn.</summary>
+    void Multiply(Tensor a, long aRow, long aColumn, Tensor b, long bRow, long bColumn, Tensor c, Tensor bias,
+        bool accumulate, int M, int N, int K, [CallerMemberName] string operation = "") {
+        const int tile = 64;
+        Launch(product!, (Blocks(N, tile), Blocks(M, tile), 1), 256, 0, 2.0 * M * N * K, 0,
+            a, aRow, aColumn, b, bRow, bColumn, c, bias, accumulate ? 1 : 0, M, N, K);
+    }
+
+    /// <summary>c (M, N) = a·b by cuBLASLt, all of them in columns, which our rows are.</summary>
+    void Multiply(Tensor a, bool transposeA, Tensor b, bool transposeB, Tensor c, int M, int N, int K, Epilogue epilogue,
+        Tensor bias = default, Tensor auxiliary = default, bool accumulate = false,
+        [CallerMemberName] string operation = "") {
+        Enter();
+        var start = Begin();
+        products!.Multiply(new(M, N, K, transposeA, transposeB, epilogue, c.Type), a.Address, b.Address, c.Address,
+            bias.Address, auxiliary.Address, accumulate);
+        if (Profile != null || verbose)
+            End(start, $"{operation} {M} x {N} x {K}", 2.0 * M * N * K, 0);
+    }
+
+    // ---- Attention
+
+    const int FlashHead = 64, FlashRows = 128, FlashThreads = 256, AnyThreads = 256;
+    const int FlashShared = 49 << 10, FlashBackwardShared = 65 << 10; // two and four tiles of 128 rows, and 1 kB to align
+
+    public void Attention(Tensor qkv, int start, int heads, Tensor y, Tensor lse) {
+        var (B, T, HS) = (qkv.Depth, qkv.Rows, y.Columns / heads);
+        RequireColumns(y.Columns);
+        Require(HS <= LargestHead, "the channels of a head", $"at most {LargestHead}", HS);
+        var flops = 2.0 * B * T * (T + 1) * y.Columns;
+        if (attention != null && HS == FlashHead && start == 0) {
+            Launch(attention, (Blocks(T, FlashRows), heads, B), FlashThreads, FlashShared, flops, 0,
+                qkv, y, lse, T, heads);
+        } else {
+            Launch(attentionAny, (T - start, heads, B), AnyThreads, 0, flops, 0, qkv, start, y, lse, T, heads, HS);
+        }
+    }
+
+    public void AttentionBackward(
+        Tensor dy, Tensor qkv, Tensor y, Tensor lse, int heads, Tensor delta, Tensor dqkv) {
+        var (B, T, HS) = (qkv.Depth, qkv.Rows, y.Columns / heads);
+        // Scores and their gradients are computed in both kernels: three products for dq, four for dk and dv.
+        var flops = 1.0 * B * T * (T + 1) * y.Columns;
+        if (attentionBackwardQ != null && HS == FlashHead) {
+            var grid = (Blocks(T, FlashRows), heads, B);
+            Launch(attentionBackwardQ, grid, FlashThreads, FlashBackwardShared, 3 * flops, 0,
+                dy, qkv, y, lse, delta, dqkv, T, heads);
+            Launch(attentionBackwardKv!, grid, FlashThreads, FlashBackwardShared, 4 * flops, 0,
+                dy, qkv, lse, delta, dqkv, T, heads);
+        } else {
+            var grid = (T, heads, B);
+            Launch(attentionAnyBackwardQ, grid, AnyThreads, 0, 3 * flops, 0, dy, qkv, y, lse, delta, dqkv, T, heads, HS);
+            Launch(attentionAnyBackwardKv, grid, AnyThreads, 0, 4 * flops, 0, dy, qkv, lse, delta, dqkv, T, heads, HS);
+        }
+    }
+
+    // ---- Classifier
+
+    public void Classify(Tensor logits, ReadOnlySpan<int> targets, int vocabulary, Tensor losses, float gradientScale) {
+        const int threads = 512, ownShared = 1 << 10;
+        var row = logits.Columns * logits.ElementSize;
+        var keeps = row <= largestShared - ownShared && Precision == DataType.Bf16;
+        Launch(classify, (logits.AllRows, 1, 1), threads, keeps ? row : 0, 0, (gradientScale == 0 ? 1.0 : 2) *
+            logits.Bytes, logits, Upload(targets), losses, gradientScale, vocabulary, logits.Columns, keeps ? 1 : 0);
+    }
+
+    // ---- Optimizer
+
+    public double SumOfSquares(Tensor x) {
+        const int blocks = 1024, threads = 256;
+        Launch(sumOfSquares, (blocks, 1, 1), threads, 0, 0, x.Bytes, x, x.Count, scratch);
+        var at = Stage(blocks * sizeof(double));
+        Check(cuMemcpyDtoHAsync(pinned + at, scratch, blocks * sizeof(double), stream), "copying from the GPU");
+        Synchronize();
+        var sum = 0.0;
+        foreach (var part in new Span<double>((void*)(pinned + at), blocks))
+            sum += part;
+        return sum;
+    }
+
+    /// <summary>A part as the kernel has it.</summary>
+    readonly record struct PartArguments(
+        long First, long Count, long Decays, nint W, nint Master, nint Dw, nint M, nint V);
+
+    public void AdamW(ReadOnlySpan<AdamWPart> parts, in AdamWStep step) {
+        const int threads = 256, blocksPerMultiprocessor = 8;
+        var arguments = stackalloc PartArguments[parts.Length];
+        var bytes = 0.0;
+        for (var i = 0; i < parts.Length; i++) {
+            var part = parts[i];
+            arguments[i] = new(part.First, part.W.Count, part.Decays ? 1 : 0, part.W.Address, part.Master.Address,
+                part.Dw.Address, part.M.Address, part.V.Address);
+            bytes += part.W.Count * (8.0 * sizeof(float) + (Precision == DataType.Bf16 ? 2 : 0));
+        }
+        Launch(adamW, (blocksPerMultiprocessor * multiprocessors, parts.Length, 1), threads, 0, 0, bytes,
+            Upload(new ReadOnlySpan<PartArguments>(arguments, parts.Length)), step.LearningRate, step.WeightDecay,
+            step.GradientScale, step.Beta1, step.Beta2, step.Epsilon, 1 / (1 - MathF.Pow(step.Beta1, step.Number)),
+            1 / (1 - MathF.Pow(step.Beta2, step.Number)), (int)step.Seed);
+    }
+
+    // ---- What the GPU can do
+
+    /// <summary>Dense bf16 operations a second by the data sheets, with fp32 sums; the largest that fits in a name.</summary>
+    static readonly (string Name, double Flops)[] DataSheets = [
+        ("H100 PCIe", 756e12), ("H100 NVL", 835e12), ("H100", 989e12), ("H200", 989e12), ("GH200", 989e12),
+        ("A100", 312e12), ("A800", 312e12), ("A6000", 155e12), ("A40", 150e12), ("A10", 125e12), ("L40S", 362e12),
+        ("L40", 181e12), ("L4", 121e12), ("RTX 4090", 165e12), ("RTX 3090", 71e12),
+    ];
+
+    public double PeakFlops() {
+        var known = DataSheets.FirstOrDefault(sheet => Name.Contains(sheet.Name)).Flops;
+        return Precision == DataType.Bf16 && known > 0 ? known : MeasureCeilings().Flops;
+    }
+
+    public (double Flops, double Bytes) MeasureCeilings() {
+        var n = Precision == DataType.Bf16 ? 8192 : 2048;
+        const int rounds = 10;
+        var bytes = (nuint)n * (nuint)n * (nuint)Tensor.SizeOf(Precision) * 4;
+        Check(cuMemAlloc(out var memory, bytes), "allocating memory to measure with");
+        var (x, w, y) = (At(0), At(1), At(2));
+        Tensor At(int i) => new Tensor(memory, 4, n, n, Precision)[i];
+        var random = new Random(1);
+        var values = new float[n];
+        for (var row = 0; row < 2 * n; row++) {
+            // Random numbers: products of zeros are faster.
+            foreach (ref var value in values.AsSpan())
+                value = random.NextSingle() - 0.5f;
+            Write(new Tensor(memory, 1, 2 * n, n, Precision).Slice(row, 1), values);
+        }
+        Linear(x, w, default, y);
+        var (copied, multiplied) = (new double[rounds], new double[rounds]);
+        for (var round = 0; round < rounds; round++) {
+            multiplied[round] = Time(() => Linear(x, w, default, y));
+            copied[round] = Time(() => Check(cuMemcpyDtoDAsync(y.Address, memory, bytes / 2, stream), "copying"));
+        }
+        cuMemFree(memory);
+        Array.Sort(multiplied);
+        Array.Sort(copied);
+        return (2.0 * n * n * n / multiplied[rounds / 2], bytes / copied[rounds / 2]);
+
+        double Time(Action action) {
+            Check(cuEventCreate(out var start, 0), "timing");
+            Check(cuEventCreate(out var end, 0), "timing");
+            Check(cuEventRecord(start, stream), "timing");
+            action();
+            Check(cuEventRecord(end, stream), "timing");
+            Synchronize();
+            Check(cuEventElapsedTime(out var milliseconds, start, end), "timing");
+            cuEventDestroy(start);
+            cuEventDestroy(end);
+            return milliseconds / 1e3;
+        }
+    }
+}
+
+/// <summary>A function of the loaded module.</summary>
+sealed class CudaKernel(string name, nint function) {
+    public string Name => name;
+    public nint Function => function;
+
+    /// <summary>Bytes of shared memory that a launch may ask for without a word before.</summary>
+    public int SharedLimit { get; set; } = 48 << 10;
+}
+
+/// <summary>An argument of a kernel: its bits, from the lowest.</summary>
+readonly struct Argument(long bits) {
+    readonly long bits = bits;
+
+    public static implicit operator Argument(Tensor tensor) => new(tensor.Address);
+    public static implicit operator Argument(nint address) => new(address);
+    public static implicit operator Argument(long value) => new(value);
+    public static implicit operator Argument(int value) => new(value);
+    public static implicit operator Argument(float value) => new(BitConverter.SingleToInt32Bits(value));
+}
+
+/// <summary>What cuBLASLt does with a product before it is stored, by its own numbers.</summary>
+enum Epilogue { None = 1, Bias = 4, GeluAuxBias = 164, DGelu = 192 }
+
+/// <summary>A kind of product: c (M, N) = a·b of depth K in bf16, in columns.</summary>
+readonly record struct ProductKind(
+    int M, int N, int K, bool TransposeA, bool TransposeB, Epilogue Epilogue, DataType Output);
+
+/// <summary>Products by cuBLASLt, which chooses an algorithm for each kind once.</summary>
+sealed unsafe class Products : IDisposable {
+    readonly Dictionary<ProductKind, Plan> plans = [];
+    readonly nint handle, stream, workspace;
+    readonly long workspaceBytes;
+
+    public Products(nint stream, nint workspace, long workspaceBytes) {
+        (this.stream, this.workspace, this.workspaceBytes) = (stream, workspace, workspaceBytes);
+        try {
+            CheckProducts(cublasLtCreate(out handle), "starting cuBLASLt");
+        } catch (DllNotFoundException) {
+            throw new Gpt2Exception("--device cuda: expected cuBLASLt (libcublasLt.so.13 or .12, on the loader's path or " +
+                "in $CUDA_HOME/lib64), found none; --precision fp32 works without");
+        }
+    }
+
+    sealed record Plan(nint Operation, nint A, nint B, nint C, Heuristic Heuristic);
+
+    public void Multiply(ProductKind kind, nint a, nint b, nint c, nint bias, nint auxiliary, bool accumulate) {
+        if (!plans.TryGetValue(kind, out var plan))
+            plans[kind] = plan = Make(kind);
+        if (bias != 0)
+            Set(plan.Operation, Attribute.Bias, bias);
+        if (auxiliary != 0)
+            Set(plan.Operation, Attribute.Auxiliary, auxiliary);
+        var (alpha, beta) = (1f, accumulate ? 1f : 0f);
+        var heuristic = plan.Heuristic;
+        CheckProducts(cublasLtMatmul(handle, plan.Operation, &alpha, a, plan.A, b, plan.B, &beta, c, plan.C, c, plan.C,
+            &heuristic, workspace, (nuint)workspaceBytes, stream), $"the product {kind}");
+    }
+
+    Plan Make(ProductKind kind) {
+        const int computeFp32 = 68, fp32 = 0, bf16 = 14;
+        var (M, N, K) = (kind.M, kind.N, kind.K);
+        CheckProducts(cublasLtMatmulDescCreate(out var operation, computeFp32, fp32), "describing a product");
+        Set(operation, Attribute.TransposeA, kind.TransposeA ? 1 : 0);
+        Set(operation, Attribute.TransposeB, kind.TransposeB ? 1 : 0);
+        Set(operation, Attribute.Epilogue, (int)kind.Epilogue);
+        if (kind.Epilogue is Epilogue.GeluAuxBias or Epilogue.DGelu)
+            Set(operation, Attribute.AuxiliaryStride, (long)M);
+        nint Layout(int type, int rows, int columns) {
+            CheckProducts(cublasLtMatrixLayoutCreate(out var layout, type, (ulong)rows, (ulong)columns, rows), "a layout");
+            return layout;
+        }
+        var a = kind.TransposeA ? Layout(bf16, K, M) : Layout(bf16, M, K);
+        var b = kind.TransposeB ? Layout(bf16, N, K) : Layout(bf16, K, N);
+        var c = Layout(kind.Output == DataType.Fp32 ? fp32 : bf16, M, N);
+        CheckProducts(cublasLtMatmulPreferenceCreate(out var preference), "preferences");
+        const int largestWorkspace = 1, reductionSchemes = 3, throughWorkspace = 6; // sums in one order
+        var bytes = workspaceBytes;
+        CheckProducts(cublasLtMatmulPreferenceSetAttribute(preference, largestWorkspace, &bytes, 8), "preferences");
+        var schemes = throughWorkspace;
+        CheckProducts(cublasLtMatmulPreferenceSetAttribute(preference, reductionSchemes, &schemes, 4), "preferences");
+        Heuristic heuristic;
+        CheckProducts(cublasLtMatmulAlgoGetHeuristic(handle, operation, a, b, c, c, preference, 1, &heuristic, out var found),
+            $"finding an algorithm for the product {kind}");
+        cublasLtMatmulPreferenceDestroy(preference);
+        return found > 0 ? new Plan(operation, a, b, c, heuristic)
+            : throw new Gpt2Exception($"cuBLASLt: expected an algorithm for the product {kind}, found none");
+    }
+
+    enum Attribute { TransposeA = 3, TransposeB = 4, Epilogue = 7, Bias = 8, Auxiliary = 11, AuxiliaryStride = 12 }
+
+    static void Set<T>(nint operation, Attribute attribute, T value) where T : unmanaged =>
+        CheckProducts(cublasLtMatmulDescSetAttribute(operation, (int)attribute, &value, (nuint)sizeof(T)), "describing a product");
+
+    public void Dispose() {
+        foreach (var plan in plans.Values) {
+            cublasLtMatmulDescDestroy(plan.Operation);
+            cublasLtMatrixLayoutDestroy(plan.A);
+            cublasLtMatrixLayoutDestroy(plan.B);
+            cublasLtMatrixLayoutDestroy(plan.C);
+        }
+        cublasLtDestroy(handle);
+    }
+}
+
+/// <summary>The driver API, as far as we call it.</summary>
+static unsafe partial class Driver {
+    const string Library = "cuda";
+    public const int NoBinaryForGpu = 209;
+
+    static Driver() => Libraries.Register();
+
+    /// <exception cref="Gpt2Exception">A status that is not success: CUDA's name for it, and what we were doing.</exception>
+    public static void Check(int status, string doing) {
+        if (status == 0)
+            return;
+        cuGetErrorName(status, out var name);
+        cuGetErrorString(status, out var text);
+        throw new Gpt2Exception($"--device cuda: {doing}: expected success, found {Marshal.PtrToStringUTF8(name)} " +
+            $"({Marshal.PtrToStringUTF8(text)})");
+    }
+
+    [StructLayout(LayoutKind.Sequential)]
+    public struct LaunchConfig {
+        public int GridX, GridY, GridZ, BlockX, BlockY, BlockZ, Shared;
+        public nint Stream, Attributes;
+        public int AttributeCount;
+    }
+
+    [LibraryImport(Library)] public static partial int cuInit(uint flags);
+    [LibraryImport(Library)] public static partial int cuDriverGetVersion(out int version);
+    [LibraryImport(Library)] public static partial int cuGetErrorName(int status, out nint text);
+    [LibraryImport(Library)] public static partial int cuGetErrorString(int status, out nint text);
+    [LibraryImport(Library)] public static partial int cuDeviceGetCount(out int count);
+    [LibraryImport(Library)] public static partial int cuDeviceGet(out int device, int ordinal);
+    [LibraryImport(Library)] public static partial int cuDeviceGetName(byte* name, int length, int device);
+    [LibraryImport(Library)] public static partial int cuDeviceGetAttribute(out int value, int attribute, int device);
+    [LibraryImport(Library)] public static partial int cuDevicePrimaryCtxRetain(out nint context, int device);
+    [LibraryImport(Library, EntryPoint = "cuDevicePrimaryCtxRelease_v2")]
+    public static partial int cuDevicePrimaryCtxRelease(int device);
+    [LibraryImport(Library)] public static partial int cuCtxSetCurrent(nint context);
+    [LibraryImport(Library)] public static partial int cuModuleLoadData(out nint module, nint image);
+    [LibraryImport(Library)] public static partial int cuModuleUnload(nint module);
+    [LibraryImport(Library, StringMarshalling = StringMarshalling.Utf8)]
+    public static partial int cuModuleGetFunction(out nint function, nint module, string name);
+    [LibraryImport(Library)] public static partial int cuFuncSetAttribute(nint function, int attribute, int value);
+    [LibraryImport(Library)]
+    public static partial int cuLaunchKernelEx(LaunchConfig* config, nint function, nint* parameters, nint* extra);
+    [LibraryImport(Library)] public static partial int cuStreamCreate(out nint stream, uint flags);
+    [LibraryImport(Library)] public static partial int cuStreamSynchronize(nint stream);
+    [LibraryImport(Library, EntryPoint = "cuStreamDestroy_v2")] public static partial int cuStreamDestroy(nint stream);
+    [LibraryImport(Library)] public static partial int cuEventCreate(out nint @event, uint flags);
+    [LibraryImport(Library)] public static partial int cuEventRecord(nint @event, nint stream);
+    [LibraryImport(Library)] public static partial int cuEventElapsedTime(out float milliseconds, nint start, nint end);
+    [LibraryImport(Library, EntryPoint = "cuEventDestroy_v2")] public static partial int cuEventDestroy(nint @event);
+    [LibraryImport(Library, EntryPoint = "cuMemAlloc_v2")]
+    public static partial int cuMemAlloc(out nint address, nuint bytes);
+    [LibraryImport(Library, EntryPoint = "cuMemFree_v2")] public static partial int cuMemFree(nint address);
+    [LibraryImport(Library, EntryPoint = "cuMemAllocHost_v2")]
+    public static partial int cuMemAllocHost(out nint address, nuint bytes);
+    [LibraryImport(Library)] public static partial int cuMemFreeHost(nint address);
+    [LibraryImport(Library, EntryPoint = "cuMemGetInfo_v2")]
+    public static partial int cuMemGetInfo(out nuint free, out nuint total);
+    [LibraryImport(Library)] public static partial int cuMemsetD8Async(nint to, byte value, nuint bytes, nint stream);
+    [LibraryImport(Library, EntryPoint = "cuMemcpyHtoDAsync_v2")]
+    public static partial int cuMemcpyHtoDAsync(nint to, nint from, nuint bytes, nint stream);
+    [LibraryImport(Library, EntryPoint = "cuMemcpyDtoHAsync_v2")]
+    public static partial int cuMemcpyDtoHAsync(nint to, nint from, nuint bytes, nint stream);
+    [LibraryImport(Library, EntryPoint = "cuMemcpyDtoDAsync_v2")]
+    public static partial int cuMemcpyDtoDAsync(nint to, nint from, nuint bytes, nint stream);
+}
+
+/// <summary>cuBLASLt, as far as we call it.</summary>
+static unsafe partial class CublasLt {
+    const string Library = "cublasLt";
+
+    static CublasLt() => Libraries.Register();
+
+    /// <exception cref="Gpt2Exception">A status that is not success: cuBLAS's name for it, and what we were doing.</exception>
+    public static void CheckProducts(int status, string doing) {
+        if (status != 0)
+            throw new Gpt2Exception($"--device cuda: {doing}: expected success, found " +
+                $"{Marshal.PtrToStringUTF8(cublasLtGetStatusName(status))}");
+    }
+
+    /// <summary>An algorithm (64 bytes), the workspace that it takes, and more.</summary>
+    [StructLayout(LayoutKind.Sequential, Size = 96)]
+    public struct Heuristic;
+
+    [LibraryImport(Library)] public static partial nint cublasLtGetStatusName(int status);
+    [LibraryImport(Library)] public static partial int cublasLtCreate(out nint handle);
+    [LibraryImport(Library)] public static partial int cublasLtDestroy(nint handle);
+    [LibraryImport(Library)] public static partial int cublasLtMatmulDescCreate(out nint operation, int compute, int scale);
+    [LibraryImport(Library)] public static partial int cublasLtMatmulDescDestroy(nint operation);
+    [LibraryImport(Library)]
+    public static partial int cublasLtMatmulDescSetAttribute(nint operation, int attribute, void* value, nuint bytes);
+    [LibraryImport(Library)]
+    public static partial int cublasLtMatrixLayoutCreate(out nint layout, int type, ulong rows, ulong columns, long stride);
+    [LibraryImport(Library)] public static partial int cublasLtMatrixLayoutDestroy(nint layout);
+    [LibraryImport(Library)] public static partial int cublasLtMatmulPreferenceCreate(out nint preference);
+    [LibraryImport(Library)] public static partial int cublasLtMatmulPreferenceDestroy(nint preference);
+    [LibraryImport(Library)]
+    public static partial int cublasLtMatmulPreferenceSetAttribute(nint preference, int attribute, void* value, nuint bytes);
+    [LibraryImport(Library)]
+    public static partial int cublasLtMatmulAlgoGetHeuristic(nint handle, nint operation, nint a, nint b, nint c, nint d,
+        nint preference, int wanted, Heuristic* results, out int found);
+    [LibraryImport(Library)]
+    public static partial int cublasLtMatmul(nint handle, nint operation, void* alpha, nint a, nint aLayout, nint b,
+        nint bLayout, void* beta, nint c, nint cLayout, nint d, nint dLayout, Heuristic* algorithm, nint workspace,
+        nuint workspaceBytes, nint stream);
+}
+
+/// <summary>Where the libraries are that come with a driver or a toolkit.</summary>
+static class Libraries {
+    static readonly Lazy<bool> registered = new(() => {
+        NativeLibrary.SetDllImportResolver(typeof(Libraries).Assembly, Resolve);
+        return true;
+    });
+
+    public static void Register() => _ = registered.Value;
+
+    static nint Resolve(string name, Assembly assembly, DllImportSearchPath? path) {
+        string[] files = name switch {
+            "cuda" => ["libcuda.so.1"],
+            "cublasLt" => ["libcublasLt.so.13", "libcublasLt.so.12"],
+            _ => [],
+        };
+        var home = Environment.GetEnvironmentVariable("CUDA_HOME") ?? "/usr/local/cuda";
+        foreach (var file in files.Concat(files.Select(file => Path.Combine(home, "lib64", file)))) {
+            if (NativeLibrary.TryLoad(file, out var library))
+                return library;
+        }
+        return 0;
+    }
+}

@@ -1,0 +1,1049 @@
+// The kernels of the GPU backend, in the order of the operations in Model.cs and Cuda.cs. The file is compiled twice, for
+// bf16 and (-DFP32) for fp32: floatX is the type of weights and activations. Sums and statistics are fp32, and no result
+// depends on the order in which blocks run. Columns are multiples of 8: a thread moves eight elements at a time, in loads
+// and stores of 128 bits.
+#include <cuda_bf16.h>
+#include <stdint.h>
+
+#ifdef FP32
+typedef float floatX;
+#else
+typedef __nv_bfloat16 floatX;
+#endif
+
+#define KERNEL extern "C" __global__ void
+
+constexpr int Warp = 32;
+constexpr int Width = 8;
+
+extern __shared__ uint4 shared[]; // as much as the launch asks for
+
+// ---- Eight elements at a time
+
+struct Pack {
+    float x[Width];
+};
+
+__device__ Pack load(const float* from) {
+    Pack pack;
+    *(float4*)pack.x = *(const float4*)from;
+    *(float4*)(pack.x + 4) = *(const float4*)(from + 4);
+    return pack;
+}
+
+__device__ Pack load(const __nv_bfloat16* from) {
+    uint4 bits = *(const uint4*)from;
+    uint32_t pairs[4] = {bits.x, bits.y, bits.z, bits.w};
+    Pack pack;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        pack.x[2 * i] = __uint_as_float(pairs[i] << 16);
+        pack.x[2 * i + 1] = __uint_as_float(pairs[i] & 0xffff0000);
+    }
+    return pack;
+}
+
+__device__ void store(float* to, Pack pack) {
+    *(float4*)to = *(float4*)pack.x;
+    *(float4*)(to + 4) = *(float4*)(pack.x + 4);
+}
+
+// Two floats as bf16, rounded to nearest, the first in the lower half.
+__device__ uint32_t pair(float low, float high) {
+    __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
+    return *(uint32_t*)&both;
+}
+
+__device__ void store(__nv_bfloat16* to, Pack pack) {
+    float* x = pack.x;
+    *(uint4*)to = make_uint4(pair(x[0], x[1]), pair(x[2], x[3]), pair(x[4], x[5]), pair(x[6], x[7]));
+}
+
+__device__ Pack operator+(Pack a, Pack b) {
+#pragma unroll
+    for (int i = 0; i < Width; i++)
+        a.x[i] += b.x[i];
+    return a;
+}
+
+__device__ Pack operator*(Pack a, Pack b) {
+#pragma unroll
+    for (int i = 0; i < Width; i++)
+        a.x[i] *= b.x[i];
+    return a;
+}
+
+__device__ float sum(Pack a) {
+    return ((a.x[0] + a.x[1]) + (a.x[2] + a.x[3])) + ((a.x[4] + a.x[5]) + (a.x[6] + a.x[7]));
+}
+
+// (x - mean) * rstd
+__device__ Pack normalize(Pack x, float mean, float rstd) {
+#pragma unroll
+    for (int i = 0; i < Width; i++)
+        x.x[i] = (x.x[i] - mean) * rstd;
+    return x;
+}
+
+__device__ float warp_sum(float x) {
+#pragma unroll
+    for (int lane = Warp / 2; lane > 0; lane /= 2)
+        x += __shfl_xor_sync(~0u, x, lane);
+    return x;
+}
+
+__device__ float warp_max(float x) {
+#pragma unroll
+    for (int lane = Warp / 2; lane > 0; lane /= 2)
+        x = fmaxf(x, __shfl_xor_sync(~0u, x, lane));
+    return x;
+}
+
+// ---- Sums of rows
+
+constexpr int SumThreads = 256; // a warp for each eighth of the rows, a lane for each eighth of SumThreads columns
+
+// The sum over count rows of x (.., C), of which row(i) is the i-th, in the column this thread then has; false past the end.
+template <typename T, typename Row>
+__device__ bool sum_rows(const T* x, int C, int count, Row row, int& column, float& total) {
+    __shared__ float sums[SumThreads / Warp][SumThreads];
+    int warp = threadIdx.x / Warp, lane = threadIdx.x % Warp, first = blockIdx.y * SumThreads;
+    Pack own = {};
+    if (first + lane * Width < C) {
+#pragma unroll 4
+        for (int i = warp; i < count; i += SumThreads / Warp)
+            own = own + load(x + (int64_t)row(i) * C + first + lane * Width);
+    }
+    store(&sums[warp][lane * Width], own);
+    __syncthreads();
+    column = first + threadIdx.x;
+    total = 0;
+    for (int i = 0; i < SumThreads / Warp; i++)
+        total += sums[i][threadIdx.x];
+    return column < C;
+}
+
+// partial (blocks, C): sums of x (rows, C) over each block's share of the rows.
+KERNEL sum_rows_partially(const floatX* x, int rows, int C, float* partial) {
+    int first = (int64_t)rows * blockIdx.x / gridDim.x, end = (int64_t)rows * (blockIdx.x + 1) / gridDim.x, column;
+    float total;
+    if (sum_rows(x, C, end - first, [=](int i) { return first + i; }, column, total))
+        partial[(int64_t)blockIdx.x * C + column] = total;
+}
+
+// db (C) += sums of partial (count, C); with dw, those of a second (count, C) after it are added to dw.
+KERNEL add_row_sums(const float* partial, int count, int C, float* db, float* dw) {
+    int column;
+    float total;
+    if (sum_rows(partial + (int64_t)blockIdx.z * count * C, C, count, [](int i) { return i; }, column, total))
+        (blockIdx.z == 0 ? db : dw)[column] += total;
+}
+
+// ---- Embedding
+
+// A block a row.
+KERNEL embed(const int* tokens, const floatX* wte, const floatX* wpe, int start, floatX* x, int T, int C) {
+    int64_t row = blockIdx.x;
+    const floatX *token = wte + (int64_t)tokens[row] * C, *position = wpe + (int64_t)(start + row % T) * C;
+    for (int c = threadIdx.x * Width; c < C; c += blockDim.x * Width)
+        store(x + row * C + c, load(token + c) + load(position + c));
+}
+
+// order holds the rows sorted by token, and first where each token's begin: a block a token.
+KERNEL embed_backward_tokens(const int* order, const int* first, const floatX* dx, float* dwte, int C) {
+    int begin = first[blockIdx.x], count = first[blockIdx.x + 1] - begin, column;
+    float total;
+    if (count > 0 && sum_rows(dx, C, count, [=](int i) { return order[begin + i]; }, column, total))
+        dwte[(int64_t)blockIdx.x * C + column] += total;
+}
+
+// A block a position.
+KERNEL embed_backward_positions(const floatX* dx, float* dwpe, int B, int T, int C) {
+    int column;
+    float total;
+    if (sum_rows(dx, C, B, [=](int b) { return b * T + blockIdx.x; }, column, total))
+        dwpe[(int64_t)blockIdx.x * C + column] += total;
+}
+
+// ---- Layer norm
+
+// A warp a row; residual may be null, and then there is no sum. The row waits in shared memory, each lane's part for itself.
+KERNEL layer_norm(const floatX* residual, const floatX* x, const floatX* w, const floatX* b, floatX* sums, floatX* y,
+    float2* statistics, int rows, int C) {
+    int warp = threadIdx.x / Warp, lane = threadIdx.x % Warp;
+    int64_t row = (int64_t)blockIdx.x * (blockDim.x / Warp) + warp;
+    if (row >= rows)
+        return;
+    floatX* kept = (floatX*)shared + warp * C;
+    float total = 0, squares = 0;
+    for (int c = lane * Width; c < C; c += Warp * Width) {
+        Pack value = load(x + row * C + c);
+        if (residual != nullptr) {
+            store(kept + c, value + load(residual + row * C + c));
+            value = load(kept + c); // as rounded
+            store(sums + row * C + c, value);
+        } else {
+            store(kept + c, value);
+        }
+        total += sum(value);
+    }
+    float mean = warp_sum(total) / C;
+    for (int c = lane * Width; c < C; c += Warp * Width) {
+        Pack difference = normalize(load(kept + c), mean, 1);
+        squares += sum(difference * difference);
+    }
+    float rstd = rsqrtf(warp_sum(squares) / C + 1e-5f);
+    for (int c = lane * Width; c < C; c += Warp * Width)
+        store(y + row * C + c, normalize(load(kept + c), mean, rstd) * load(w + c) + load(b + c));
+    if (lane == 0)
+        statistics[row] = make_float2(mean, rstd);
+}
+
+// A warp takes every so many rows, and holds its own sums for dw and db in shared memory; partial (2, blocks, C) gets those
+// of the blocks, db's first.
+KERNEL layer_norm_backward(const floatX* dy, const floatX* x, const floatX* w, const float2* statistics, floatX* dx,
+    float* partial, int rows, int C) {
+    int warps = blockDim.x / Warp, warp = threadIdx.x / Warp, lane = threadIdx.x % Warp;
+    float *db = (float*)shared + 2 * warp * C, *dw = db + C;
+    for (int c = lane * Width; c < C; c += Warp * Width) {
+        store(db + c, Pack{});
+        store(dw + c, Pack{});
+    }
+    for (int64_t row = (int64_t)blockIdx.x * warps + warp; row < rows; row += (int64_t)gridDim.x * warps) {
+        float mean = statistics[row].x, rstd = statistics[row].y, sum_g = 0, sum_gz = 0;
+        for (int c = lane * Width; c < C; c += Warp * Width) {
+            Pack z = normalize(load(x + row * C + c), mean, rstd), own = load(dy + row * C + c), g = own * load(w + c);
+            sum_g += sum(g);
+            sum_gz += sum(g * z);
+            store(db + c, load(db + c) + own);
+            store(dw + c, load(dw + c) + own * z);
+        }
+        // With g = dy·w and the normalized input z: dx = rstd·(g − mean(g) − z·mean(g·z)).
+        float mean_g = warp_sum(sum_g) / C, mean_gz = warp_sum(sum_gz) / C;
+        for (int c = lane * Width; c < C; c += Warp * Width) {
+            Pack z = normalize(load(x + row * C + c), mean, rstd), g = load(dy + row * C + c) * load(w + c);
+            Pack result = load(dx + row * C + c);
+#pragma unroll
+            for (int i = 0; i < Width; i++)
+                result.x[i] += rstd * (g.x[i] - mean_g - z.x[i] * mean_gz);
+            store(dx + row * C + c, result);
+        }
+    }
+    __syncthreads();
+    for (int c = threadIdx.x; c < 2 * C; c += blockDim.x) {
+        float total = 0;
+        for (int i = 0; i < warps; i++)
+            total += ((float*)shared)[2 * i * C + c];
+        partial[((int64_t)(c / C) * gridDim.x + blockIdx.x) * C + c % C] = total;
+    }
+}
+
+// ---- GELU
+
+// GELU(x)/x: (1 + tanh u)/2 = 1/(1 + e^−2u) with u = √(2/π)·(x + 0.044715·x³).
+__device__ float gelu_gate(float x) {
+    return 1 / (1 + __expf(-2 * 0.7978845608f * x * (1 + 0.044715f * x * x)));
+}
+
+KERNEL gelu(const floatX* x, floatX* y, int64_t count) {
+    int64_t i = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * Width;
+    if (i >= count)
+        return;
+    Pack value = load(x + i);
+#pragma unroll
+    for (int j = 0; j < Width; j++)
+        value.x[j] *= gelu_gate(value.x[j]);
+    store(y + i, value);
+}
+
+// dx *= GELU'(x)
+KERNEL gelu_backward(const floatX* x, floatX* dx, int64_t count) {
+    int64_t i = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * Width;
+    if (i >= count)
+        return;
+    Pack value = load(x + i), slope;
+#pragma unroll
+    for (int j = 0; j < Width; j++) {
+        float v = value.x[j], gate = gelu_gate(v);
+        slope.x[j] = gate + v * gate * (1 - gate) * 2 * 0.7978845608f * (1 + 3 * 0.044715f * v * v);
+    }
+    store(dx + i, load(dx + i) * slope);
+}
+
+// ---- Products in fp32
+
+#ifdef FP32
+constexpr int Tile = 64, Depth = 16;
+
+// c (M, N) = a·b, or c += a·b, or c = a·b + bias (N). Element (i, k) of a is a[i·a_row + k·a_column], and b's likewise. A
+// block computes a tile of c, each of its 256 threads every sixteenth of four rows and columns.
+KERNEL product(const float* a, int64_t a_row, int64_t a_column, const float* b, int64_t b_row, int64_t b_column, float* c,
+    const float* bias, int accumulate, int M, int N, int K) {
+    __shared__ float rows[Depth][Tile + 1], columns[Depth][Tile + 1];
+    int i0 = blockIdx.y * Tile, j0 = blockIdx.x * Tile, ti = threadIdx.x / 16, tj = threadIdx.x % 16;
+    float sums[4][4] = {};
+    for (int k0 = 0; k0 < K; k0 += Depth) {
+        for (int e = threadIdx.x; e < Tile * Depth; e += 256) {
+            // Neighbouring threads read along the dimension that is contiguous.
+            int i = a_column == 1 ? e / Depth : e % Tile, k = a_column == 1 ? e % Depth : e / Tile;
+            rows[k][i] = i0 + i < M && k0 + k < K ? a[(i0 + i) * a_row + (k0 + k) * a_column] : 0;
+            int j = b_row == 1 ? e / Depth : e % Tile;
+            k = b_row == 1 ? e % Depth : e / Tile;
+            columns[k][j] = j0 + j < N && k0 + k < K ? b[(k0 + k) * b_row + (j0 + j) * b_column] : 0;
+        }
+        __syncthreads();
+        for (int k = 0; k < Depth; k++) {
+            for (int i = 0; i < 4; i++) {
+                for (int j = 0; j < 4; j++)
+                    sums[i][j] += rows[k][ti + 16 * i] * columns[k][tj + 16 * j];
+            }
+        }
+        __syncthreads();
+    }
+    for (int i = i0 + ti; i < min(i0 + Tile, M); i += 16) {
+        for (int j = j0 + tj; j < min(j0 + Tile, N); j += 16) {
+            float value = sums[(i - i0) / 16][(j - j0) / 16];
+            c[(int64_t)i * N + j] = value + (accumulate ? c[(int64_t)i * N + j] : bias != nullptr ? bias[j] : 0);
+        }
+    }
+}
+#endif
+
+// ---- Attention for any size of heads, and for generation
+
+constexpr int HeadWarps = 8, LargestHead = 256;
+
+// A vector of a head, a lane having every 32nd element.
+struct Head {
+    float x[LargestHead / Warp];
+
+    __device__ Head() : x() { }
+
+    __device__ Head(const floatX* from, int HS) : x() {
+#pragma unroll
+        for (int j = 0; j < LargestHead / Warp; j++) {
+            if (int i = j * Warp + threadIdx.x % Warp; i < HS)
+                x[j] = from[i];
+        }
+    }
+
+    __device__ void add(float factor, const Head& other) {
+#pragma unroll
+        for (int j = 0; j < LargestHead / Warp; j++)
+            x[j] += factor * other.x[j];
+    }
+};
+
+__device__ float dot(const Head& a, const Head& b) {
+    float total = 0;
+#pragma unroll
+    for (int j = 0; j < LargestHead / Warp; j++)
+        total += a.x[j] * b.x[j];
+    return warp_sum(total);
+}
+
+// to = the block's warps' vectors, each times its factor, added up.
+__device__ void combine(const Head& own, float factor, floatX* to, int HS) {
+    __shared__ float all[HeadWarps][LargestHead];
+    __syncthreads();
+#pragma unroll
+    for (int j = 0; j < LargestHead / Warp; j++)
+        all[threadIdx.x / Warp][j * Warp + threadIdx.x % Warp] = factor * own.x[j];
+    __syncthreads();
+    for (int i = threadIdx.x; i < HS; i += blockDim.x) {
+        float total = 0;
+        for (int warp = 0; warp < HeadWarps; warp++)
+            total += all[warp][i];
+        to[i] = total;
+    }
+}
+
+// A block a query (x) of a head (y) of a sequence (z); its warps divide the keys.
+KERNEL attention_any(const floatX* qkv, int start, floatX* y, float* lse, int T, int NH, int HS) {
+    __shared__ float maxima[HeadWarps], sums[HeadWarps];
+    int warp = threadIdx.x / Warp, C = NH * HS, row = start + blockIdx.x;
+    const floatX* head = qkv + (int64_t)blockIdx.z * T * 3 * C + blockIdx.y * HS;
+    Head q(head + (int64_t)row * 3 * C, HS), own;
+    float max = -INFINITY, total = 0, scale = rsqrtf(HS);
+    for (int key = warp; key <= row; key += HeadWarps) {
+        const floatX* at = head + (int64_t)key * 3 * C;
+        float score = scale * dot(q, Head(at + C, HS)), new_max = fmaxf(max, score);
+        float keep = __expf(max - new_max), p = __expf(score - new_max);
+        total = total * keep + p;
+        own.add(keep - 1, own);
+        own.add(p, Head(at + 2 * C, HS));
+        max = new_max;
+    }
+    maxima[warp] = max;
+    sums[warp] = total;
+    __syncthreads();
+    float all_max = -INFINITY, all = 0;
+    for (int i = 0; i < HeadWarps; i++)
+        all_max = fmaxf(all_max, maxima[i]);
+    for (int i = 0; i < HeadWarps; i++)
+        all += sums[i] * __expf(maxima[i] - all_max);
+    int64_t out = (int64_t)blockIdx.z * (T - start) + blockIdx.x;
+    combine(own, __expf(max - all_max) / all, y + out * C + blockIdx.y * HS, HS);
+    if (threadIdx.x == 0)
+        lse[((int64_t)blockIdx.z * NH + blockIdx.y) * (T - start) + blockIdx.x] = all_max + __logf(all);
+}
+
+// dq, and delta for the next kernel; blocks as above.
+KERNEL attention_any_backward_q(const floatX* dy, const floatX* qkv, const floatX* y, const float* lse, float* delta,
+    floatX* dqkv, int T, int NH, int HS) {
+    int C = NH * HS, row = blockIdx.x;
+    int64_t first = (int64_t)blockIdx.z * T, out = (first + row) * C + blockIdx.y * HS;
+    int64_t statistic = ((int64_t)blockIdx.z * NH + blockIdx.y) * T + row;
+    const floatX* head = qkv + first * 3 * C + blockIdx.y * HS;
+    Head q(head + (int64_t)row * 3 * C, HS), dout(dy + out, HS), own;
+    float scale = rsqrtf(HS), own_delta = dot(dout, Head(y + out, HS));
+    for (int key = threadIdx.x / Warp; key <= row; key += HeadWarps) {
+        const floatX* at = head + (int64_t)key * 3 * C;
+        Head k(at + C, HS);
+        float p = __expf(scale * dot(q, k) - lse[statistic]);
+        own.add(scale * p * (dot(dout, Head(at + 2 * C, HS)) - own_delta), k);
+    }
+    combine(own, 1, dqkv + (first + row) * 3 * C + blockIdx.y * HS, HS);
+    if (threadIdx.x == 0)
+        delta[statistic] = own_delta;
+}
+
+// dk and dv: a block a key, whose warps divide the queries from it on.
+KERNEL attention_any_backward_kv(const floatX* dy, const floatX* qkv, const float* lse, const float* delta, floatX* dqkv,
+    int T, int NH, int HS) {
+    int C = NH * HS, key = blockIdx.x;
+    int64_t first = (int64_t)blockIdx.z * T, statistics = ((int64_t)blockIdx.z * NH + blockIdx.y) * T;
+    const floatX* head = qkv + first * 3 * C + blockIdx.y * HS;
+    Head k(head + (int64_t)key * 3 * C + C, HS), v(head + (int64_t)key * 3 * C + 2 * C, HS), dk, dv;
+    float scale = rsqrtf(HS);
+    for (int row = key + threadIdx.x / Warp; row < T; row += HeadWarps) {
+        Head q(head + (int64_t)row * 3 * C, HS), dout(dy + (first + row) * C + blockIdx.y * HS, HS);
+        float p = __expf(scale * dot(q, k) - lse[statistics + row]);
+        dv.add(p, dout);
+        dk.add(scale * p * (dot(dout, v) - delta[statistics + row]), q);
+    }
+    floatX* to = dqkv + (first + key) * 3 * C + blockIdx.y * HS;
+    combine(dk, 1, to + C, HS);
+    combine(dv, 1, to + 2 * C, HS);
+}
+
+// ---- Flash attention (Dao, 2023) for heads of 64: causal, from and to the packed (B, T, 3, NH, 64), no sum by atomics
+
+#ifndef FP32
+// A block of two warpgroups holds 128 rows (queries; keys in the kernel for dk and dv) and walks over tiles of 64 of the
+// others, which two buffers in shared memory take in turn. All products have one of two forms, in which a warp's 16 rows
+// stay in registers: scores = rows·tileᵀ, and sums += weights·tile. The layout in registers is that of mma.m16n8k16, which
+// four warps side by side share with wgmma.m64n64k16; so a kernel is written once, for tensor cores of either kind.
+constexpr int HS = 64, TileRows = 64, TileBytes = TileRows * HS * 2;
+constexpr int FlashThreads = 256, FlashRows = 128;
+constexpr float Log2E = 1.4426950408889634f;
+
+__device__ float exp2_approximate(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+typedef float Accumulators[8][4];      // (16, 64) of a warp: [column / 8][2·(row / 8) + column % 2]
+typedef uint32_t Fragments[4][4];      // (16, 64) of a warp in bf16
+
+// The place of eight columns of a row in a tile: chunks of 16 bytes are permuted as TMA and wgmma have it with 128 bytes a
+// row, so that no access meets another in a bank.
+__device__ uint32_t chunk(uint32_t tile, int row, int column8) {
+    return tile + row * 128 + ((column8 ^ (row & 7)) << 4);
+}
+
+__device__ uint32_t shared_address(const void* pointer) {
+    return (uint32_t)__cvta_generic_to_shared(pointer);
+}
+
+__device__ void cp_async(uint32_t to, const void* from, bool inside) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(inside ? 16 : 0));
+}
+
+__device__ void cp_async_4(uint32_t to, const void* from, bool inside) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(inside ? 4 : 0));
+}
+
+__device__ void cp_async_commit() {
+    asm volatile("cp.async.commit_group;");
+}
+
+// Waits for what was copied, and makes it seen by the tensor cores of Hopper and by all threads.
+template <bool Hopper>
+__device__ void cp_async_wait() {
+    asm volatile("cp.async.wait_group 0;" ::: "memory");
+    if constexpr (Hopper)
+        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    __syncthreads();
+}
+
+// Copies rows [first, first + count) of a (T, 64) array whose rows are stride elements apart; those from T on become zero.
+__device__ void load_tile(uint32_t tile, const floatX* from, int64_t stride, int first, int count, int T) {
+    for (int i = threadIdx.x; i < count * 8; i += FlashThreads) {
+        int row = first + i / 8;
+        cp_async(chunk(tile, i / 8, i % 8), from + min(row, T - 1) * stride + i % 8 * Width, row < T);
+    }
+}
+
+__device__ void ldmatrix(uint32_t (&to)[4], uint32_t from) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+        : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(from));
+}
+
+__device__ void ldmatrix_transposed(uint32_t (&to)[4], uint32_t from) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+        : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(from));
+}
+
+// A warp's 16 rows of a tile, from row on.
+__device__ void load_fragments(Fragments& to, uint32_t tile, int row) {
+    int lane = threadIdx.x % Warp;
+#pragma unroll
+    for (int k = 0; k < 4; k++)
+        ldmatrix(to[k], chunk(tile, row + lane % 16, 2 * k + lane / 16));
+}
+
+__device__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};" : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// c = a·b + (accumulate ? c : 0) for 16 of the depth, by four warps; b lies in a tile, with its columns in a row of the tile
+// (Transposed) or its depth. It goes on in the background: see wgmma_wait.
+template <bool Transposed>
+__device__ void wgmma(Accumulators& c, const uint32_t (&a)[4], uint64_t b, int accumulate) {
+#define ROW(j) "+f"(c[j][0]), "+f"(c[j][1]), "+f"(c[j][2]), "+f"(c[j][3])
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+        "{%32, %33, %34, %35}, %36, p, 1, 1, %38;\n}"
+        : ROW(0), ROW(1), ROW(2), ROW(3), ROW(4), ROW(5), ROW(6), ROW(7)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate), "n"(Transposed));
+}
+
+__device__ void wgmma_fence() {
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+
+__device__ void wgmma_commit() {
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+
+// Waits until at most so many of the last products are going on, and these accumulators have arrived.
+template <bool Hopper, int Pending>
+__device__ void wgmma_wait(Accumulators& c) {
+    if constexpr (Hopper)
+        asm volatile("wgmma.wait_group.sync.aligned %32;" : ROW(0), ROW(1), ROW(2), ROW(3), ROW(4), ROW(5), ROW(6), ROW(7)
+            : "n"(Pending) : "memory");
+}
+#undef ROW
+
+// How wgmma finds a tile: its address, 1024 bytes from one group of eight rows to the next, permuted as chunk has it.
+__device__ uint64_t descriptor(uint32_t tile) {
+    return (uint64_t)((tile & 0x3ffff) >> 4) | (uint64_t)1 << 16 | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
+}
+
+// scores = rows·tileᵀ
+template <bool Hopper>
+__device__ void multiply_transposed(Accumulators& scores, const Fragments& rows, uint32_t tile) {
+    if constexpr (Hopper) {
+        wgmma_fence();
+#pragma unroll
+        for (int k = 0; k < 4; k++)
+            wgmma<false>(scores, rows[k], descriptor(tile + k * 32), k > 0);
+        wgmma_commit();
+    } else {
+        int lane = threadIdx.x % Warp;
+#pragma unroll
+        for (int j = 0; j < 8; j += 2) {
+            for (int i = 0; i < 4; i++)
+                scores[j][i] = scores[j + 1][i] = 0;
+#pragma unroll
+            for (int k = 0; k < 4; k++) {
+                uint32_t b[4];
+                ldmatrix(b, chunk(tile, j * 8 + lane / 16 * 8 + lane % 8, 2 * k + lane / 8 % 2));
+                mma(scores[j], rows[k], b[0], b[1]);
+                mma(scores[j + 1], rows[k], b[2], b[3]);
+            }
+        }
+    }
+}
+
+// sums += weights·tile
+template <bool Hopper>
+__device__ void multiply_add(Accumulators& sums, const Fragments& weights, uint32_t tile) {
+    if constexpr (Hopper) {
+        wgmma_fence();
+#pragma unroll
+        for (int k = 0; k < 4; k++)
+            wgmma<true>(sums, weights[k], descriptor(tile + k * 16 * 128), 1);
+        wgmma_commit();
+    } else {
+        int lane = threadIdx.x % Warp;
+#pragma unroll
+        for (int k = 0; k < 4; k++) {
+#pragma unroll
+            for (int j = 0; j < 8; j += 2) {
+                uint32_t b[4];
+                ldmatrix_transposed(b, chunk(tile, k * 16 + lane % 16, j + lane / 16));
+                mma(sums[j], weights[k], b[0], b[1]);
+                mma(sums[j + 1], weights[k], b[2], b[3]);
+            }
+        }
+    }
+}
+
+// Accumulators in bf16, as the rows of the next product.
+__device__ void to_fragments(Fragments& to, const Accumulators& from) {
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+        to[k][0] = pair(from[2 * k][0], from[2 * k][1]);
+        to[k][1] = pair(from[2 * k][2], from[2 * k][3]);
+        to[k][2] = pair(from[2 * k + 1][0], from[2 * k + 1][1]);
+        to[k][3] = pair(from[2 * k + 1][2], from[2 * k + 1][3]);
+    }
+}
+
+// Where an accumulator is: row within the warpgroup's 64, and column.
+__device__ int row_of(int i) {
+    return threadIdx.x / Warp % 4 * 16 + threadIdx.x % Warp / 4 + i / 2 * 8;
+}
+
+__device__ int column_of(int j, int i) {
+    return j * 8 + threadIdx.x % 4 * 2 + i % 2;
+}
+
+// Writes factor[row / 8] times a warp's 16 rows as rows [first, first + 16) of a (T, 64) array, through its rows of a tile.
+__device__ void store_rows(const Accumulators& from, float factor0, float factor1, uint32_t tile, int row, floatX* to,
+    int64_t stride, int first, int T) {
+    int lane = threadIdx.x % Warp;
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+        uint32_t at = chunk(tile, row + lane / 4, j) + lane % 4 * 4, below = chunk(tile, row + lane / 4 + 8, j) + lane % 4 * 4;
+        asm volatile("st.shared.b32 [%0], %1;" ::"r"(at), "r"(pair(from[j][0] * factor0, from[j][1] * factor0)));
+        asm volatile("st.shared.b32 [%0], %1;" ::"r"(below), "r"(pair(from[j][2] * factor1, from[j][3] * factor1)));
+    }
+    __syncwarp();
+#pragma unroll
+    for (int i = lane; i < 16 * 8; i += Warp) {
+        uint4 bits;
+        asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(bits.x), "=r"(bits.y), "=r"(bits.z), "=r"(bits.w)
+            : "r"(chunk(tile, row + i / 8, i % 8)));
+        if (first + i / 8 < T)
+            *(uint4*)(to + (first + i / 8) * stride + i % 8 * Width) = bits;
+    }
+}
+
+// The largest, or the sum, of what the four threads have that share a row.
+__device__ float row_max(float x) {
+    x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+    return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+}
+
+__device__ float row_sum(float x) {
+    x += __shfl_xor_sync(~0u, x, 1);
+    return x + __shfl_xor_sync(~0u, x, 2);
+}
+
+// y and lse; a block for 128 queries (x, the last first, for they have most to do) of a head (y) of a sequence (z).
+template <bool Hopper>
+__device__ void flash_forward(const floatX* qkv, floatX* y, float* lse, int T, int NH) {
+    uint32_t queries = (shared_address(shared) + 1023) & ~1023, tiles = queries + FlashRows * 128;
+    int C = NH * HS, first = (gridDim.x - 1 - blockIdx.x) * FlashRows, warp = threadIdx.x / Warp;
+    int own_first = first + warp / 4 * TileRows; // of this warpgroup's queries
+    const floatX* head = qkv + (int64_t)blockIdx.z * T * 3 * C + blockIdx.y * HS;
+    auto load_keys = [&](int tile) {
+        uint32_t to = tiles + tile % 2 * 2 * TileBytes;
+        load_tile(to, head + C, 3 * C, tile * TileRows, TileRows, T);
+        load_tile(to + TileBytes, head + 2 * C, 3 * C, tile * TileRows, TileRows, T);
+        cp_async_commit();
+    };
+    load_tile(queries, head, 3 * C, first, FlashRows, T);
+    load_keys(0);
+
+    Fragments q, weights;
+    Accumulators scores, sums = {};
+    float max[2] = {-INFINITY, -INFINITY}, total[2] = {}, scale = rsqrtf(HS) * Log2E;
+    int last = (min(first + FlashRows, T) - 1) / TileRows;
+    for (int tile = 0; tile <= last; tile++) {
+        cp_async_wait<Hopper>();
+        if (tile < last)
+            load_keys(tile + 1);
+        if (tile == 0)
+            load_fragments(q, queries, warp * 16);
+        if (tile * TileRows > own_first)
+            continue;
+        uint32_t k = tiles + tile % 2 * 2 * TileBytes, v = k + TileBytes;
+        multiply_transposed<Hopper>(scores, q, k);
+        wgmma_wait<Hopper, 0>(scores);
+        float new_max[2] = {max[0], max[1]};
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                if (tile * TileRows == own_first && column_of(j, i) > row_of(i))
+                    scores[j][i] = -INFINITY;
+                new_max[i / 2] = fmaxf(new_max[i / 2], scores[j][i]);
+            }
+        }
+        float keep[2];
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            new_max[i] = row_max(new_max[i]);
+            keep[i] = exp2_approximate((max[i] - new_max[i]) * scale);
+            max[i] = new_max[i];
+            total[i] *= keep[i];
+        }
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                scores[j][i] = exp2_approximate(scores[j][i] * scale - max[i / 2] * scale);
+                total[i / 2] += scores[j][i];
+                sums[j][i] *= keep[i / 2];
+            }
+        }
+        to_fragments(weights, scores);
+        multiply_add<Hopper>(sums, weights, v);
+        wgmma_wait<Hopper, 0>(sums);
+    }
+    total[0] = row_sum(total[0]);
+    total[1] = row_sum(total[1]);
+    store_rows(sums, 1 / total[0], 1 / total[1], queries, warp * 16, y + (int64_t)blockIdx.z * T * C + blockIdx.y * HS, C,
+        first + warp * 16, T);
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+        if (threadIdx.x % 4 == 0 && own_first + row_of(i) < T)
+            lse[((int64_t)blockIdx.z * NH + blockIdx.y) * T + own_first + row_of(i)] =
+                max[i / 2] * (scale / Log2E) + logf(total[i / 2]);
+    }
+}
+
+// dq, and delta for the next kernel; blocks as above. P = e^(scale·q·k − lse); dS = P·(dy·v − delta); dq = scale·Σ dS·k.
+template <bool Hopper>
+__device__ void flash_backward_q(const floatX* dy, const floatX* qkv, const floatX* y, const float* lse,
+    float* delta, floatX* dqkv, int T, int NH) {
+    uint32_t queries = (shared_address(shared) + 1023) & ~1023, douts = queries + FlashRows * 128;
+    uint32_t tiles = douts + FlashRows * 128;
+    int C = NH * HS, first = (gridDim.x - 1 - blockIdx.x) * FlashRows, warp = threadIdx.x / Warp;
+    int own_first = first + warp / 4 * TileRows;
+    const floatX* head = qkv + (int64_t)blockIdx.z * T * 3 * C + blockIdx.y * HS;
+    int64_t out = (int64_t)blockIdx.z * T * C + blockIdx.y * HS, statistics = ((int64_t)blockIdx.z * NH + blockIdx.y) * T;
+    auto load_keys = [&](int tile) {
+        uint32_t to = tiles + tile % 2 * 2 * TileBytes;
+        load_tile(to, head + C, 3 * C, tile * TileRows, TileRows, T);
+        load_tile(to + TileBytes, head + 2 * C, 3 * C, tile * TileRows, TileRows, T);
+        cp_async_commit();
+    };
+    load_tile(queries, head, 3 * C, first, FlashRows, T);
+    load_tile(douts, dy + out, C, first, FlashRows, T);
+    load_keys(0);
+
+    // Eight threads sum a row of y·dy.
+    for (int i = threadIdx.x; i < FlashRows * 8; i += FlashThreads) {
+        int row = first + i / 8;
+        int64_t at = out + (int64_t)min(row, T - 1) * C + i % 8 * Width;
+        float own = sum(load(y + at) * load(dy + at));
+        own = row_sum(own);
+        own += __shfl_xor_sync(~0u, own, 4);
+        if (i % 8 == 0 && row < T)
+            delta[statistics + row] = own;
+    }
+    __syncthreads();
+    Fragments q, dout, weights;
+    Accumulators scores, products, sums = {};
+    float scale = rsqrtf(HS), own_lse[2], own_delta[2];
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        int row = own_first + row_of(2 * i);
+        own_lse[i] = row < T ? lse[statistics + row] * Log2E : 0;
+        own_delta[i] = row < T ? delta[statistics + row] : 0;
+    }
+    int last = (min(first + FlashRows, T) - 1) / TileRows;
+    for (int tile = 0; tile <= last; tile++) {
+        cp_async_wait<Hopper>();
+        if (tile < last)
+            load_keys(tile + 1);
+        if (tile == 0) {
+            load_fragments(q, queries, warp * 16);
+            load_fragments(dout, douts, warp * 16);
+        }
+        if (tile * TileRows > own_first)
+            continue;
+        uint32_t k = tiles + tile % 2 * 2 * TileBytes, v = k + TileBytes;
+        multiply_transposed<Hopper>(scores, q, k);
+        multiply_transposed<Hopper>(products, dout, v);
+        wgmma_wait<Hopper, 1>(scores);
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                scores[j][i] = exp2_approximate(scores[j][i] * (scale * Log2E) - own_lse[i / 2]);
+                if (tile * TileRows == own_first && column_of(j, i) > row_of(i))
+                    scores[j][i] = 0;
+            }
+        }
+        wgmma_wait<Hopper, 0>(products);
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                scores[j][i] *= products[j][i] - own_delta[i / 2];
+        }
+        to_fragments(weights, scores);
+        multiply_add<Hopper>(sums, weights, k);
+        wgmma_wait<Hopper, 0>(sums);
+    }
+    store_rows(sums, scale, scale, queries, warp * 16, dqkv + (int64_t)blockIdx.z * T * 3 * C + blockIdx.y * HS, 3 * C,
+        first + warp * 16, T);
+}
+
+// dk and dv: a block for 128 keys, which walks over the queries from its first key on. Rows are keys, columns queries.
+template <bool Hopper>
+__device__ void flash_backward_kv(const floatX* dy, const floatX* qkv, const float* lse, const float* delta,
+    floatX* dqkv, int T, int NH) {
+    __shared__ alignas(16) float lses[2][TileRows], deltas[2][TileRows];
+    uint32_t keys = (shared_address(shared) + 1023) & ~1023, values = keys + FlashRows * 128;
+    uint32_t tiles = values + FlashRows * 128;
+    int C = NH * HS, first = blockIdx.x * FlashRows, warp = threadIdx.x / Warp;
+    int own_first = first + warp / 4 * TileRows;
+    const floatX* head = qkv + (int64_t)blockIdx.z * T * 3 * C + blockIdx.y * HS;
+    const floatX* out = dy + (int64_t)blockIdx.z * T * C + blockIdx.y * HS;
+    int64_t statistics = ((int64_t)blockIdx.z * NH + blockIdx.y) * T;
+    auto load_queries = [&](int tile) {
+        uint32_t to = tiles + tile % 2 * 2 * TileBytes;
+        load_tile(to, head, 3 * C, tile * TileRows, TileRows, T);
+        load_tile(to + TileBytes, out, C, tile * TileRows, TileRows, T);
+        int column = threadIdx.x % TileRows, row = min(tile * TileRows + column, T - 1);
+        if (threadIdx.x < TileRows)
+            cp_async_4(shared_address(&lses[tile % 2][column]), lse + statistics + row, tile * TileRows + column < T);
+        else if (threadIdx.x < 2 * TileRows)
+            cp_async_4(shared_address(&deltas[tile % 2][column]), delta + statistics + row, tile * TileRows + column < T);
+        cp_async_commit();
+    };
+    load_tile(keys, head + C, 3 * C, first, FlashRows, T);
+    load_tile(values, head + 2 * C, 3 * C, first, FlashRows, T);
+    load_queries(first / TileRows);
+
+    Fragments k, v, weights, products_weights;
+    Accumulators scores, products, dk = {}, dv = {};
+    float scale = rsqrtf(HS);
+    int last = (T - 1) / TileRows;
+    for (int tile = first / TileRows; tile <= last; tile++) {
+        cp_async_wait<Hopper>();
+        if (tile < last)
+            load_queries(tile + 1);
+        if (tile == first / TileRows) {
+            load_fragments(k, keys, warp * 16);
+            load_fragments(v, values, warp * 16);
+        }
+        if (tile * TileRows < own_first)
+            continue;
+        uint32_t q = tiles + tile % 2 * 2 * TileBytes, dout = q + TileBytes;
+        multiply_transposed<Hopper>(scores, k, q);
+        multiply_transposed<Hopper>(products, v, dout);
+        wgmma_wait<Hopper, 1>(scores);
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+            float2 query_lse = *(float2*)&lses[tile % 2][column_of(j, 0)];
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                scores[j][i] = exp2_approximate(scores[j][i] * (scale * Log2E) - (i % 2 ? query_lse.y : query_lse.x) * Log2E);
+                if (tile * TileRows == own_first && row_of(i) > column_of(j, i))
+                    scores[j][i] = 0;
+            }
+        }
+        to_fragments(weights, scores);
+        multiply_add<Hopper>(dv, weights, dout);
+        wgmma_wait<Hopper, 1>(products);
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+            float2 query_delta = *(float2*)&deltas[tile % 2][column_of(j, 0)];
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                products[j][i] = scores[j][i] * (products[j][i] - (i % 2 ? query_delta.y : query_delta.x));
+        }
+        to_fragments(products_weights, products);
+        multiply_add<Hopper>(dk, products_weights, q);
+        wgmma_wait<Hopper, 0>(dk);
+        wgmma_wait<Hopper, 0>(dv);
+    }
+    floatX* to = dqkv + (int64_t)blockIdx.z * T * 3 * C + blockIdx.y * HS;
+    store_rows(dk, scale, scale, keys, warp * 16, to + C, 3 * C, first + warp * 16, T);
+    store_rows(dv, 1, 1, values, warp * 16, to + 2 * C, 3 * C, first + warp * 16, T);
+}
+
+// Each kernel with mma, for any GPU, and with wgmma, empty but on Hopper.
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#define ON_HOPPER(statement) statement
+#else
+#define ON_HOPPER(statement)
+#endif
+
+KERNEL __launch_bounds__(FlashThreads, 2) attention(const floatX* qkv, floatX* y, float* lse, int T, int NH) {
+    flash_forward<false>(qkv, y, lse, T, NH);
+}
+
+KERNEL __launch_bounds__(FlashThreads, 2) attention_wgmma(const floatX* qkv, floatX* y, float* lse, int T, int NH) {
+    ON_HOPPER(flash_forward<true>(qkv, y, lse, T, NH));
+}
+
+KERNEL __launch_bounds__(FlashThreads, 1) attention_backward_q(const floatX* dy, const floatX* qkv, const floatX* y,
+    const float* lse, float* delta, floatX* dqkv, int T, int NH) {
+    flash_backward_q<false>(dy, qkv, y, lse, delta, dqkv, T, NH);
+}
+
+KERNEL __launch_bounds__(FlashThreads, 1) attention_backward_q_wgmma(const floatX* dy, const floatX* qkv, const floatX* y,
+    const float* lse, float* delta, floatX* dqkv, int T, int NH) {
+    ON_HOPPER(flash_backward_q<true>(dy, qkv, y, lse, delta, dqkv, T, NH));
+}
+
+KERNEL __launch_bounds__(FlashThreads, 1) attention_backward_kv(const floatX* dy, const floatX* qkv, const float* lse,
+    const float* delta, floatX* dqkv, int T, int NH) {
+    flash_backward_kv<false>(dy, qkv, lse, delta, dqkv, T, NH);
+}
+
+KERNEL __launch_bounds__(FlashThreads, 1) attention_backward_kv_wgmma(const floatX* dy, const floatX* qkv, const float* lse,
+    const float* delta, floatX* dqkv, int T, int NH) {
+    ON_HOPPER(flash_backward_kv<true>(dy, qkv, lse, delta, dqkv, T, NH));
+}
+#endif
+
+// ---- Classifier
+
+constexpr int ClassifyThreads = 512;
+constexpr float Lowest = -1e30f; // stands for no logit yet, where −∞ would give ∞ − ∞
+
+// A block a row, which waits in shared memory between its two passes if it fits there (keeps).
+KERNEL __launch_bounds__(ClassifyThreads) classify(floatX* logits, const int* targets, float* losses, float scale, int V,
+    int Vp, int keeps) {
+    __shared__ float maxima[ClassifyThreads / Warp], sums[ClassifyThreads / Warp];
+    floatX *row = logits + (int64_t)blockIdx.x * Vp, *kept = keeps ? (floatX*)shared : row;
+    int target = targets[blockIdx.x];
+    float own_max = Lowest, own = 0, picked = row[target];
+    for (int c = threadIdx.x * Width; c < V; c += ClassifyThreads * Width) {
+        Pack x = load(row + c);
+        if (keeps)
+            store(kept + c, x);
+        float new_max = own_max;
+#pragma unroll
+        for (int i = 0; i < Width; i++) {
+            x.x[i] = c + i < V ? x.x[i] : Lowest;
+            new_max = fmaxf(new_max, x.x[i]);
+        }
+        own *= __expf(own_max - new_max);
+#pragma unroll
+        for (int i = 0; i < Width; i++)
+            own += __expf(x.x[i] - new_max);
+        own_max = new_max;
+    }
+    float max = warp_max(own_max);
+    own = warp_sum(own * __expf(own_max - max));
+    if (threadIdx.x % Warp == 0) {
+        maxima[threadIdx.x / Warp] = max;
+        sums[threadIdx.x / Warp] = own;
+    }
+    __syncthreads();
+    for (int i = 0; i < ClassifyThreads / Warp; i++)
+        max = fmaxf(max, maxima[i]);
+    float total = 0;
+    for (int i = 0; i < ClassifyThreads / Warp; i++)
+        total += sums[i] * __expf(maxima[i] - max);
+    if (threadIdx.x == 0)
+        losses[blockIdx.x] = logf(total) + max - picked;
+    if (scale == 0)
+        return;
+    float factor = scale / total;
+    for (int c = threadIdx.x * Width; c < Vp; c += ClassifyThreads * Width) {
+        Pack x = c < V ? load(kept + c) : Pack{};
+#pragma unroll
+        for (int i = 0; i < Width; i++)
+            x.x[i] = c + i < V ? __expf(x.x[i] - max) * factor - (c + i == target ? scale : 0) : 0;
+        store(row + c, x);
+    }
+}
+
+// ---- Optimizer
+
+constexpr int NormThreads = 256;
+
+// partial (blocks): what each block adds to Σ x².
+KERNEL __launch_bounds__(NormThreads) sum_of_squares(const float* x, int64_t count, double* partial) {
+    __shared__ double sums[NormThreads];
+    int64_t thread = (int64_t)blockIdx.x * NormThreads + threadIdx.x, threads = (int64_t)gridDim.x * NormThreads;
+    double own = 0;
+    for (int64_t i = thread * Width; i + Width <= count; i += threads * Width) {
+        Pack value = load(x + i);
+        own += sum(value * value);
+    }
+    if (int64_t i = count / Width * Width + thread; i < count)
+        own += x[i] * x[i];
+    sums[threadIdx.x] = own;
+    for (int half = NormThreads / 2; half > 0; half /= 2) {
+        __syncthreads();
+        if (threadIdx.x < half)
+            sums[threadIdx.x] += sums[threadIdx.x + half];
+    }
+    if (threadIdx.x == 0)
+        partial[blockIdx.x] = sums[0];
+}
+
+struct AdamWPart {
+    int64_t first, count, decays;
+    floatX* w;
+    float *master, *dw, *m, *v;
+};
+
+// A well mixed number for each counter and seed (the finalizer of MurmurHash3, twice).
+__device__ uint32_t random_bits(uint32_t counter, uint32_t seed) {
+    uint32_t x = counter;
+#pragma unroll
+    for (int round = 0; round < 2; round++) {
+        x = (x ^ seed) * 0x9e3779b9;
+        x = (x ^ x >> 16) * 0x85ebca6b;
+        x = (x ^ x >> 13) * 0xc2b2ae35;
+        x ^= x >> 16;
+    }
+    return x;
+}
+
+// x in bf16: rounded up or down with the probability that keeps the mean, by 16 random bits.
+__device__ float round_stochastically(float x, uint32_t random) {
+    return __uint_as_float((__float_as_uint(x) + (random & 0xffff)) & 0xffff0000);
+}
+
+// Every part in one launch: y is the part. The gradient is zero afterwards.
+KERNEL adamw(const AdamWPart* parts, float learning_rate, float weight_decay, float gradient_scale, float beta1, float beta2,
+    float epsilon, float correction1, float correction2, uint32_t seed) {
+    AdamWPart part = parts[blockIdx.y];
+    float decay = part.decays ? learning_rate * weight_decay : 0;
+    int64_t stride = (int64_t)gridDim.x * blockDim.x * Width;
+    for (int64_t i = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * Width; i < part.count; i += stride) {
+        Pack dw = load(part.dw + i), m = load(part.m + i), v = load(part.v + i), w = load(part.master + i);
+#pragma unroll
+        for (int j = 0; j < Width; j++) {
+            float g = dw.x[j] * gradient_scale;
+            m.x[j] = beta1 * m.x[j] + (1 - beta1) * g;
+            v.x[j] = beta2 * v.x[j] + (1 - beta2) * g * g;
+            float change = learning_rate * correction1 * m.x[j] / (sqrtf(v.x[j] * correction2) + epsilon);
+            w.x[j] = w.x[j] * (1 - decay) - change;
+        }
+        store(part.dw + i, Pack{});
+        store(part.m + i, m);
+        store(part.v + i, v);
+        store(part.master + i, w);
+#ifndef FP32
+#pragma unroll
+        for (int j = 0; j < Width; j += 2) {
+            uint64_t counter = (part.first + i + j) / 2;
+            uint32_t random = random_bits((uint32_t)counter, seed + (uint32_t)(counter >> 32));
+            w.x[j] = round_stochastically(w.x[j], random);
+            w.x[j + 1] = round_stochastically(w.x[j + 1], random >> 16);
+        }
+        store(part.w + i, w);
+#endif
+    }
+}
