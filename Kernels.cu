@@ -478,12 +478,15 @@ __device__ void cp_async_wait() {
     __syncthreads();
 }
 
-// Copies rows [first, first + count) of a (T, 64) array whose rows are stride elements apart; those from T on become zero.
-__device__ void load_tile(uint32_t tile, const floatX* from, int64_t stride, int first, int count, int T) {
-    for (int i = threadIdx.x; i < count * 8; i += FlashThreads) {
-        int row = first + i / 8;
-        cp_async(chunk(tile, i / 8, i % 8), from + min(row, T - 1) * stride + i % 8 * Width, row < T);
-    }
+// Copies rows [first, first + Rows) of a (T, 64) array whose rows are stride elements apart; those from T on become zero.
+template <int Rows>
+__device__ void load_tile(uint32_t tile, const floatX* from, int stride, int first, int T) {
+    int row = threadIdx.x / 8, step = FlashThreads / 8;
+    uint32_t to = chunk(tile, row, threadIdx.x % 8);
+    from += (int64_t)(first + row) * stride + threadIdx.x % 8 * Width;
+#pragma unroll
+    for (int i = 0; i < Rows; i += step)
+        cp_async(to + i * 128, from + i * stride, first + row + i < T);
 }
 
 __device__ void ldmatrix(uint32_t (&to)[4], uint32_t from) {
@@ -496,32 +499,35 @@ __device__ void ldmatrix_transposed(uint32_t (&to)[4], uint32_t from) {
         : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(from));
 }
 
-// A warp's 16 rows of a tile, from row on.
-__device__ void load_fragments(Fragments& to, uint32_t tile, int row) {
-    int lane = threadIdx.x % Warp;
-#pragma unroll
-    for (int k = 0; k < 4; k++)
-        ldmatrix(to[k], chunk(tile, row + lane % 16, 2 * k + lane / 16));
-}
-
 __device__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};" : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// c = a·b + (accumulate ? c : 0) for 16 of the depth, by four warps; b lies in a tile, with its columns in a row of the tile
-// (Transposed) or its depth. It goes on in the background: see wgmma_wait.
-template <bool Transposed>
-__device__ void wgmma(Accumulators& c, const uint32_t (&a)[4], uint64_t b, int accumulate) {
+// How wgmma finds 64 rows: their address, 1024 bytes from one group of eight to the next, permuted as chunk has it.
+__device__ uint64_t descriptor(uint32_t tile) {
+    uint64_t descriptor;
+    asm("mov.b64 %0, {%1, %2};" : "=l"(descriptor) : "r"(tile >> 4 | 1 << 16), "n"(1024 >> 4 | 1 << 30));
+    return descriptor;
+}
+
+// c = a·b, or c += a·b, for 16 of the depth, by four warps; it goes on in the background: see wgmma_wait. The rows of a lie
+// in a tile, or are fragments; those of b's tile are the columns of b, or (with fragments) its depth.
 #define ROW(j) "+f"(c[j][0]), "+f"(c[j][1]), "+f"(c[j][2]), "+f"(c[j][3])
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
-        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
-        "{%32, %33, %34, %35}, %36, p, 1, 1, %38;\n}"
-        : ROW(0), ROW(1), ROW(2), ROW(3), ROW(4), ROW(5), ROW(6), ROW(7)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate), "n"(Transposed));
+#define ALL_ROWS ROW(0), ROW(1), ROW(2), ROW(3), ROW(4), ROW(5), ROW(6), ROW(7)
+#define WGMMA "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " \
+    "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+
+__device__ void wgmma(Accumulators& c, uint64_t a, uint64_t b, bool accumulate) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n" WGMMA "%32, %33, p, 1, 1, 0, 0;\n}"
+        : ALL_ROWS : "l"(a), "l"(b), "r"((int)accumulate));
+}
+
+__device__ void wgmma(Accumulators& c, const uint32_t (&a)[4], uint64_t b) {
+    asm volatile(WGMMA "{%32, %33, %34, %35}, %36, 1, 1, 1, 1;"
+        : ALL_ROWS : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 
 __device__ void wgmma_fence() {
@@ -536,37 +542,32 @@ __device__ void wgmma_commit() {
 template <bool Hopper, int Pending>
 __device__ void wgmma_wait(Accumulators& c) {
     if constexpr (Hopper)
-        asm volatile("wgmma.wait_group.sync.aligned %32;" : ROW(0), ROW(1), ROW(2), ROW(3), ROW(4), ROW(5), ROW(6), ROW(7)
-            : "n"(Pending) : "memory");
-}
-#undef ROW
-
-// How wgmma finds a tile: its address, 1024 bytes from one group of eight rows to the next, permuted as chunk has it.
-__device__ uint64_t descriptor(uint32_t tile) {
-    return (uint64_t)((tile & 0x3ffff) >> 4) | (uint64_t)1 << 16 | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
+        asm volatile("wgmma.wait_group.sync.aligned %32;" : ALL_ROWS : "n"(Pending) : "memory");
 }
 
-// scores = rows·tileᵀ
+// scores = rows·tileᵀ, for the warpgroup's 64 rows of a tile.
 template <bool Hopper>
-__device__ void multiply_transposed(Accumulators& scores, const Fragments& rows, uint32_t tile) {
+__device__ void multiply_transposed(Accumulators& scores, uint32_t rows, uint32_t tile) {
     if constexpr (Hopper) {
         wgmma_fence();
 #pragma unroll
         for (int k = 0; k < 4; k++)
-            wgmma<false>(scores, rows[k], descriptor(tile + k * 32), k > 0);
+            wgmma(scores, descriptor(rows + k * 32), descriptor(tile + k * 32), k > 0);
         wgmma_commit();
     } else {
-        int lane = threadIdx.x % Warp;
+        int lane = threadIdx.x % Warp, row = threadIdx.x / Warp % 4 * 16;
 #pragma unroll
-        for (int j = 0; j < 8; j += 2) {
-            for (int i = 0; i < 4; i++)
-                scores[j][i] = scores[j + 1][i] = 0;
+        for (int j = 0; j < 8; j++)
+            scores[j][0] = scores[j][1] = scores[j][2] = scores[j][3] = 0;
 #pragma unroll
-            for (int k = 0; k < 4; k++) {
-                uint32_t b[4];
+        for (int k = 0; k < 4; k++) {
+            uint32_t a[4], b[4];
+            ldmatrix(a, chunk(rows, row + lane % 16, 2 * k + lane / 16));
+#pragma unroll
+            for (int j = 0; j < 8; j += 2) {
                 ldmatrix(b, chunk(tile, j * 8 + lane / 16 * 8 + lane % 8, 2 * k + lane / 8 % 2));
-                mma(scores[j], rows[k], b[0], b[1]);
-                mma(scores[j + 1], rows[k], b[2], b[3]);
+                mma(scores[j], a, b[0], b[1]);
+                mma(scores[j + 1], a, b[2], b[3]);
             }
         }
     }
@@ -579,7 +580,7 @@ __device__ void multiply_add(Accumulators& sums, const Fragments& weights, uint3
         wgmma_fence();
 #pragma unroll
         for (int k = 0; k < 4; k++)
-            wgmma<true>(sums, weights[k], descriptor(tile + k * 16 * 128), 1);
+            wgmma(sums, weights[k], descriptor(tile + k * 16 * 128));
         wgmma_commit();
     } else {
         int lane = threadIdx.x % Warp;
@@ -614,6 +615,18 @@ __device__ int row_of(int i) {
 
 __device__ int column_of(int j, int i) {
     return j * 8 + threadIdx.x % 4 * 2 + i % 2;
+}
+
+// Hides the future in a tile on the diagonal, whose columns are keys, or queries if it is transposed.
+__device__ void mask(Accumulators& scores, bool transposed) {
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            if (transposed ? column_of(j, i) < row_of(i) : column_of(j, i) > row_of(i))
+                scores[j][i] = -INFINITY;
+        }
+    }
 }
 
 // Writes factor[row / 8] times a warp's 16 rows as rows [first, first + 16) of a (T, 64) array, through its rows of a tile.
@@ -657,14 +670,14 @@ __device__ void flash_forward(const floatX* qkv, floatX* y, float* lse, int T, i
     const floatX* head = qkv + (int64_t)blockIdx.z * T * 3 * C + blockIdx.y * HS;
     auto load_keys = [&](int tile) {
         uint32_t to = tiles + tile % 2 * 2 * TileBytes;
-        load_tile(to, head + C, 3 * C, tile * TileRows, TileRows, T);
-        load_tile(to + TileBytes, head + 2 * C, 3 * C, tile * TileRows, TileRows, T);
+        load_tile<TileRows>(to, head + C, 3 * C, tile * TileRows, T);
+        load_tile<TileRows>(to + TileBytes, head + 2 * C, 3 * C, tile * TileRows, T);
         cp_async_commit();
     };
-    load_tile(queries, head, 3 * C, first, FlashRows, T);
+    load_tile<FlashRows>(queries, head, 3 * C, first, T);
     load_keys(0);
 
-    Fragments q, weights;
+    Fragments weights;
     Accumulators scores, sums = {};
     float max[2] = {-INFINITY, -INFINITY}, total[2] = {}, scale = rsqrtf(HS) * Log2E;
     int last = (min(first + FlashRows, T) - 1) / TileRows;
@@ -672,28 +685,25 @@ __device__ void flash_forward(const floatX* qkv, floatX* y, float* lse, int T, i
         cp_async_wait<Hopper>();
         if (tile < last)
             load_keys(tile + 1);
-        if (tile == 0)
-            load_fragments(q, queries, warp * 16);
         if (tile * TileRows > own_first)
             continue;
         uint32_t k = tiles + tile % 2 * 2 * TileBytes, v = k + TileBytes;
-        multiply_transposed<Hopper>(scores, q, k);
+        multiply_transposed<Hopper>(scores, queries + warp / 4 * TileBytes, k);
         wgmma_wait<Hopper, 0>(scores);
-        float new_max[2] = {max[0], max[1]};
+        if (tile * TileRows == own_first)
+            mask(scores, false);
+        float new_max[2] = {max[0], max[1]}, keep[2], shift[2];
 #pragma unroll
         for (int j = 0; j < 8; j++) {
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                if (tile * TileRows == own_first && column_of(j, i) > row_of(i))
-                    scores[j][i] = -INFINITY;
+            for (int i = 0; i < 4; i++)
                 new_max[i / 2] = fmaxf(new_max[i / 2], scores[j][i]);
-            }
         }
-        float keep[2];
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             new_max[i] = row_max(new_max[i]);
-            keep[i] = exp2_approximate((max[i] - new_max[i]) * scale);
+            shift[i] = new_max[i] * scale;
+            keep[i] = exp2_approximate(max[i] * scale - shift[i]);
             max[i] = new_max[i];
             total[i] *= keep[i];
         }
@@ -701,7 +711,7 @@ __device__ void flash_forward(const floatX* qkv, floatX* y, float* lse, int T, i
         for (int j = 0; j < 8; j++) {
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                scores[j][i] = exp2_approximate(scores[j][i] * scale - max[i / 2] * scale);
+                scores[j][i] = exp2_approximate(scores[j][i] * scale - shift[i / 2]);
                 total[i / 2] += scores[j][i];
                 sums[j][i] *= keep[i / 2];
             }
@@ -734,12 +744,12 @@ __device__ void flash_backward_q(const floatX* dy, const floatX* qkv, const floa
     int64_t out = (int64_t)blockIdx.z * T * C + blockIdx.y * HS, statistics = ((int64_t)blockIdx.z * NH + blockIdx.y) * T;
     auto load_keys = [&](int tile) {
         uint32_t to = tiles + tile % 2 * 2 * TileBytes;
-        load_tile(to, head + C, 3 * C, tile * TileRows, TileRows, T);
-        load_tile(to + TileBytes, head + 2 * C, 3 * C, tile * TileRows, TileRows, T);
+        load_tile<TileRows>(to, head + C, 3 * C, tile * TileRows, T);
+        load_tile<TileRows>(to + TileBytes, head + 2 * C, 3 * C, tile * TileRows, T);
         cp_async_commit();
     };
-    load_tile(queries, head, 3 * C, first, FlashRows, T);
-    load_tile(douts, dy + out, C, first, FlashRows, T);
+    load_tile<FlashRows>(queries, head, 3 * C, first, T);
+    load_tile<FlashRows>(douts, dy + out, C, first, T);
     load_keys(0);
 
     // Eight threads sum a row of y·dy.
@@ -753,7 +763,7 @@ __device__ void flash_backward_q(const floatX* dy, const floatX* qkv, const floa
             delta[statistics + row] = own;
     }
     __syncthreads();
-    Fragments q, dout, weights;
+    Fragments weights;
     Accumulators scores, products, sums = {};
     float scale = rsqrtf(HS), own_lse[2], own_delta[2];
 #pragma unroll
@@ -767,24 +777,19 @@ __device__ void flash_backward_q(const floatX* dy, const floatX* qkv, const floa
         cp_async_wait<Hopper>();
         if (tile < last)
             load_keys(tile + 1);
-        if (tile == 0) {
-            load_fragments(q, queries, warp * 16);
-            load_fragments(dout, douts, warp * 16);
-        }
         if (tile * TileRows > own_first)
             continue;
         uint32_t k = tiles + tile % 2 * 2 * TileBytes, v = k + TileBytes;
-        multiply_transposed<Hopper>(scores, q, k);
-        multiply_transposed<Hopper>(products, dout, v);
+        multiply_transposed<Hopper>(scores, queries + warp / 4 * TileBytes, k);
+        multiply_transposed<Hopper>(products, douts + warp / 4 * TileBytes, v);
         wgmma_wait<Hopper, 1>(scores);
+        if (tile * TileRows == own_first)
+            mask(scores, false);
 #pragma unroll
         for (int j = 0; j < 8; j++) {
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
+            for (int i = 0; i < 4; i++)
                 scores[j][i] = exp2_approximate(scores[j][i] * (scale * Log2E) - own_lse[i / 2]);
-                if (tile * TileRows == own_first && column_of(j, i) > row_of(i))
-                    scores[j][i] = 0;
-            }
         }
         wgmma_wait<Hopper, 0>(products);
 #pragma unroll
@@ -815,8 +820,8 @@ __device__ void flash_backward_kv(const floatX* dy, const floatX* qkv, const flo
     int64_t statistics = ((int64_t)blockIdx.z * NH + blockIdx.y) * T;
     auto load_queries = [&](int tile) {
         uint32_t to = tiles + tile % 2 * 2 * TileBytes;
-        load_tile(to, head, 3 * C, tile * TileRows, TileRows, T);
-        load_tile(to + TileBytes, out, C, tile * TileRows, TileRows, T);
+        load_tile<TileRows>(to, head, 3 * C, tile * TileRows, T);
+        load_tile<TileRows>(to + TileBytes, out, C, tile * TileRows, T);
         int column = threadIdx.x % TileRows, row = min(tile * TileRows + column, T - 1);
         if (threadIdx.x < TileRows)
             cp_async_4(shared_address(&lses[tile % 2][column]), lse + statistics + row, tile * TileRows + column < T);
@@ -824,11 +829,11 @@ __device__ void flash_backward_kv(const floatX* dy, const floatX* qkv, const flo
             cp_async_4(shared_address(&deltas[tile % 2][column]), delta + statistics + row, tile * TileRows + column < T);
         cp_async_commit();
     };
-    load_tile(keys, head + C, 3 * C, first, FlashRows, T);
-    load_tile(values, head + 2 * C, 3 * C, first, FlashRows, T);
+    load_tile<FlashRows>(keys, head + C, 3 * C, first, T);
+    load_tile<FlashRows>(values, head + 2 * C, 3 * C, first, T);
     load_queries(first / TileRows);
 
-    Fragments k, v, weights, products_weights;
+    Fragments weights, products_weights;
     Accumulators scores, products, dk = {}, dv = {};
     float scale = rsqrtf(HS);
     int last = (T - 1) / TileRows;
@@ -836,25 +841,21 @@ __device__ void flash_backward_kv(const floatX* dy, const floatX* qkv, const flo
         cp_async_wait<Hopper>();
         if (tile < last)
             load_queries(tile + 1);
-        if (tile == first / TileRows) {
-            load_fragments(k, keys, warp * 16);
-            load_fragments(v, values, warp * 16);
-        }
         if (tile * TileRows < own_first)
             continue;
         uint32_t q = tiles + tile % 2 * 2 * TileBytes, dout = q + TileBytes;
-        multiply_transposed<Hopper>(scores, k, q);
-        multiply_transposed<Hopper>(products, v, dout);
+        multiply_transposed<Hopper>(scores, keys + warp / 4 * TileBytes, q);
+        multiply_transposed<Hopper>(products, values + warp / 4 * TileBytes, dout);
         wgmma_wait<Hopper, 1>(scores);
+        if (tile * TileRows == own_first)
+            mask(scores, true);
 #pragma unroll
         for (int j = 0; j < 8; j++) {
             float2 query_lse = *(float2*)&lses[tile % 2][column_of(j, 0)];
+            float shift[2] = {query_lse.x * Log2E, query_lse.y * Log2E};
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                scores[j][i] = exp2_approximate(scores[j][i] * (scale * Log2E) - (i % 2 ? query_lse.y : query_lse.x) * Log2E);
-                if (tile * TileRows == own_first && row_of(i) > column_of(j, i))
-                    scores[j][i] = 0;
-            }
+            for (int i = 0; i < 4; i++)
+                scores[j][i] = exp2_approximate(scores[j][i] * (scale * Log2E) - shift[i % 2]);
         }
         to_fragments(weights, scores);
         multiply_add<Hopper>(dv, weights, dout);
@@ -896,7 +897,7 @@ KERNEL __launch_bounds__(FlashThreads, 1) attention_backward_q(const floatX* dy,
     flash_backward_q<false>(dy, qkv, y, lse, delta, dqkv, T, NH);
 }
 
-KERNEL __launch_bounds__(FlashThreads, 1) attention_backward_q_wgmma(const floatX* dy, const floatX* qkv, const floatX* y,
+KERNEL __launch_bounds__(FlashThreads, 2) attention_backward_q_wgmma(const floatX* dy, const floatX* qkv, const floatX* y,
     const float* lse, float* delta, floatX* dqkv, int T, int NH) {
     ON_HOPPER(flash_backward_q<true>(dy, qkv, y, lse, delta, dqkv, T, NH));
 }

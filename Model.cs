@@ -54,14 +54,13 @@ public readonly record struct AdamWStep(int Number, float LearningRate, float We
 public readonly record struct AdamWPart(
     long First, bool Decays, Tensor W, Tensor Master, Tensor Dw, Tensor M, Tensor V);
 
-/// <summary>The seconds of each call of an operation, and the work of one.</summary>
+/// <summary>Calls, seconds, floating-point operations and bytes read and written, by operation.</summary>
 public sealed class Profile {
-    public Dictionary<string, (List<double> Seconds, double Flops, double Bytes)> Operations { get; } = [];
+    public Dictionary<string, (int Calls, double Seconds, double Flops, double Bytes)> Operations { get; } = [];
 
     public void Add(string operation, double seconds, double flops, double bytes) {
-        if (!Operations.TryGetValue(operation, out var entry))
-            Operations[operation] = entry = ([], flops, bytes);
-        entry.Seconds.Add(seconds);
+        var sum = Operations.GetValueOrDefault(operation);
+        Operations[operation] = (sum.Calls + 1, sum.Seconds + seconds, sum.Flops + flops, sum.Bytes + bytes);
     }
 }
 

@@ -483,21 +483,22 @@ public static class Benchmark {
             $"{model.Memory.Sum(part => part.Bytes) / 1e9:F1} GB");
         output.WriteLine($"step {median * 1e3:F2} ms | {totalBatch / median:F0} tok/s | " +
             $"{config.FlopsPerToken(T) * totalBatch / median / device.PeakFlops():0.0%} MFU");
-        device.Profile = new Profile();
-        for (var step = 0; step < steps; step++)
+        var profiles = Enumerable.Range(0, steps).Select(_ => {
+            var profile = device.Profile = new Profile();
             Step();
-        var operations = device.Profile.Operations.Select(entry => (Name: entry.Key, Calls: entry.Value.Seconds.Count,
-            Seconds: Median(entry.Value.Seconds), entry.Value.Flops, entry.Value.Bytes)).ToArray();
+            return profile.Operations;
+        }).ToArray();
         device.Profile = null;
-        var total = operations.Sum(operation => operation.Calls * operation.Seconds);
-        output.WriteLine($"{"operation",-40}{"calls",6}{"ms",10}{"share",8}{"",16}{"of best",8}");
-        foreach (var (name, calls, seconds, flops, bytes) in operations.OrderByDescending(o => o.Calls * o.Seconds)) {
-            var time = calls * seconds;
+        var operations = profiles[0].Select(entry => (Name: entry.Key, entry.Value.Calls, entry.Value.Flops,
+            entry.Value.Bytes, Seconds: Median(profiles.Select(profile => profile[entry.Key].Seconds)))).ToArray();
+        var total = operations.Sum(operation => operation.Seconds);
+        output.WriteLine($"{"operation",-40}{"calls",6}{"ms",10}{"share",8}{"",17}{"of best",8}");
+        foreach (var (name, calls, flops, bytes, seconds) in operations.OrderByDescending(each => each.Seconds)) {
             var rate = flops > 0 ? $"{flops / seconds / 1e12,9:F2} TFLOP/s{flops / seconds / ceilings.Flops,7:0.0%}"
                 : bytes > 0 ? $"{bytes / seconds / 1e9,9:F0} GB/s   {bytes / seconds / ceilings.Bytes,7:0.0%}" : "";
-            output.WriteLine($"{name,-40}{calls / steps,6}{time / steps * 1e3,10:F3}{time / total,8:0.0%}{rate}");
+            output.WriteLine($"{name,-40}{calls,6}{seconds * 1e3,10:F3}{seconds / total,8:0.0%}{rate}");
         }
-        output.WriteLine($"{"together",-46}{total / steps * 1e3,10:F3}");
+        output.WriteLine($"{"together",-46}{total * 1e3,10:F3}");
     }
 
     static double Median(IEnumerable<double> values) {

@@ -37,7 +37,8 @@ def random_parameters(V, Vp, maxT, L, C):
     for name in ("ln1w", "ln2w", "lnfw"):
         p[name] += 1
     p["wte"][V:] = 0
-    return {name: tensor.requires_grad_() for name, tensor in p.items()}
+    # Numbers of bf16, so that it has the same weights.
+    return {name: tensor.bfloat16().float().requires_grad_() for name, tensor in p.items()}
 
 
 def layer_norm(x, w, b):
