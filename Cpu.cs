@@ -24,6 +24,8 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
 
     public long FreeMemory => GC.GetGCMemoryInfo().TotalAvailableMemoryBytes;
 
+    public long Workspace => 0;
+
     public void Synchronize() { }
 
     public double PeakFlops() {
@@ -265,9 +267,9 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
     }
 
     public void AttentionBackward(
-        Tensor dy, Tensor qkv, Tensor y, Tensor lse, int heads, Tensor delta, Tensor dqkv) {
+        Tensor dy, Tensor qkv, Tensor y, Tensor lse, int heads, Tensor scratch, Tensor dqkv) {
         Clear(dqkv);
-        For(qkv.Depth * heads, (dy, qkv, y, lse, heads, delta, dqkv), static (s, head) => {
+        For(qkv.Depth * heads, (dy, qkv, y, lse, heads, dqkv), static (s, head) => {
             var scratch = stackalloc float[2 * ScoreCount];
             var ((q, k, v), (dq, dk, dv)) = (Heads(s.qkv, s.heads, head), Heads(s.dqkv, s.heads, head));
             var (y, dy) = (Head(s.y, 1, 0, s.heads, head), Head(s.dy, 1, 0, s.heads, head));
@@ -284,9 +286,7 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
                     var visible = first + row + 1;
                     Exponentials(p.Row(row), visible, scale, Floats(s.lse)[(long)head * y.Rows + first + row]);
                     new Span<float>(p.Row(row) + visible, keys - visible).Clear();
-                    var sum = Product.Dot(dy.Row(first + row), y.Row(first + row), y.Columns);
-                    Floats(s.delta)[(long)head * y.Rows + first + row] = sum;
-                    Vector<float> delta = new(sum);
+                    Vector<float> delta = new(Product.Dot(dy.Row(first + row), y.Row(first + row), y.Columns));
                     for (int i = 0, n = keys; n > 0; i += Lanes, n -= Lanes)
                         Store(ds.Row(row) + i, n, Load(p.Row(row) + i, n) * (Load(ds.Row(row) + i, n) - delta) * scale);
                 }

@@ -14,8 +14,8 @@ public sealed unsafe class Cuda : IDevice {
     const int LargestColumns = 8192, LargestHead = 256;
 
     readonly int device, capability, multiprocessors, largestShared;
-    readonly bool verbose, wgmma;
-    readonly nint context, module, stream, pinned, staging, workspace, scratch;
+    readonly bool verbose, hopper;
+    readonly nint context, module, stream, pinned, staging, workspace, scratch, maps;
     readonly List<nint> allocations = [];
     readonly CudaKernel embed, embedBackwardTokens, embedBackwardPositions, layerNorm, layerNormBackward, gelu;
     readonly CudaKernel geluBackward, sumRowsPartially, addRowSums, attentionAny, attentionAnyBackwardQ;
@@ -43,7 +43,7 @@ public sealed unsafe class Cuda : IDevice {
         const int multiprocessorCount = 16, major = 75, minor = 76, sharedPerBlock = 97;
         (multiprocessors, largestShared) = (Attribute(multiprocessorCount), Attribute(sharedPerBlock));
         capability = 10 * Attribute(major) + Attribute(minor);
-        wgmma = capability == 90 && !portable;
+        hopper = capability == 90 && !portable;
         Name = Marshal.PtrToStringUTF8((nint)name) ?? "";
         Check(cuDevicePrimaryCtxRetain(out context, device), "starting CUDA");
         Enter();
@@ -72,10 +72,11 @@ public sealed unsafe class Cuda : IDevice {
             product = Kernel("product");
             return;
         }
-        var suffix = wgmma ? "_wgmma" : "";
+        var suffix = hopper ? "_hopper" : "";
         attention = Kernel($"attention{suffix}");
         attentionBackwardQ = Kernel($"attention_backward_q{suffix}");
         attentionBackwardKv = Kernel($"attention_backward_kv{suffix}");
+        maps = (nint)NativeMemory.AlignedAlloc(2 * 128, 64);
         products = new Products(stream, workspace, WorkspaceBytes);
     }
 
@@ -123,6 +124,8 @@ public sealed unsafe class Cuda : IDevice {
         }
     }
 
+    public long Workspace => StagingBytes + WorkspaceBytes + ScratchBytes;
+
     public nint Allocate(long bytes) {
         Enter();
         Check(cuMemAlloc(out var address, (nuint)Math.Max(1, bytes)), $"allocating {bytes} bytes on the GPU");
@@ -136,6 +139,7 @@ public sealed unsafe class Cuda : IDevice {
         cuStreamSynchronize(stream);
         products?.Dispose();
         allocations.ForEach(address => cuMemFree(address));
+        NativeMemory.AlignedFree((void*)maps);
         cuMemFreeHost(pinned);
         cuStreamDestroy(stream);
         cuModuleUnload(module);
@@ -231,7 +235,7 @@ public sealed unsafe class Cuda : IDevice {
         var pointers = stackalloc nint[arguments.Length];
         fixed (Argument* values = arguments) {
             for (var i = 0; i < arguments.Length; i++)
-                pointers[i] = (nint)(values + i);
+                pointers[i] = values[i].Place != 0 ? values[i].Place : (nint)(values + i);
             var config = new LaunchConfig {
                 GridX = grid.X, GridY = grid.Y, GridZ = grid.Z, BlockX = block, BlockY = 1, BlockZ = 1,
                 Shared = shared, Stream = stream,
@@ -411,8 +415,30 @@ public sealed unsafe class Cuda : IDevice {
 
     // ---- Attention
 
-    const int FlashHead = 64, FlashRows = 128, FlashThreads = 256, AnyThreads = 256;
-    const int FlashShared = 49 << 10, FlashBackwardShared = 65 << 10; // two and four tiles of 128 rows, and 1 kB to align
+    const int FlashHead = 64, FlashTile = 64, FlashRows = 128, FlashThreads = 256, AnyThreads = 256;
+
+    /// <summary>Shared memory for so many tiles, and pairs of tiles with their statistics in a ring.</summary>
+    int FlashShared(int tiles, int statistics) {
+        const int tile = FlashTile * FlashHead * 2, alignment = 1 << 10;
+        return alignment + tiles * tile + (hopper ? 3 : 2) * (2 * tile + statistics);
+    }
+
+    /// <summary>Describes a (B, T, heads, 64) array for TMA, which copies 64 rows of a head at a time.</summary>
+    /// <param name="index">Of the two places for such a description.</param>
+    Argument Map(int index, Tensor x) {
+        var (place, heads) = (maps + 128 * index, (ulong)(x.Columns / FlashHead));
+        if (!hopper)
+            return new Argument(0, place);
+        const int bf16 = 9, swizzle128 = 3, promote128 = 2;
+        var row = heads * FlashHead * 2;
+        var dimensions = stackalloc ulong[] { FlashHead, heads, (ulong)x.Rows, (ulong)x.Depth };
+        var strides = stackalloc ulong[] { FlashHead * 2, row, row * (ulong)x.Rows };
+        var box = stackalloc uint[] { FlashHead, 1, FlashTile, 1 };
+        var steps = stackalloc uint[] { 1, 1, 1, 1 };
+        Check(cuTensorMapEncodeTiled(place, bf16, 4, x.Address, dimensions, strides, box, steps, 0, swizzle128, promote128,
+            0), "describing a tensor");
+        return new Argument(0, place);
+    }
 
     public void Attention(Tensor qkv, int start, int heads, Tensor y, Tensor lse) {
         var (B, T, HS) = (qkv.Depth, qkv.Rows, y.Columns / heads);
@@ -420,28 +446,31 @@ public sealed unsafe class Cuda : IDevice {
         Require(HS <= LargestHead, "the channels of a head", $"at most {LargestHead}", HS);
         var flops = 2.0 * B * T * (T + 1) * y.Columns;
         if (attention != null && HS == FlashHead && start == 0) {
-            Launch(attention, (Blocks(T, FlashRows), heads, B), FlashThreads, FlashShared, flops, 0,
-                qkv, y, lse, T, heads);
+            Launch(attention, (Blocks(T, FlashRows), heads, B), FlashThreads, FlashShared(2, 0), flops, 0,
+                Map(0, qkv), qkv, y, lse, T, heads);
         } else {
             Launch(attentionAny, (T - start, heads, B), AnyThreads, 0, flops, 0, qkv, start, y, lse, T, heads, HS);
         }
     }
 
     public void AttentionBackward(
-        Tensor dy, Tensor qkv, Tensor y, Tensor lse, int heads, Tensor delta, Tensor dqkv) {
+        Tensor dy, Tensor qkv, Tensor y, Tensor lse, int heads, Tensor scratch, Tensor dqkv) {
         var (B, T, HS) = (qkv.Depth, qkv.Rows, y.Columns / heads);
         // Scores and their gradients are computed in both kernels: three products for dq, four for dk and dv.
         var flops = 1.0 * B * T * (T + 1) * y.Columns;
         if (attentionBackwardQ != null && HS == FlashHead) {
             var grid = (Blocks(T, FlashRows), heads, B);
-            Launch(attentionBackwardQ, grid, FlashThreads, FlashBackwardShared, 3 * flops, 0,
-                dy, qkv, y, lse, delta, dqkv, T, heads);
-            Launch(attentionBackwardKv!, grid, FlashThreads, FlashBackwardShared, 4 * flops, 0,
-                dy, qkv, lse, delta, dqkv, T, heads);
+            var (map, dyMap) = (Map(0, qkv), Map(1, dy));
+            Launch(attentionBackwardQ, grid, FlashThreads, FlashShared(4, 0), 3 * flops, 0,
+                map, dyMap, dy, qkv, y, lse, scratch, dqkv, T, heads);
+            var rows = hopper ? 192 : FlashRows;
+            grid = (Blocks(T, rows), heads, B);
+            Launch(attentionBackwardKv!, grid, 2 * rows, FlashShared(rows / 32, FlashTile * 8), 4 * flops, 0,
+                map, dyMap, dy, qkv, scratch, dqkv, T, heads);
         } else {
             var grid = (T, heads, B);
-            Launch(attentionAnyBackwardQ, grid, AnyThreads, 0, 3 * flops, 0, dy, qkv, y, lse, delta, dqkv, T, heads, HS);
-            Launch(attentionAnyBackwardKv, grid, AnyThreads, 0, 4 * flops, 0, dy, qkv, lse, delta, dqkv, T, heads, HS);
+            Launch(attentionAnyBackwardQ, grid, AnyThreads, 0, 3 * flops, 0, dy, qkv, y, lse, scratch, dqkv, T, heads, HS);
+            Launch(attentionAnyBackwardKv, grid, AnyThreads, 0, 4 * flops, 0, dy, qkv, lse, scratch, dqkv, T, heads, HS);
         }
     }
 
@@ -553,10 +582,8 @@ sealed class CudaKernel(string name, nint function) {
     public int SharedLimit { get; set; } = 48 << 10;
 }
 
-/// <summary>An argument of a kernel: its bits, from the lowest.</summary>
-readonly struct Argument(long bits) {
-    readonly long bits = bits;
-
+/// <summary>An argument of a kernel: its bits, from the lowest, or the place of a larger one.</summary>
+readonly record struct Argument(long Bits, nint Place = 0) {
     public static implicit operator Argument(Tensor tensor) => new(tensor.Address);
     public static implicit operator Argument(nint address) => new(address);
     public static implicit operator Argument(long value) => new(value);
@@ -691,6 +718,9 @@ static unsafe partial class Driver {
     [LibraryImport(Library)] public static partial int cuFuncSetAttribute(nint function, int attribute, int value);
     [LibraryImport(Library)]
     public static partial int cuLaunchKernelEx(LaunchConfig* config, nint function, nint* parameters, nint* extra);
+    [LibraryImport(Library)]
+    public static partial int cuTensorMapEncodeTiled(nint map, int type, int rank, nint address, ulong* dimensions,
+        ulong* strides, uint* box, uint* steps, int interleave, int swizzle, int promotion, int fill);
     [LibraryImport(Library)] public static partial int cuStreamCreate(out nint stream, uint flags);
     [LibraryImport(Library)] public static partial int cuStreamSynchronize(nint stream);
     [LibraryImport(Library, EntryPoint = "cuStreamDestroy_v2")] public static partial int cuStreamDestroy(nint stream);

@@ -2,6 +2,7 @@
 // bf16 and (-DFP32) for fp32: floatX is the type of weights and activations. Sums and statistics are fp32, and no result
 // depends on the order in which blocks run. Columns are multiples of 8: a thread moves eight elements at a time, in loads
 // and stores of 128 bits.
+#include <cuda.h>
 #include <cuda_bf16.h>
 #include <stdint.h>
 
@@ -431,21 +432,21 @@ KERNEL attention_any_backward_kv(const floatX* dy, const floatX* qkv, const floa
 
 #ifndef FP32
 // A block of two warpgroups holds 128 rows (queries; keys in the kernel for dk and dv) and walks over tiles of 64 of the
-// others, which two buffers in shared memory take in turn. All products have one of two forms, in which a warp's 16 rows
-// stay in registers: scores = rows·tileᵀ, and sums += weights·tile. The layout in registers is that of mma.m16n8k16, which
-// four warps side by side share with wgmma.m64n64k16; so a kernel is written once, for tensor cores of either kind.
+// others. All products have one of two forms: scores = rows·tileᵀ, of two tiles in shared memory, and sums += weights·tile,
+// whose weights are scores still in registers. Their layout is that of mma.m16n8k16, which four warps side by side share
+// with wgmma.m64n64k16; so each kernel is written once, for any GPU and (Hopper) with wgmma and TMA.
 constexpr int HS = 64, TileRows = 64, TileBytes = TileRows * HS * 2;
 constexpr int FlashThreads = 256, FlashRows = 128;
 constexpr float Log2E = 1.4426950408889634f;
+
+typedef float Accumulators[8][4]; // (16, 64) of a warp: [column / 8][2·(row / 8) + column % 2]
+typedef uint32_t Fragments[4][4]; // (16, 64) of a warp in bf16
 
 __device__ float exp2_approximate(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
-
-typedef float Accumulators[8][4];      // (16, 64) of a warp: [column / 8][2·(row / 8) + column % 2]
-typedef uint32_t Fragments[4][4];      // (16, 64) of a warp in bf16
 
 // The place of eight columns of a row in a tile: chunks of 16 bytes are permuted as TMA and wgmma have it with 128 bytes a
 // row, so that no access meets another in a bank.
@@ -457,37 +458,173 @@ __device__ uint32_t shared_address(const void* pointer) {
     return (uint32_t)__cvta_generic_to_shared(pointer);
 }
 
+// Where tiles begin in what the launch asked for: at a multiple of 1024, as the permutation wants it.
+__device__ uint32_t first_tile() {
+    return (shared_address(shared) + 1023) & ~1023;
+}
+
+// ---- Copies to shared memory
+
 __device__ void cp_async(uint32_t to, const void* from, bool inside) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(inside ? 16 : 0));
 }
 
-__device__ void cp_async_4(uint32_t to, const void* from, bool inside) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(inside ? 4 : 0));
+__device__ void mbarrier_init(uint32_t barrier, int arrivals) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
 }
 
-__device__ void cp_async_commit() {
-    asm volatile("cp.async.commit_group;");
+__device__ void mbarrier_arrive(uint32_t barrier) {
+    asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-// Waits for what was copied, and makes it seen by the tensor cores of Hopper and by all threads.
+__device__ void mbarrier_expect(uint32_t barrier, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+__device__ void mbarrier_wait(uint32_t barrier, int phase) {
+    asm volatile("{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n@!done bra again;\n}"
+        ::"r"(barrier), "r"(phase & 1) : "memory");
+}
+
+__device__ void tma_load(uint32_t to, const CUtensorMap* map, int head, int row, int sequence, uint32_t barrier) {
+    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], "
+        "[%6];" ::"r"(to), "l"(map), "r"(0), "r"(head), "r"(row), "r"(sequence), "r"(barrier) : "memory");
+}
+
+__device__ void bulk_load(uint32_t to, const void* from, int bytes, uint32_t barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+        ::"r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
+}
+
+// The (T, 64) of one head of this block's sequence, in an array (B, T, heads, 64) which map describes to TMA.
 template <bool Hopper>
-__device__ void cp_async_wait() {
-    asm volatile("cp.async.wait_group 0;" ::: "memory");
-    if constexpr (Hopper)
-        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-    __syncthreads();
-}
+struct Rows {
+    const floatX* from;
+    const CUtensorMap* map;
+    int heads, head, T;
 
-// Copies rows [first, first + Rows) of a (T, 64) array whose rows are stride elements apart; those from T on become zero.
-template <int Rows>
-__device__ void load_tile(uint32_t tile, const floatX* from, int stride, int first, int T) {
-    int row = threadIdx.x / 8, step = FlashThreads / 8;
-    uint32_t to = chunk(tile, row, threadIdx.x % 8);
-    from += (int64_t)(first + row) * stride + threadIdx.x % 8 * Width;
+    __device__ Rows(const floatX* array, const CUtensorMap* map, int heads, int head, int T)
+        : from(array + ((int64_t)blockIdx.z * T * heads + head) * HS), map(map), heads(heads), head(head), T(T) { }
+
+    // Copies rows [first, first + Count) to tiles; those from T on become zero.
+    template <int Count>
+    __device__ void load(uint32_t tiles, int first, uint32_t barrier) const {
+        if constexpr (Hopper) {
+            for (int i = 0; threadIdx.x == 0 && i < Count; i += TileRows)
+                tma_load(tiles + i * 128, map, head, first + i, blockIdx.z, barrier);
+        } else {
+            int row = threadIdx.x / 8, step = FlashThreads / 8, stride = heads * HS;
+            uint32_t to = chunk(tiles, row, threadIdx.x % 8);
+            const floatX* at = from + (int64_t)(first + row) * stride + threadIdx.x % 8 * Width;
 #pragma unroll
-    for (int i = 0; i < Rows; i += step)
-        cp_async(to + i * 128, from + i * stride, first + row + i < T);
-}
+            for (int i = 0; i < Count; i += step)
+                cp_async(to + i * 128, at + i * stride, first + row + i < T);
+        }
+    }
+};
+
+// The tiles [begin, end) of two heads' rows, and of what statistics there are for a row, in pairs that go through a ring in
+// shared memory: two places that all threads fill and change over together, or three that TMA fills ahead.
+template <bool Hopper, bool HasStatistics>
+struct Pairs {
+    static constexpr int Places = Hopper ? 3 : 2;
+    static constexpr int StatisticsBytes = HasStatistics ? TileRows * sizeof(float2) : 0;
+    static constexpr int Bytes = 2 * TileBytes + StatisticsBytes;
+
+    const Rows<Hopper>&left, &right;
+    const float2* all_statistics; // from those of the first row on
+    uint32_t ring, full, empty;   // tiles, and a barrier for each place that it is full, and that it is empty
+    int tile, end, place = 0, phase = 0;
+
+    // For as many warps as there are in the block.
+    __device__ Pairs(const Rows<Hopper>& left, const Rows<Hopper>& right, const float2* statistics, uint32_t ring, int begin,
+        int end) : left(left), right(right), all_statistics(statistics), ring(ring), tile(begin), end(end) {
+        __shared__ uint64_t barriers[2 * Places];
+        full = shared_address(barriers);
+        empty = full + 8 * Places;
+        if constexpr (Hopper) {
+            if (threadIdx.x == 0) {
+                for (int i = 0; i < Places; i++) {
+                    mbarrier_init(full + 8 * i, 1);
+                    mbarrier_init(empty + 8 * i, blockDim.x / Warp);
+                }
+                asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+            }
+            __syncthreads();
+        }
+    }
+
+    // The first array's tile; the second's follows it.
+    __device__ uint32_t tiles() const {
+        return ring + place * 2 * TileBytes;
+    }
+
+    __device__ uint32_t statistics(int place) const {
+        return ring + Places * 2 * TileBytes + place * StatisticsBytes;
+    }
+
+    __device__ void load(int tile, int place) const {
+        uint32_t to = ring + place * 2 * TileBytes, barrier = full + 8 * place;
+        left.template load<TileRows>(to, tile * TileRows, barrier);
+        right.template load<TileRows>(to + TileBytes, tile * TileRows, barrier);
+        if constexpr (HasStatistics) {
+            const float2* from = all_statistics + tile * TileRows;
+            if (Hopper && threadIdx.x == 0)
+                bulk_load(statistics(place), from, StatisticsBytes, barrier);
+            else if (!Hopper && threadIdx.x < StatisticsBytes / 16)
+                cp_async(statistics(place) + threadIdx.x * 16, from + threadIdx.x * 2, true);
+        }
+        if constexpr (!Hopper)
+            asm volatile("cp.async.commit_group;");
+    }
+
+    // Has the first ones loaded, and with them what else the kernel loads, of so many bytes.
+    template <typename Load>
+    __device__ void start(int bytes, Load others) const {
+        if (Hopper && threadIdx.x == 0)
+            mbarrier_expect(full, Bytes + bytes);
+        others(full);
+        load(tile, 0);
+        for (int i = 1; Hopper && threadIdx.x == 0 && i < Places && tile + i < end; i++) {
+            mbarrier_expect(full + 8 * i, Bytes);
+            load(tile + i, i);
+        }
+    }
+
+    // Waits for the pair, and has the next one loaded where all threads do that.
+    __device__ void wait() const {
+        if constexpr (Hopper) {
+            mbarrier_wait(full + 8 * place, phase);
+        } else {
+            asm volatile("cp.async.wait_group 0;" ::: "memory");
+            __syncthreads();
+            if (tile + 1 < end)
+                load(tile + 1, place ^ 1);
+        }
+    }
+
+    // Has TMA load a pair into the place of the one before this one, as soon as every warp is done with that.
+    __device__ void refill(int begin) const {
+        if (Hopper && threadIdx.x == 0 && tile > begin && tile + Places - 1 < end) {
+            int before = place == 0 ? Places - 1 : place - 1;
+            mbarrier_wait(empty + 8 * before, place == 0 ? phase ^ 1 : phase);
+            mbarrier_expect(full + 8 * before, Bytes);
+            load(tile + Places - 1, before);
+        }
+    }
+
+    __device__ void next() {
+        if (Hopper && threadIdx.x % Warp == 0)
+            mbarrier_arrive(empty + 8 * place);
+        tile++;
+        if (++place == Places) {
+            place = 0;
+            phase ^= 1;
+        }
+    }
+};
+
+// ---- Products of tiles
 
 __device__ void ldmatrix(uint32_t (&to)[4], uint32_t from) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -505,10 +642,11 @@ __device__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// How wgmma finds 64 rows: their address, 1024 bytes from one group of eight to the next, permuted as chunk has it.
-__device__ uint64_t descriptor(uint32_t tile) {
+// How wgmma finds 64 rows from some bytes on in a tile: 1024 bytes from one group of eight to the next, permuted as chunk
+// has it.
+__device__ uint64_t descriptor(uint32_t tile, int bytes) {
     uint64_t descriptor;
-    asm("mov.b64 %0, {%1, %2};" : "=l"(descriptor) : "r"(tile >> 4 | 1 << 16), "n"(1024 >> 4 | 1 << 30));
+    asm("mov.b64 %0, {%1, %2};" : "=l"(descriptor) : "r"((tile >> 4 | 1 << 16) + (bytes >> 4)), "n"(1024 >> 4 | 1 << 30));
     return descriptor;
 }
 
@@ -545,14 +683,14 @@ __device__ void wgmma_wait(Accumulators& c) {
         asm volatile("wgmma.wait_group.sync.aligned %32;" : ALL_ROWS : "n"(Pending) : "memory");
 }
 
-// scores = rows·tileᵀ, for the warpgroup's 64 rows of a tile.
+// scores = rows·tileᵀ, for the warpgroup's 64 rows.
 template <bool Hopper>
 __device__ void multiply_transposed(Accumulators& scores, uint32_t rows, uint32_t tile) {
     if constexpr (Hopper) {
         wgmma_fence();
 #pragma unroll
         for (int k = 0; k < 4; k++)
-            wgmma(scores, descriptor(rows + k * 32), descriptor(tile + k * 32), k > 0);
+            wgmma(scores, descriptor(rows, k * 32), descriptor(tile, k * 32), k > 0);
         wgmma_commit();
     } else {
         int lane = threadIdx.x % Warp, row = threadIdx.x / Warp % 4 * 16;
@@ -580,7 +718,7 @@ __device__ void multiply_add(Accumulators& sums, const Fragments& weights, uint3
         wgmma_fence();
 #pragma unroll
         for (int k = 0; k < 4; k++)
-            wgmma(sums, weights[k], descriptor(tile + k * 16 * 128));
+            wgmma(sums, weights[k], descriptor(tile, k * 16 * 128));
         wgmma_commit();
     } else {
         int lane = threadIdx.x % Warp;
@@ -597,7 +735,7 @@ __device__ void multiply_add(Accumulators& sums, const Fragments& weights, uint3
     }
 }
 
-// Accumulators in bf16, as the rows of the next product.
+// Accumulators in bf16, as the weights of the next product.
 __device__ void to_fragments(Fragments& to, const Accumulators& from) {
 #pragma unroll
     for (int k = 0; k < 4; k++) {
@@ -629,14 +767,15 @@ __device__ void mask(Accumulators& scores, bool transposed) {
     }
 }
 
-// Writes factor[row / 8] times a warp's 16 rows as rows [first, first + 16) of a (T, 64) array, through its rows of a tile.
-__device__ void store_rows(const Accumulators& from, float factor0, float factor1, uint32_t tile, int row, floatX* to,
-    int64_t stride, int first, int T) {
-    int lane = threadIdx.x % Warp;
+// Writes factor[row / 8] times a warp's 16 rows to those from first on of a head's rows, by way of its rows of a tile.
+__device__ void store_rows(const Accumulators& from, float factor0, float factor1, uint32_t tile, floatX* array, int heads,
+    int head, int first, int T) {
+    int lane = threadIdx.x % Warp, row = threadIdx.x / Warp * 16;
+    floatX* to = array + ((int64_t)(blockIdx.z * T + first + row) * heads + head) * HS;
 #pragma unroll
     for (int j = 0; j < 8; j++) {
-        uint32_t at = chunk(tile, row + lane / 4, j) + lane % 4 * 4, below = chunk(tile, row + lane / 4 + 8, j) + lane % 4 * 4;
-        asm volatile("st.shared.b32 [%0], %1;" ::"r"(at), "r"(pair(from[j][0] * factor0, from[j][1] * factor0)));
+        uint32_t above = chunk(tile, row + lane / 4, j) + lane % 4 * 4, below = above + 8 * 128;
+        asm volatile("st.shared.b32 [%0], %1;" ::"r"(above), "r"(pair(from[j][0] * factor0, from[j][1] * factor0)));
         asm volatile("st.shared.b32 [%0], %1;" ::"r"(below), "r"(pair(from[j][2] * factor1, from[j][3] * factor1)));
     }
     __syncwarp();
@@ -645,8 +784,8 @@ __device__ void store_rows(const Accumulators& from, float factor0, float factor
         uint4 bits;
         asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(bits.x), "=r"(bits.y), "=r"(bits.z), "=r"(bits.w)
             : "r"(chunk(tile, row + i / 8, i % 8)));
-        if (first + i / 8 < T)
-            *(uint4*)(to + (first + i / 8) * stride + i % 8 * Width) = bits;
+        if (first + row + i / 8 < T)
+            *(uint4*)(to + (int64_t)(i / 8) * heads * HS + i % 8 * Width) = bits;
     }
 }
 
@@ -661,256 +800,253 @@ __device__ float row_sum(float x) {
     return x + __shfl_xor_sync(~0u, x, 2);
 }
 
+// ---- The three kernels
+
 // y and lse; a block for 128 queries (x, the last first, for they have most to do) of a head (y) of a sequence (z).
 template <bool Hopper>
-__device__ void flash_forward(const floatX* qkv, floatX* y, float* lse, int T, int NH) {
-    uint32_t queries = (shared_address(shared) + 1023) & ~1023, tiles = queries + FlashRows * 128;
-    int C = NH * HS, first = (gridDim.x - 1 - blockIdx.x) * FlashRows, warp = threadIdx.x / Warp;
-    int own_first = first + warp / 4 * TileRows; // of this warpgroup's queries
-    const floatX* head = qkv + (int64_t)blockIdx.z * T * 3 * C + blockIdx.y * HS;
-    auto load_keys = [&](int tile) {
-        uint32_t to = tiles + tile % 2 * 2 * TileBytes;
-        load_tile<TileRows>(to, head + C, 3 * C, tile * TileRows, T);
-        load_tile<TileRows>(to + TileBytes, head + 2 * C, 3 * C, tile * TileRows, T);
-        cp_async_commit();
-    };
-    load_tile<FlashRows>(queries, head, 3 * C, first, T);
-    load_keys(0);
+__device__ void flash_forward(const CUtensorMap* map, const floatX* qkv, floatX* y, float* lse, int T, int NH) {
+    int first = (gridDim.x - 1 - blockIdx.x) * FlashRows, warpgroup = threadIdx.x / 128;
+    int own_first = first + warpgroup * TileRows; // of this warpgroup's queries
+    uint32_t queries = first_tile(), own_queries = queries + warpgroup * TileBytes;
+    Rows<Hopper> q(qkv, map, 3 * NH, blockIdx.y, T), k(qkv, map, 3 * NH, NH + blockIdx.y, T);
+    Rows<Hopper> v(qkv, map, 3 * NH, 2 * NH + blockIdx.y, T);
+    Pairs<Hopper, false> pairs(k, v, nullptr, queries + 2 * TileBytes, 0, (min(first + FlashRows, T) - 1) / TileRows + 1);
+    pairs.start(2 * TileBytes, [&](uint32_t barrier) { q.template load<FlashRows>(queries, first, barrier); });
 
     Fragments weights;
     Accumulators scores, sums = {};
     float max[2] = {-INFINITY, -INFINITY}, total[2] = {}, scale = rsqrtf(HS) * Log2E;
-    int last = (min(first + FlashRows, T) - 1) / TileRows;
-    for (int tile = 0; tile <= last; tile++) {
-        cp_async_wait<Hopper>();
-        if (tile < last)
-            load_keys(tile + 1);
-        if (tile * TileRows > own_first)
-            continue;
-        uint32_t k = tiles + tile % 2 * 2 * TileBytes, v = k + TileBytes;
-        multiply_transposed<Hopper>(scores, queries + warp / 4 * TileBytes, k);
-        wgmma_wait<Hopper, 0>(scores);
-        if (tile * TileRows == own_first)
-            mask(scores, false);
-        float new_max[2] = {max[0], max[1]}, keep[2], shift[2];
+    for (; pairs.tile < pairs.end; pairs.next()) {
+        pairs.wait();
+        if (pairs.tile * TileRows <= own_first) {
+            uint32_t keys = pairs.tiles(), values = keys + TileBytes;
+            multiply_transposed<Hopper>(scores, own_queries, keys);
+            pairs.refill(0);
+            wgmma_wait<Hopper, 0>(scores);
+            if (pairs.tile * TileRows == own_first)
+                mask(scores, false);
+            float new_max[2] = {max[0], max[1]}, shift[2], keep[2];
 #pragma unroll
-        for (int j = 0; j < 8; j++) {
+            for (int j = 0; j < 8; j++) {
 #pragma unroll
-            for (int i = 0; i < 4; i++)
-                new_max[i / 2] = fmaxf(new_max[i / 2], scores[j][i]);
-        }
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            new_max[i] = row_max(new_max[i]);
-            shift[i] = new_max[i] * scale;
-            keep[i] = exp2_approximate(max[i] * scale - shift[i]);
-            max[i] = new_max[i];
-            total[i] *= keep[i];
-        }
-#pragma unroll
-        for (int j = 0; j < 8; j++) {
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                scores[j][i] = exp2_approximate(scores[j][i] * scale - shift[i / 2]);
-                total[i / 2] += scores[j][i];
-                sums[j][i] *= keep[i / 2];
+                for (int i = 0; i < 4; i++)
+                    new_max[i / 2] = fmaxf(new_max[i / 2], scores[j][i]);
             }
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                new_max[i] = row_max(new_max[i]);
+                shift[i] = new_max[i] * scale;
+                keep[i] = exp2_approximate(max[i] * scale - shift[i]);
+                max[i] = new_max[i];
+                total[i] *= keep[i];
+            }
+#pragma unroll
+            for (int j = 0; j < 8; j++) {
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    scores[j][i] = exp2_approximate(scores[j][i] * scale - shift[i / 2]);
+                    total[i / 2] += scores[j][i];
+                }
+            }
+            if (__any_sync(~0u, keep[0] != 1 || keep[1] != 1)) {
+#pragma unroll
+                for (int j = 0; j < 8; j++) {
+#pragma unroll
+                    for (int i = 0; i < 4; i++)
+                        sums[j][i] *= keep[i / 2];
+                }
+            }
+            to_fragments(weights, scores);
+            multiply_add<Hopper>(sums, weights, values);
+            wgmma_wait<Hopper, 0>(sums);
         }
-        to_fragments(weights, scores);
-        multiply_add<Hopper>(sums, weights, v);
-        wgmma_wait<Hopper, 0>(sums);
     }
     total[0] = row_sum(total[0]);
     total[1] = row_sum(total[1]);
-    store_rows(sums, 1 / total[0], 1 / total[1], queries, warp * 16, y + (int64_t)blockIdx.z * T * C + blockIdx.y * HS, C,
-        first + warp * 16, T);
-#pragma unroll
-    for (int i = 0; i < 4; i += 2) {
-        if (threadIdx.x % 4 == 0 && own_first + row_of(i) < T)
-            lse[((int64_t)blockIdx.z * NH + blockIdx.y) * T + own_first + row_of(i)] =
-                max[i / 2] * (scale / Log2E) + logf(total[i / 2]);
-    }
-}
-
-// dq, and delta for the next kernel; blocks as above. P = e^(scale·q·k − lse); dS = P·(dy·v − delta); dq = scale·Σ dS·k.
-template <bool Hopper>
-__device__ void flash_backward_q(const floatX* dy, const floatX* qkv, const floatX* y, const float* lse,
-    float* delta, floatX* dqkv, int T, int NH) {
-    uint32_t queries = (shared_address(shared) + 1023) & ~1023, douts = queries + FlashRows * 128;
-    uint32_t tiles = douts + FlashRows * 128;
-    int C = NH * HS, first = (gridDim.x - 1 - blockIdx.x) * FlashRows, warp = threadIdx.x / Warp;
-    int own_first = first + warp / 4 * TileRows;
-    const floatX* head = qkv + (int64_t)blockIdx.z * T * 3 * C + blockIdx.y * HS;
-    int64_t out = (int64_t)blockIdx.z * T * C + blockIdx.y * HS, statistics = ((int64_t)blockIdx.z * NH + blockIdx.y) * T;
-    auto load_keys = [&](int tile) {
-        uint32_t to = tiles + tile % 2 * 2 * TileBytes;
-        load_tile<TileRows>(to, head + C, 3 * C, tile * TileRows, T);
-        load_tile<TileRows>(to + TileBytes, head + 2 * C, 3 * C, tile * TileRows, T);
-        cp_async_commit();
-    };
-    load_tile<FlashRows>(queries, head, 3 * C, first, T);
-    load_tile<FlashRows>(douts, dy + out, C, first, T);
-    load_keys(0);
-
-    // Eight threads sum a row of y·dy.
-    for (int i = threadIdx.x; i < FlashRows * 8; i += FlashThreads) {
-        int row = first + i / 8;
-        int64_t at = out + (int64_t)min(row, T - 1) * C + i % 8 * Width;
-        float own = sum(load(y + at) * load(dy + at));
-        own = row_sum(own);
-        own += __shfl_xor_sync(~0u, own, 4);
-        if (i % 8 == 0 && row < T)
-            delta[statistics + row] = own;
-    }
     __syncthreads();
-    Fragments weights;
-    Accumulators scores, products, sums = {};
-    float scale = rsqrtf(HS), own_lse[2], own_delta[2];
+    store_rows(sums, 1 / total[0], 1 / total[1], queries, y, NH, blockIdx.y, first, T);
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         int row = own_first + row_of(2 * i);
-        own_lse[i] = row < T ? lse[statistics + row] * Log2E : 0;
-        own_delta[i] = row < T ? delta[statistics + row] : 0;
+        if (threadIdx.x % 4 == 0 && row < T)
+            lse[((int64_t)blockIdx.z * NH + blockIdx.y) * T + row] = max[i] * (scale / Log2E) + logf(total[i]);
     }
-    int last = (min(first + FlashRows, T) - 1) / TileRows;
-    for (int tile = 0; tile <= last; tile++) {
-        cp_async_wait<Hopper>();
-        if (tile < last)
-            load_keys(tile + 1);
-        if (tile * TileRows > own_first)
-            continue;
-        uint32_t k = tiles + tile % 2 * 2 * TileBytes, v = k + TileBytes;
-        multiply_transposed<Hopper>(scores, queries + warp / 4 * TileBytes, k);
-        multiply_transposed<Hopper>(products, douts + warp / 4 * TileBytes, v);
-        wgmma_wait<Hopper, 1>(scores);
-        if (tile * TileRows == own_first)
-            mask(scores, false);
-#pragma unroll
-        for (int j = 0; j < 8; j++) {
-#pragma unroll
-            for (int i = 0; i < 4; i++)
-                scores[j][i] = exp2_approximate(scores[j][i] * (scale * Log2E) - own_lse[i / 2]);
-        }
-        wgmma_wait<Hopper, 0>(products);
-#pragma unroll
-        for (int j = 0; j < 8; j++) {
-#pragma unroll
-            for (int i = 0; i < 4; i++)
-                scores[j][i] *= products[j][i] - own_delta[i / 2];
-        }
-        to_fragments(weights, scores);
-        multiply_add<Hopper>(sums, weights, k);
-        wgmma_wait<Hopper, 0>(sums);
-    }
-    store_rows(sums, scale, scale, queries, warp * 16, dqkv + (int64_t)blockIdx.z * T * 3 * C + blockIdx.y * HS, 3 * C,
-        first + warp * 16, T);
 }
 
-// dk and dv: a block for 128 keys, which walks over the queries from its first key on. Rows are keys, columns queries.
-template <bool Hopper>
-__device__ void flash_backward_kv(const floatX* dy, const floatX* qkv, const float* lse, const float* delta,
-    floatX* dqkv, int T, int NH) {
-    __shared__ alignas(16) float lses[2][TileRows], deltas[2][TileRows];
-    uint32_t keys = (shared_address(shared) + 1023) & ~1023, values = keys + FlashRows * 128;
-    uint32_t tiles = values + FlashRows * 128;
-    int C = NH * HS, first = blockIdx.x * FlashRows, warp = threadIdx.x / Warp;
-    int own_first = first + warp / 4 * TileRows;
-    const floatX* head = qkv + (int64_t)blockIdx.z * T * 3 * C + blockIdx.y * HS;
-    const floatX* out = dy + (int64_t)blockIdx.z * T * C + blockIdx.y * HS;
-    int64_t statistics = ((int64_t)blockIdx.z * NH + blockIdx.y) * T;
-    auto load_queries = [&](int tile) {
-        uint32_t to = tiles + tile % 2 * 2 * TileBytes;
-        load_tile<TileRows>(to, head, 3 * C, tile * TileRows, T);
-        load_tile<TileRows>(to + TileBytes, out, C, tile * TileRows, T);
-        int column = threadIdx.x % TileRows, row = min(tile * TileRows + column, T - 1);
-        if (threadIdx.x < TileRows)
-            cp_async_4(shared_address(&lses[tile % 2][column]), lse + statistics + row, tile * TileRows + column < T);
-        else if (threadIdx.x < 2 * TileRows)
-            cp_async_4(shared_address(&deltas[tile % 2][column]), delta + statistics + row, tile * TileRows + column < T);
-        cp_async_commit();
-    };
-    load_tile<FlashRows>(keys, head + C, 3 * C, first, T);
-    load_tile<FlashRows>(values, head + 2 * C, 3 * C, first, T);
-    load_queries(first / TileRows);
+// The row of statistics (B, NH, T up to the next multiple of 64) of this block's head: lse/ln 2 and delta = Σ dy·y of each
+// query, zero from T on.
+__device__ float2* statistics_row(float2* statistics, int T, int NH) {
+    return statistics + ((int64_t)blockIdx.z * NH + blockIdx.y) * ((T + TileRows - 1) / TileRows * TileRows);
+}
 
-    Fragments weights, products_weights;
+// dq, and the statistics for the next kernel; blocks as above. P = e^(scale·q·k − lse); dS = P·(dy·v − delta);
+// dq = scale·Σ dS·k.
+template <bool Hopper>
+__device__ void flash_backward_q(const CUtensorMap* map, const CUtensorMap* dy_map, const floatX* dy, const floatX* qkv,
+    const floatX* y, const float* lse, float2* statistics, floatX* dqkv, int T, int NH) {
+    int first = (gridDim.x - 1 - blockIdx.x) * FlashRows, warpgroup = threadIdx.x / 128;
+    int own_first = first + warpgroup * TileRows;
+    uint32_t queries = first_tile(), douts = queries + 2 * TileBytes;
+    uint32_t own_queries = queries + warpgroup * TileBytes, own_douts = douts + warpgroup * TileBytes;
+    Rows<Hopper> q(qkv, map, 3 * NH, blockIdx.y, T), k(qkv, map, 3 * NH, NH + blockIdx.y, T);
+    Rows<Hopper> v(qkv, map, 3 * NH, 2 * NH + blockIdx.y, T), dout(dy, dy_map, NH, blockIdx.y, T);
+    Pairs<Hopper, false> pairs(k, v, nullptr, douts + 2 * TileBytes, 0, (min(first + FlashRows, T) - 1) / TileRows + 1);
+    pairs.start(4 * TileBytes, [&](uint32_t barrier) {
+        q.template load<FlashRows>(queries, first, barrier);
+        dout.template load<FlashRows>(douts, first, barrier);
+    });
+
+    // Eight threads sum a row of dy·y.
+    __shared__ float2 own_statistics[FlashRows];
+    constexpr int RowsAtATime = FlashThreads / 8;
+    float deltas[FlashRows / RowsAtATime];
+#pragma unroll
+    for (int i = 0; i < FlashRows / RowsAtATime; i++) {
+        int row = min(first + i * RowsAtATime + (int)threadIdx.x / 8, T - 1);
+        int64_t at = ((int64_t)(blockIdx.z * T + row) * NH + blockIdx.y) * HS + threadIdx.x % 8 * Width;
+        deltas[i] = sum(load(y + at) * load(dy + at));
+    }
+#pragma unroll
+    for (int i = 0; i < FlashRows / RowsAtATime; i++) {
+        int own = i * RowsAtATime + threadIdx.x / 8, row = first + own;
+        deltas[i] = row_sum(deltas[i]);
+        deltas[i] += __shfl_xor_sync(~0u, deltas[i], 4);
+        float2 both = make_float2(lse[((int64_t)blockIdx.z * NH + blockIdx.y) * T + min(row, T - 1)] * Log2E, deltas[i]);
+        if (row >= T)
+            both = {};
+        if (threadIdx.x % 8 == 0)
+            own_statistics[own] = both;
+        if (threadIdx.x % 8 == 0 && row < (T + TileRows - 1) / TileRows * TileRows)
+            statistics_row(statistics, T, NH)[row] = both;
+    }
+    __syncthreads();
+    float2 own[2] = {own_statistics[warpgroup * TileRows + row_of(0)], own_statistics[warpgroup * TileRows + row_of(2)]};
+
+    Fragments weights;
+    Accumulators scores, products, sums = {};
+    float scale = rsqrtf(HS);
+    for (; pairs.tile < pairs.end; pairs.next()) {
+        pairs.wait();
+        if (pairs.tile * TileRows <= own_first) {
+            uint32_t keys = pairs.tiles(), values = keys + TileBytes;
+            multiply_transposed<Hopper>(scores, own_queries, keys);
+            multiply_transposed<Hopper>(products, own_douts, values);
+            pairs.refill(0);
+            wgmma_wait<Hopper, 1>(scores);
+            if (pairs.tile * TileRows == own_first)
+                mask(scores, false);
+#pragma unroll
+            for (int j = 0; j < 8; j++) {
+#pragma unroll
+                for (int i = 0; i < 4; i++)
+                    scores[j][i] = exp2_approximate(scores[j][i] * (scale * Log2E) - own[i / 2].x);
+            }
+            wgmma_wait<Hopper, 0>(products);
+#pragma unroll
+            for (int j = 0; j < 8; j++) {
+#pragma unroll
+                for (int i = 0; i < 4; i++)
+                    scores[j][i] *= products[j][i] - own[i / 2].y;
+            }
+            to_fragments(weights, scores);
+            multiply_add<Hopper>(sums, weights, keys);
+            wgmma_wait<Hopper, 0>(sums);
+        }
+    }
+    __syncthreads();
+    store_rows(sums, scale, scale, queries, dqkv, 3 * NH, blockIdx.y, first, T);
+}
+
+// dk and dv: a block for 128 keys, or 192 by three warpgroups, which walks over the queries from its first key on. Rows are
+// keys, columns queries.
+template <bool Hopper>
+constexpr int KeyRows = Hopper ? 192 : FlashRows;
+
+template <bool Hopper>
+__device__ void flash_backward_kv(const CUtensorMap* map, const CUtensorMap* dy_map, const floatX* dy, const floatX* qkv,
+    float2* statistics, floatX* dqkv, int T, int NH) {
+    constexpr int KeyBytes = KeyRows<Hopper> * 128;
+    int first = blockIdx.x * KeyRows<Hopper>, warpgroup = threadIdx.x / 128, own_first = first + warpgroup * TileRows;
+    uint32_t keys = first_tile(), values = keys + KeyBytes;
+    uint32_t own_keys = keys + warpgroup * TileBytes, own_values = values + warpgroup * TileBytes;
+    Rows<Hopper> q(qkv, map, 3 * NH, blockIdx.y, T), k(qkv, map, 3 * NH, NH + blockIdx.y, T);
+    Rows<Hopper> v(qkv, map, 3 * NH, 2 * NH + blockIdx.y, T), dout(dy, dy_map, NH, blockIdx.y, T);
+    Pairs<Hopper, true> pairs(q, dout, statistics_row(statistics, T, NH), values + KeyBytes, first / TileRows,
+        (T - 1) / TileRows + 1);
+    pairs.start(2 * KeyBytes, [&](uint32_t barrier) {
+        k.template load<KeyRows<Hopper>>(keys, first, barrier);
+        v.template load<KeyRows<Hopper>>(values, first, barrier);
+    });
+
+    Fragments weights, product_weights;
     Accumulators scores, products, dk = {}, dv = {};
     float scale = rsqrtf(HS);
-    int last = (T - 1) / TileRows;
-    for (int tile = first / TileRows; tile <= last; tile++) {
-        cp_async_wait<Hopper>();
-        if (tile < last)
-            load_queries(tile + 1);
-        if (tile * TileRows < own_first)
-            continue;
-        uint32_t q = tiles + tile % 2 * 2 * TileBytes, dout = q + TileBytes;
-        multiply_transposed<Hopper>(scores, keys + warp / 4 * TileBytes, q);
-        multiply_transposed<Hopper>(products, values + warp / 4 * TileBytes, dout);
-        wgmma_wait<Hopper, 1>(scores);
-        if (tile * TileRows == own_first)
-            mask(scores, true);
+    for (; pairs.tile < pairs.end; pairs.next()) {
+        pairs.wait();
+        if (pairs.tile * TileRows >= own_first) {
+            uint32_t queries = pairs.tiles(), douts = queries + TileBytes;
+            const float4* columns = (const float4*)__cvta_shared_to_generic(pairs.statistics(pairs.place));
+            multiply_transposed<Hopper>(scores, own_keys, queries);
+            multiply_transposed<Hopper>(products, own_values, douts);
+            pairs.refill(first / TileRows);
+            wgmma_wait<Hopper, 1>(scores);
+            if (pairs.tile * TileRows == own_first)
+                mask(scores, true);
 #pragma unroll
-        for (int j = 0; j < 8; j++) {
-            float2 query_lse = *(float2*)&lses[tile % 2][column_of(j, 0)];
-            float shift[2] = {query_lse.x * Log2E, query_lse.y * Log2E};
+            for (int j = 0; j < 8; j++) {
+                float4 both = columns[column_of(j, 0) / 2];
 #pragma unroll
-            for (int i = 0; i < 4; i++)
-                scores[j][i] = exp2_approximate(scores[j][i] * (scale * Log2E) - shift[i % 2]);
+                for (int i = 0; i < 4; i++)
+                    scores[j][i] = exp2_approximate(scores[j][i] * (scale * Log2E) - (i % 2 ? both.z : both.x));
+            }
+            to_fragments(weights, scores);
+            multiply_add<Hopper>(dv, weights, douts);
+            wgmma_wait<Hopper, 1>(products);
+#pragma unroll
+            for (int j = 0; j < 8; j++) {
+                float4 both = columns[column_of(j, 0) / 2];
+#pragma unroll
+                for (int i = 0; i < 4; i += 2) {
+                    uint32_t p = weights[j / 2][j % 2 * 2 + i / 2]; // not the scores, whose registers are needed
+                    products[j][i] = __uint_as_float(p << 16) * (products[j][i] - both.y);
+                    products[j][i + 1] = __uint_as_float(p & 0xffff0000) * (products[j][i + 1] - both.w);
+                }
+            }
+            to_fragments(product_weights, products);
+            multiply_add<Hopper>(dk, product_weights, queries);
+            wgmma_wait<Hopper, 0>(dk);
+            wgmma_wait<Hopper, 0>(dv);
         }
-        to_fragments(weights, scores);
-        multiply_add<Hopper>(dv, weights, dout);
-        wgmma_wait<Hopper, 1>(products);
-#pragma unroll
-        for (int j = 0; j < 8; j++) {
-            float2 query_delta = *(float2*)&deltas[tile % 2][column_of(j, 0)];
-#pragma unroll
-            for (int i = 0; i < 4; i++)
-                products[j][i] = scores[j][i] * (products[j][i] - (i % 2 ? query_delta.y : query_delta.x));
-        }
-        to_fragments(products_weights, products);
-        multiply_add<Hopper>(dk, products_weights, q);
-        wgmma_wait<Hopper, 0>(dk);
-        wgmma_wait<Hopper, 0>(dv);
     }
-    floatX* to = dqkv + (int64_t)blockIdx.z * T * 3 * C + blockIdx.y * HS;
-    store_rows(dk, scale, scale, keys, warp * 16, to + C, 3 * C, first + warp * 16, T);
-    store_rows(dv, 1, 1, values, warp * 16, to + 2 * C, 3 * C, first + warp * 16, T);
+    __syncthreads();
+    store_rows(dk, scale, scale, keys, dqkv, 3 * NH, NH + blockIdx.y, first, T);
+    store_rows(dv, 1, 1, values, dqkv, 3 * NH, 2 * NH + blockIdx.y, first, T);
 }
 
-// Each kernel with mma, for any GPU, and with wgmma, empty but on Hopper.
+// Each kernel for any GPU, and with wgmma and TMA, empty but on Hopper. The maps describe qkv and dy.
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 #define ON_HOPPER(statement) statement
 #else
 #define ON_HOPPER(statement)
 #endif
+#define FLASH_KERNEL(name, blocks, threads, body, parameters, ...) \
+    KERNEL __launch_bounds__(FlashThreads, blocks) name parameters { \
+        body<false>(__VA_ARGS__); \
+    } \
+    KERNEL __launch_bounds__(threads, blocks) name##_hopper parameters { \
+        ON_HOPPER(body<true>(__VA_ARGS__)); \
+    }
 
-KERNEL __launch_bounds__(FlashThreads, 2) attention(const floatX* qkv, floatX* y, float* lse, int T, int NH) {
-    flash_forward<false>(qkv, y, lse, T, NH);
-}
+FLASH_KERNEL(attention, 2, FlashThreads, flash_forward, (const __grid_constant__ CUtensorMap map, const floatX* qkv,
+    floatX* y, float* lse, int T, int NH), &map, qkv, y, lse, T, NH)
 
-KERNEL __launch_bounds__(FlashThreads, 2) attention_wgmma(const floatX* qkv, floatX* y, float* lse, int T, int NH) {
-    ON_HOPPER(flash_forward<true>(qkv, y, lse, T, NH));
-}
+FLASH_KERNEL(attention_backward_q, 2, FlashThreads, flash_backward_q, (const __grid_constant__ CUtensorMap map,
+    const __grid_constant__ CUtensorMap dy_map, const floatX* dy, const floatX* qkv, const floatX* y, const float* lse,
+    float2* statistics, floatX* dqkv, int T, int NH), &map, &dy_map, dy, qkv, y, lse, statistics, dqkv, T, NH)
 
-KERNEL __launch_bounds__(FlashThreads, 1) attention_backward_q(const floatX* dy, const floatX* qkv, const floatX* y,
-    const float* lse, float* delta, floatX* dqkv, int T, int NH) {
-    flash_backward_q<false>(dy, qkv, y, lse, delta, dqkv, T, NH);
-}
-
-KERNEL __launch_bounds__(FlashThreads, 2) attention_backward_q_wgmma(const floatX* dy, const floatX* qkv, const floatX* y,
-    const float* lse, float* delta, floatX* dqkv, int T, int NH) {
-    ON_HOPPER(flash_backward_q<true>(dy, qkv, y, lse, delta, dqkv, T, NH));
-}
-
-KERNEL __launch_bounds__(FlashThreads, 1) attention_backward_kv(const floatX* dy, const floatX* qkv, const float* lse,
-    const float* delta, floatX* dqkv, int T, int NH) {
-    flash_backward_kv<false>(dy, qkv, lse, delta, dqkv, T, NH);
-}
-
-KERNEL __launch_bounds__(FlashThreads, 1) attention_backward_kv_wgmma(const floatX* dy, const floatX* qkv, const float* lse,
-    const float* delta, floatX* dqkv, int T, int NH) {
-    ON_HOPPER(flash_backward_kv<true>(dy, qkv, lse, delta, dqkv, T, NH));
-}
+FLASH_KERNEL(attention_backward_kv, 1, 2 * KeyRows<true>, flash_backward_kv, (const __grid_constant__ CUtensorMap map,
+    const __grid_constant__ CUtensorMap dy_map, const floatX* dy, const floatX* qkv, float2* statistics, floatX* dqkv, int T,
+    int NH), &map, &dy_map, dy, qkv, statistics, dqkv, T, NH)
 #endif
 
 // ---- Classifier

@@ -1,6 +1,7 @@
 # make            ./gpt2, a native executable
 # make train      build, data, training; more options in ARGS, as in: make train ARGS="-e d12 -x 1000"
 # make test       every test that this machine can run
+# make bench      training speed by operation, and PyTorch's if python3 has it for this GPU; ARGS="-e d48 -b 16"
 # make data, make test-bin, make toolkit, make clean: said where they stand
 
 # Instruction set of the binaries: native is this machine's vector units, x86-64-v3 is any machine with AVX2.
@@ -30,7 +31,7 @@ need_sdk = dotnet --list-sdks 2>/dev/null | grep -q '^[1-9][0-9]\.' || \
 publish = dotnet publish $1 -c Release -r linux-x64 -p:CppCompilerAndLinker=gcc -p:IlcInstructionSet=$(ISA) \
 	-o $2 --nologo -v quiet
 
-.PHONY: train test test-bin data toolkit clean always
+.PHONY: train bench test test-bin data toolkit clean always
 .DELETE_ON_ERROR:
 
 # Both binaries appear by rename: a run that is going on keeps the file that it started from.
@@ -64,6 +65,14 @@ bin/arch: always
 
 train: gpt2 data
 	./gpt2 train -y -i 'data/*train_*.bin' -j 'data/*val_*.bin' -o log $(ARGS)
+
+bench: gpt2
+	@./gpt2 bench $(ARGS) | tee bin/bench
+	@if python3 -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then \
+		python3 tests/rival.py -d 524288 -b 64 $(ARGS) | tee bin/rival && \
+		awk '/tok\/s/ && /MFU/ { ours = $$5 } /^pytorch/ { theirs = $$3 } \
+			END { printf "%.2f times PyTorch\n", ours / theirs }' bin/bench bin/rival; \
+	fi
 
 # Token shards: any that are in data/ already, or those of data/text.txt, which may be a text of your own.
 .SECONDARY: data/text.txt

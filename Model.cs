@@ -71,8 +71,9 @@ public interface IDevice : IDisposable {
     string Name { get; }
     /// <summary>The type of weights and activations; statistics, losses and gradients of weights are fp32.</summary>
     DataType Precision { get; }
-    /// <summary>Memory that can still be allocated.</summary>
+    /// <summary>Memory that can still be allocated, and what the device has taken for itself.</summary>
     long FreeMemory { get; }
+    long Workspace { get; }
     /// <summary>Floating-point operations a second at best, of which MFU is a share: a GPU's data sheet's.</summary>
     double PeakFlops();
     /// <summary>Floating-point operations a second of a large product, and bytes read and written a second of a large
@@ -113,8 +114,8 @@ public interface IDevice : IDisposable {
     /// <summary>Causal attention of the rows from start on. qkv (B, T, 3·NH·HS) packs queries, keys and values;
     /// y (B, T − start, NH·HS); lse (B, NH, T − start) is the log-sum-exp of each query's scaled scores.</summary>
     void Attention(Tensor qkv, int start, int heads, Tensor y, Tensor lse);
-    /// <summary>dqkv from dy, for start 0; delta (B, NH, T) becomes each query's Σ dy·y.</summary>
-    void AttentionBackward(Tensor dy, Tensor qkv, Tensor y, Tensor lse, int heads, Tensor delta, Tensor dqkv);
+    /// <summary>dqkv from dy, for start 0; scratch (B, NH, 2·T up to the next multiple of 128) is overwritten.</summary>
+    void AttentionBackward(Tensor dy, Tensor qkv, Tensor y, Tensor lse, int heads, Tensor scratch, Tensor dqkv);
     /// <summary>losses (B, T) = cross-entropy of each row of logits (B, T, Vp) against its target; the logits become
     /// (softmax − one-hot)·gradientScale. Columns from the vocabulary on take no part and become zero.</summary>
     void Classify(Tensor logits, ReadOnlySpan<int> targets, int vocabulary, Tensor losses, float gradientScale);
@@ -242,7 +243,7 @@ public enum Purpose { Train, Evaluate, Generate }
 /// address on; laid out from 0, it tells how much memory that takes.</summary>
 public sealed class Activations {
     public readonly Tensor Encoded, Branch, Final, FinalStatistics, Logits, Losses;
-    public readonly Tensor DResidual, DBranch, DQkv, DFch, Delta;
+    public readonly Tensor DResidual, DBranch, DQkv, DFch, AttentionScratch;
     public readonly Layer[] Layers;
 
     /// <summary>Rows whose logits are held at a time: the largest activation but for this.</summary>
@@ -279,7 +280,8 @@ public sealed class Activations {
                 New(C));
         }
         if (purpose == Purpose.Train)
-            (DResidual, DBranch, DQkv, DFch, Delta) = (New(C), New(C), New(3 * C), New(4 * C), Fp32(NH, T));
+            (DResidual, DBranch, DQkv, DFch, AttentionScratch) =
+                (New(C), New(C), New(3 * C), New(4 * C), Fp32(NH, (T + 63) / 64 * 128));
         Bytes = address - start;
     }
 
@@ -463,7 +465,8 @@ public sealed class Model {
             Device.LinearBackward(a.DFch, x.Ln2, w.Fcw, a.DBranch, dw.Fcw, dw.Fcb);
             Device.LayerNormBackward(a.DBranch, x.Residual2, w.Ln2w, x.Ln2Statistics, a.DResidual, dw.Ln2w, dw.Ln2b);
             Device.LinearBackward(a.DResidual, x.Atty, w.Attprojw, a.DBranch, dw.Attprojw, dw.Attprojb);
-            Device.AttentionBackward(a.DBranch, x.Qkv, x.Atty, x.Lse, Config.NH, a.Delta, a.DQkv);
+            Device.AttentionBackward(
+                a.DBranch, x.Qkv, x.Atty, x.Lse, Config.NH, a.AttentionScratch, a.DQkv);
             if (recompute >= 2)
                 Device.LayerNorm(residual, w.Ln1w, w.Ln1b, x.Ln1, x.Ln1Statistics);
             Device.LinearBackward(a.DQkv, x.Ln1, w.Qkvw, a.DBranch, dw.Qkvw, dw.Qkvb);

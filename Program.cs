@@ -29,10 +29,10 @@ internal sealed class Commands {
     /// <summary>Trains GPT-2 from scratch or from a checkpoint, on token shards.</summary>
     /// <param name="trainData">-i, Token shards to train on; * and ? match in file names.</param>
     /// <param name="valData">-j, Token shards to validate on.</param>
-    /// <param name="init">-e, A model file, or d6, d12, d24, d36 or d48 for random weights. [d6 on a CPU]</param>
+    /// <param name="init">-e, A model file, or d6, d12, d24, d36 or d48 for random weights. [d12; d6 on a CPU]</param>
     /// <param name="out">-o, Folder for checkpoints, main.log and loss.svg.</param>
-    /// <param name="batch">-b, Sequences in a batch.</param>
-    /// <param name="seq">-t, Tokens in a sequence.</param>
+    /// <param name="batch">-b, Sequences in a batch. [16; 4 on a CPU]</param>
+    /// <param name="seq">-t, Tokens in a sequence. [1024; 128 on a CPU]</param>
     /// <param name="totalBatch">-d, Tokens in an update, a multiple of batch x seq. [one batch]</param>
     /// <param name="maxSteps">-x, Updates in all.</param>
     /// <param name="lr">-l, Highest learning rate.</param>
@@ -50,25 +50,26 @@ internal sealed class Commands {
     /// <param name="recompute">-r, Less memory, more work: 1 recomputes GELU, 2 layer norms too.</param>
     /// <param name="overfit">-a, Train on the first batches alone.</param>
     /// <param name="noShuffle">Take the data in order.</param>
+    /// <param name="skipOutliers">Skip updates whose loss or norm is so many deviations above the last 128. [0: none]</param>
     /// <param name="device">auto, cuda or cpu.</param>
     /// <param name="precision">Of weights and activations: bf16 or fp32. [bf16 on a GPU]</param>
     /// <param name="seed">Seed of weights, order and samples.</param>
     /// <param name="verbose">Show where an error came from.</param>
     public int Train(string trainData = "data/*train_*.bin", string valData = "data/*val_*.bin", string? init = null,
-        string @out = "log", int batch = 4, int seq = 128, int totalBatch = 0, int maxSteps = 300, float lr = 1e-3f,
+        string @out = "log", int batch = 0, int seq = 0, int totalBatch = 0, int maxSteps = 300, float lr = 1e-3f,
         int warmup = 20, float finalLrFrac = 0.1f, float weightDecay = 0.1f, Schedule schedule = Schedule.Cosine,
         int valEvery = 50, int valBatches = 20, int sampleEvery = 0, int genTokens = 64, int checkpointEvery = 200,
         int keep = 2, bool resume = false, int recompute = 0, bool overfit = false, bool noShuffle = false,
-        DeviceKind device = DeviceKind.Auto, DataType? precision = null, uint seed = 42, bool verbose = false) =>
-        Guard(verbose, () => {
+        float skipOutliers = 0, DeviceKind device = DeviceKind.Auto, DataType? precision = null, uint seed = 42,
+        bool verbose = false) => Guard(verbose, () => {
             using var logs = LoggerFactory.Create(logging => logging.AddZLoggerConsole(options =>
                 options.LogToStandardErrorThreshold = LogLevel.Trace));
             using var computer = Open(device, precision, verbose);
-            Require(batch <= int.MaxValue / Math.Max(1, seq), "--batch", "less than 2^31 tokens together", batch);
+            (batch, seq) = Sizes(computer, batch, seq, (16, 1024), (4, 128));
             totalBatch = totalBatch == 0 ? batch * seq : totalBatch;
             var options = new TrainOptions(trainData, valData, init, @out, batch, seq, totalBatch, maxSteps, lr,
                 warmup, finalLrFrac, weightDecay, schedule, valEvery, valBatches, sampleEvery, genTokens,
-                checkpointEvery, keep, resume, recompute, overfit, !noShuffle, seed);
+                checkpointEvery, keep, resume, recompute, overfit, !noShuffle, seed, skipOutliers);
             using var trainer = new Trainer(options, computer, Console.Out, logs.CreateLogger("gpt2"));
             trainer.Run();
             return 0;
@@ -197,33 +198,42 @@ internal sealed class Commands {
 
     /// <summary>Times training by operation, beside the device's measured peak.</summary>
     /// <param name="init">-e, A model file or descriptor.</param>
-    /// <param name="batch">-b, Sequences in a batch.</param>
-    /// <param name="seq">-t, Tokens in a sequence.</param>
-    /// <param name="totalBatch">-d, Tokens in an update, a multiple of batch x seq. [one batch]</param>
+    /// <param name="batch">-b, Sequences in a batch. [64; 4 on a CPU]</param>
+    /// <param name="seq">-t, Tokens in a sequence. [1024; 64 on a CPU]</param>
+    /// <param name="totalBatch">-d, Tokens in an update, a multiple of batch x seq. [524288; one batch on a CPU]</param>
     /// <param name="steps">-x, Steps, of which the median counts.</param>
     /// <param name="recompute">-r, As in training.</param>
+    /// <param name="portable">Do without the instructions that only Hopper GPUs have.</param>
     /// <param name="device">auto, cuda or cpu.</param>
     /// <param name="precision">Of weights and activations: bf16 or fp32. [bf16 on a GPU]</param>
     /// <param name="verbose">Show where an error came from.</param>
-    public int Bench(string init = "d12", int batch = 4, int seq = 64, int totalBatch = 0, int steps = 5, int recompute = 0,
+    public int Bench(string init = "d12", int batch = 0, int seq = 0, int totalBatch = 0, int steps = 5, int recompute = 0, bool portable = false,
         DeviceKind device = DeviceKind.Auto, DataType? precision = null, bool verbose = false) => Guard(verbose, () => {
-            Require(batch > 0, "--batch", "1 or more", batch);
-            Require(batch <= int.MaxValue / Math.Max(1, seq), "--batch", "less than 2^31 tokens together", batch);
             Require(steps > 0, "--steps", "1 or more", steps);
-            using var computer = Open(device, precision, verbose);
-            totalBatch = totalBatch == 0 ? batch * seq : totalBatch;
+            using var computer = Open(device, precision, verbose, portable);
+            (batch, seq) = Sizes(computer, batch, seq, (64, 1024), (4, 64));
+            totalBatch = totalBatch > 0 ? totalBatch : computer is Cpu ? batch * seq : 524_288;
             Benchmark.Run(init, batch, seq, totalBatch, steps, recompute, computer, Console.Out);
             return 0;
         });
 
     /// <summary>The device asked for; bf16 unless said otherwise on a GPU, and fp32 on the CPU.</summary>
-    static IDevice Open(DeviceKind device, DataType? precision, bool verbose) {
+    static IDevice Open(DeviceKind device, DataType? precision, bool verbose, bool portable = false) {
         Require(Enum.IsDefined(device), "--device", "auto, cuda or cpu", device);
         Require(precision == null || Enum.IsDefined(precision.Value), "--precision", "bf16 or fp32", precision!);
         if (device == DeviceKind.Cuda || device == DeviceKind.Auto && Cuda.IsAvailable)
-            return new Cuda(precision ?? DataType.Bf16, verbose: verbose);
+            return new Cuda(precision ?? DataType.Bf16, portable, verbose);
         Require(precision != DataType.Bf16, "--precision", "fp32 on the CPU", "bf16");
         return new Cpu();
+    }
+
+    /// <summary>The batch and sequence asked for, or what suits the device.</summary>
+    static (int B, int T) Sizes(IDevice device, int batch, int seq, (int B, int T) gpu, (int B, int T) cpu) {
+        var (B, T) = device is Cpu ? cpu : gpu;
+        (batch, seq) = (batch == 0 ? B : batch, seq == 0 ? T : seq);
+        Require(batch > 0, "--batch", "1 or more", batch);
+        Require(batch <= int.MaxValue / Math.Max(1, seq), "--batch", "less than 2^31 tokens together", batch);
+        return (batch, seq);
     }
 
     /// <summary>Streams a prompt and what follows, ended by a new line.</summary>

@@ -12,12 +12,12 @@ namespace Gpt2;
 public enum Schedule { Cosine, Linear, Constant, Wsd }
 
 /// <summary>What `gpt2 train` was asked to do, as its help explains. Without Init, the checkpoint's model is taken or
-/// the device's default.</summary>
+/// the device's default; SkipOutliers 0 skips none.</summary>
 public sealed record TrainOptions(
     string TrainData, string ValData, string? Init, string Out, int B, int T, int TotalBatch, int MaxSteps,
     float LearningRate, int Warmup, float FinalFraction, float WeightDecay, Schedule Schedule, int ValEvery,
     int ValBatches, int SampleEvery, int GenTokens, int CheckpointEvery, int Keep, bool Resume, int Recompute,
-    bool Overfit, bool Shuffle, uint Seed) {
+    bool Overfit, bool Shuffle, uint Seed, float SkipOutliers = 0) {
     /// <summary>Passes over B·T tokens whose gradients make one update.</summary>
     public int MicroSteps => TotalBatch / (B * T);
 
@@ -55,6 +55,7 @@ public sealed record TrainOptions(
         Require(CheckpointEvery >= 0, "--checkpoint-every", "0 or more", CheckpointEvery);
         Require(Keep > 0, "--keep", "1 or more", Keep);
         Require(Enum.IsDefined(Schedule), "--schedule", "cosine, linear, constant or wsd", Schedule);
+        Require(SkipOutliers is >= 0 and < float.PositiveInfinity, "--skip-outliers", "0 or more", SkipOutliers);
         Require(Recompute is >= 0 and <= 2, "--recompute", "0, 1 or 2", Recompute);
     }
 }
@@ -81,7 +82,7 @@ public sealed class Trainer : IDisposable {
             throw new Gpt2Exception($"{options.Out}: expected --resume or no run yet, found one of {firstStep} steps");
         if (options.Resume && checkpoints.Last == null)
             log.ZLogInformation($"{options.Out}: no complete checkpoint to resume, starting from step 0");
-        var (file, config) = checkpoints.Last == null ? Open(options.Init ?? "d6") : Resume();
+        var (file, config) = checkpoints.Last == null ? Open(options.Init ?? (device is Cpu ? "d6" : "d12")) : Resume();
         options.Check(config);
         var shuffle = options.Shuffle && !options.Overfit;
         train = new TokenLoader(options.TrainData, options.B, options.T, config.V, shuffle, options.Seed);
@@ -121,7 +122,8 @@ public sealed class Trainer : IDisposable {
         log.ZLogInformation($"batch   {o.B} x {o.T} tokens x {o.MicroSteps} micro-steps = {o.TotalBatch} tokens");
         log.ZLogInformation($"steps   {firstStep} to {o.MaxSteps}; {train.Batches / (double)o.MicroSteps:F1} an epoch");
         log.ZLogInformation($"device  {model.Device.Name}");
-        foreach (var (name, bytes) in model.Memory.Append(("together", model.Memory.Sum(part => part.Bytes))))
+        (string Name, long Bytes)[] memory = [.. model.Memory, ("workspace", model.Device.Workspace)];
+        foreach (var (name, bytes) in memory.Append(("together", memory.Sum(part => part.Bytes))))
             log.ZLogInformation($"memory  {name,-16}{bytes / 1e6,9:F1} MB");
     }
 
@@ -141,13 +143,13 @@ public sealed class Trainer : IDisposable {
             Validate(0);
         for (var (step, stopping) = (firstStep, false); step < options.MaxSteps && !stopping;) {
             var start = Stopwatch.GetTimestamp();
-            var (loss, norm) = Step(step);
+            var (loss, norm, skipped) = Step(step);
             var seconds = Stopwatch.GetElapsedTime(start).TotalSeconds;
             var (rate, speed) = (options.LearningRateAt(step), options.TotalBatch / seconds);
             runLog.Train(step++, loss, rate, norm);
             output.WriteLine($"{(live ? "\r\e[K" : "")}step {step,4}/{options.MaxSteps} | loss {loss:F6} | " +
                 $"norm {norm:F4} | lr {rate:0.00e+00} | {seconds * 1e3:F2} ms | " +
-                $"{speed * perToken:0.0%} MFU | {speed:F0} tok/s");
+                $"{speed * perToken:0.0%} MFU | {speed:F0} tok/s{(skipped ? " | outlier, not updated" : "")}");
             bool Due(int period) => step == options.MaxSteps || period > 0 && step % period == 0;
             if (Due(options.ValEvery))
                 Validate(step);
@@ -168,8 +170,8 @@ public sealed class Trainer : IDisposable {
             log.ZLogInformation($"nothing to do: {firstStep} steps are done, and --max-steps is {options.MaxSteps}");
     }
 
-    /// <summary>One update: the mean loss and the gradient's norm before clipping.</summary>
-    (double Loss, float Norm) Step(int step) {
+    /// <summary>One update: the mean loss, the gradient's norm before clipping, and whether they made it skip.</summary>
+    (double Loss, float Norm, bool Skipped) Step(int step) {
         if (options.Overfit)
             train.Reset();
         var loss = 0.0;
@@ -184,8 +186,12 @@ public sealed class Trainer : IDisposable {
         if (!double.IsFinite(loss) || !float.IsFinite(norm))
             throw new Gpt2Exception($"step {step + 1}: expected a finite loss and gradient, found loss {loss} and " +
                 $"norm {norm}; nothing was updated, and the last checkpoint stands");
-        optimizer.Update(step + 1, options.LearningRateAt(step), options.WeightDecay, norm);
-        return (loss, norm);
+        var skips = options.SkipOutliers > 0 && runLog.Deviation(loss, norm) > options.SkipOutliers;
+        if (skips)
+            model.Device.Clear(model.Gradients!.All);
+        else
+            optimizer.Update(step + 1, options.LearningRateAt(step), options.WeightDecay, norm);
+        return (loss, norm, skips);
     }
 
     void Validate(int step) {
@@ -369,6 +375,7 @@ public sealed class Checkpoints(string folder) {
 public sealed partial class RunLog {
     readonly string folder;
     readonly List<(int Step, double Loss)> train = [], validation = [];
+    readonly List<double> norms = [];
 
     /// <summary>Goes on with the log of a run as it was before a step; what a lost part wrote is dropped.</summary>
     public RunLog(string folder, int firstStep) {
@@ -385,7 +392,7 @@ public sealed partial class RunLog {
 
     string LogPath => Path.Combine(folder, "main.log");
 
-    [GeneratedRegex(@"^s:(\d{1,9}) (trl|tel|eval):(\d+\.\d{4})( lr:\d+\.\d{6} norm:\d+\.\d\d)?$")]
+    [GeneratedRegex(@"^s:(\d{1,9}) (trl|tel|eval):(\d+\.\d{4})( lr:\d+\.\d{6} norm:(\d+\.\d\d))?$")]
     private static partial Regex Line();
 
     /// <summary>Adds a line's loss to the curves as the line gives it, so that a resumed run draws the same.</summary>
@@ -393,7 +400,22 @@ public sealed partial class RunLog {
         var groups = Line().Match(line).Groups;
         if (groups[2].Value is "trl" or "tel")
             (groups[2].Value == "trl" ? train : validation).Add((int.Parse(groups[1].Value), double.Parse(groups[3].Value)));
+        if (groups[5].Success)
+            norms.Add(double.Parse(groups[5].Value));
         return line;
+    }
+
+    /// <summary>How many standard deviations a loss or norm is above the last 128 in the log, the larger of the two; 0
+    /// before there are so many.</summary>
+    public double Deviation(double loss, double norm) {
+        const int window = 128;
+        return norms.Count < window ? 0 : Math.Max(Above(loss, train.Select(point => point.Loss)), Above(norm, norms));
+
+        static double Above(double value, IEnumerable<double> all) {
+            var last = all.TakeLast(window).ToArray();
+            var mean = last.Average();
+            return (value - mean) / Math.Sqrt(last.Average(x => (x - mean) * (x - mean)) + 1e-10);
+        }
     }
 
     /// <summary>Logs an update.</summary>
