@@ -291,7 +291,7 @@ public sealed unsafe class Cuda : IDevice {
 
     // ---- Embedding
 
-    const int Width = 8, SumColumns = 256; // elements a thread moves at a time, and columns of a block that sums rows
+    const int Width = 8, SumColumns = 256, AddColumns = 64; // elements a thread moves at a time, columns a block sums
 
     int[] order = [], firsts = [];
 
@@ -342,7 +342,7 @@ public sealed unsafe class Cuda : IDevice {
             ScratchBytes / (C * sums)));
         Launch(layerNormBackward, (blocks, 1, 1), 32 * warps, warps * C * sums, 0, 4.0 * x.Bytes,
             dy, x, w, statistics, dx, scratch, rows, C);
-        Launch(addRowSums, (1, Blocks(C, SumColumns), 2), SumColumns, 0, 0, (double)blocks * C * sums,
+        Launch(addRowSums, (1, Blocks(C, AddColumns), 2), SumColumns, 0, 0, (double)blocks * C * sums,
             scratch, blocks, C, db, dw);
     }
 
@@ -387,7 +387,7 @@ public sealed unsafe class Cuda : IDevice {
         var down = Math.Min(Blocks(rows, fewestRows), Blocks(blocksPerMultiprocessor * multiprocessors, across));
         down = Math.Min(down, ScratchBytes / (OC * sizeof(float)));
         Launch(sumRowsPartially, (down, across, 1), SumColumns, 0, 0, dy.Bytes, dy, rows, OC, scratch);
-        Launch(addRowSums, (1, across, 1), SumColumns, 0, 0, 4.0 * down * OC, scratch, down, OC, db, 0L);
+        Launch(addRowSums, (1, Blocks(OC, AddColumns), 1), SumColumns, 0, 0, 4.0 * down * OC, scratch, down, OC, db, 0L);
     }
 
     public void Gelu(Tensor x, Tensor y) =>

@@ -86,6 +86,14 @@ __device__ Pack normalize(Pack x, float mean, float rstd) {
     return x;
 }
 
+__device__ uint32_t shared_address(const void* pointer) {
+    return (uint32_t)__cvta_generic_to_shared(pointer);
+}
+
+__device__ void cp_async(uint32_t to, const void* from, bool inside) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(inside ? 16 : 0));
+}
+
 __device__ float warp_sum(float x) {
 #pragma unroll
     for (int lane = Warp / 2; lane > 0; lane /= 2)
@@ -102,33 +110,35 @@ __device__ float warp_max(float x) {
 
 // ---- Sums of rows
 
-constexpr int SumThreads = 256; // a warp for each eighth of the rows, a lane for each eighth of SumThreads columns
+constexpr int SumThreads = 256;
 
-// The sum over count rows of x (.., C), of which row(i) is the i-th, in the column this thread then has; false past the end.
-template <typename T, typename Row>
+// The sum over count rows of x (.., C), of which row(i) is the i-th, in the column this thread then has; false past the end
+// and for threads without one. A block has so many columns, eight of them a thread, and its threads divide the rows.
+template <int Columns, typename T, typename Row>
 __device__ bool sum_rows(const T* x, int C, int count, Row row, int& column, float& total) {
-    __shared__ float sums[SumThreads / Warp][SumThreads];
-    int warp = threadIdx.x / Warp, lane = threadIdx.x % Warp, first = blockIdx.y * SumThreads;
+    constexpr int Across = Columns / Width, Down = SumThreads / Across;
+    __shared__ float sums[Down][Columns];
+    int down = threadIdx.x / Across, first = blockIdx.y * Columns, own_first = first + threadIdx.x % Across * Width;
     Pack own = {};
-    if (first + lane * Width < C) {
+    if (own_first < C) {
 #pragma unroll 4
-        for (int i = warp; i < count; i += SumThreads / Warp)
-            own = own + load(x + (int64_t)row(i) * C + first + lane * Width);
+        for (int i = down; i < count; i += Down)
+            own = own + load(x + (int64_t)row(i) * C + own_first);
     }
-    store(&sums[warp][lane * Width], own);
+    store(&sums[down][own_first - first], own);
     __syncthreads();
     column = first + threadIdx.x;
     total = 0;
-    for (int i = 0; i < SumThreads / Warp; i++)
+    for (int i = 0; i < Down && threadIdx.x < Columns; i++)
         total += sums[i][threadIdx.x];
-    return column < C;
+    return threadIdx.x < Columns && column < C;
 }
 
 // partial (blocks, C): sums of x (rows, C) over each block's share of the rows.
 KERNEL sum_rows_partially(const floatX* x, int rows, int C, float* partial) {
     int first = (int64_t)rows * blockIdx.x / gridDim.x, end = (int64_t)rows * (blockIdx.x + 1) / gridDim.x, column;
     float total;
-    if (sum_rows(x, C, end - first, [=](int i) { return first + i; }, column, total))
+    if (sum_rows<256>(x, C, end - first, [=](int i) { return first + i; }, column, total))
         partial[(int64_t)blockIdx.x * C + column] = total;
 }
 
@@ -136,7 +146,7 @@ KERNEL sum_rows_partially(const floatX* x, int rows, int C, float* partial) {
 KERNEL add_row_sums(const float* partial, int count, int C, float* db, float* dw) {
     int column;
     float total;
-    if (sum_rows(partial + (int64_t)blockIdx.z * count * C, C, count, [](int i) { return i; }, column, total))
+    if (sum_rows<64>(partial + (int64_t)blockIdx.z * count * C, C, count, [](int i) { return i; }, column, total))
         (blockIdx.z == 0 ? db : dw)[column] += total;
 }
 
@@ -154,7 +164,7 @@ KERNEL embed(const int* tokens, const floatX* wte, const floatX* wpe, int start,
 KERNEL embed_backward_tokens(const int* order, const int* first, const floatX* dx, float* dwte, int C) {
     int begin = first[blockIdx.x], count = first[blockIdx.x + 1] - begin, column;
     float total;
-    if (count > 0 && sum_rows(dx, C, count, [=](int i) { return order[begin + i]; }, column, total))
+    if (count > 0 && sum_rows<256>(dx, C, count, [=](int i) { return order[begin + i]; }, column, total))
         dwte[(int64_t)blockIdx.x * C + column] += total;
 }
 
@@ -162,7 +172,7 @@ KERNEL embed_backward_tokens(const int* order, const int* first, const floatX* d
 KERNEL embed_backward_positions(const floatX* dx, float* dwpe, int B, int T, int C) {
     int column;
     float total;
-    if (sum_rows(dx, C, B, [=](int b) { return b * T + blockIdx.x; }, column, total))
+    if (sum_rows<256>(dx, C, B, [=](int b) { return b * T + blockIdx.x; }, column, total))
         dwpe[(int64_t)blockIdx.x * C + column] += total;
 }
 
@@ -454,20 +464,12 @@ __device__ uint32_t chunk(uint32_t tile, int row, int column8) {
     return tile + row * 128 + ((column8 ^ (row & 7)) << 4);
 }
 
-__device__ uint32_t shared_address(const void* pointer) {
-    return (uint32_t)__cvta_generic_to_shared(pointer);
-}
-
 // Where tiles begin in what the launch asked for: at a multiple of 1024, as the permutation wants it.
 __device__ uint32_t first_tile() {
     return (shared_address(shared) + 1023) & ~1023;
 }
 
 // ---- Copies to shared memory
-
-__device__ void cp_async(uint32_t to, const void* from, bool inside) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(inside ? 16 : 0));
-}
 
 __device__ void mbarrier_init(uint32_t barrier, int arrivals) {
     asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
@@ -1061,10 +1063,12 @@ KERNEL __launch_bounds__(ClassifyThreads) classify(floatX* logits, const int* ta
     floatX *row = logits + (int64_t)blockIdx.x * Vp, *kept = keeps ? (floatX*)shared : row;
     int target = targets[blockIdx.x];
     float own_max = Lowest, own = 0, picked = row[target];
+    for (int c = threadIdx.x * Width; keeps && c < V; c += ClassifyThreads * Width)
+        cp_async(shared_address(kept + c), row + c, true);
+    // Each thread reads again what it copied itself.
+    asm volatile("cp.async.wait_all;" ::: "memory");
     for (int c = threadIdx.x * Width; c < V; c += ClassifyThreads * Width) {
-        Pack x = load(row + c);
-        if (keeps)
-            store(kept + c, x);
+        Pack x = load(kept + c);
         float new_max = own_max;
 #pragma unroll
         for (int i = 0; i < Width; i++) {
