@@ -2,6 +2,7 @@ using System.Diagnostics;
 using System.Reflection;
 using System.Runtime.CompilerServices;
 using System.Runtime.InteropServices;
+using System.Text;
 using static Gpt2.CublasLt;
 using static Gpt2.Driver;
 
@@ -77,7 +78,7 @@ public sealed unsafe class Cuda : IDevice {
         attentionBackwardQ = Kernel($"attention_backward_q{suffix}");
         attentionBackwardKv = Kernel($"attention_backward_kv{suffix}");
         maps = (nint)NativeMemory.AlignedAlloc(2 * 128, 64);
-        products = new Products(stream, workspace, WorkspaceBytes);
+        products = new Products(Name, stream, workspace, WorkspaceBytes);
     }
 
     /// <summary>Whether this build has kernels, and this machine a GPU with a driver.</summary>
@@ -249,20 +250,11 @@ public sealed unsafe class Cuda : IDevice {
     readonly List<(string Name, double Flops, double Bytes, nint Start, nint End)> timed = [];
 
     /// <summary>Begins to time what is queued next, if there is a profile.</summary>
-    nint Begin() {
-        if (Profile == null)
-            return 0;
-        Check(cuEventCreate(out var start, 0), "timing");
-        Check(cuEventRecord(start, stream), "timing");
-        return start;
-    }
+    nint Begin() => Profile == null ? 0 : CudaEvent.Record(stream);
 
     void End(nint start, string name, double flops, double traffic) {
-        if (start != 0) {
-            Check(cuEventCreate(out var end, 0), "timing");
-            Check(cuEventRecord(end, stream), "timing");
-            timed.Add((name, flops, traffic, start, end));
-        }
+        if (start != 0)
+            timed.Add((name, flops, traffic, start, CudaEvent.Record(stream)));
         if (verbose)
             Check(cuStreamSynchronize(stream), name);
     }
@@ -270,12 +262,8 @@ public sealed unsafe class Cuda : IDevice {
     public void Synchronize() {
         Enter();
         Check(cuStreamSynchronize(stream), "waiting for the GPU (--verbose names the operation)");
-        foreach (var (name, flops, bytes, start, end) in timed) {
-            Check(cuEventElapsedTime(out var milliseconds, start, end), "timing");
-            Profile?.Add(name, milliseconds / 1e3, flops, bytes);
-            cuEventDestroy(start);
-            cuEventDestroy(end);
-        }
+        foreach (var (name, flops, bytes, start, end) in timed)
+            Profile?.Add(name, CudaEvent.Between(start, end), flops, bytes);
         timed.Clear();
     }
 
@@ -478,6 +466,7 @@ public sealed unsafe class Cuda : IDevice {
 
     public void Classify(Tensor logits, ReadOnlySpan<int> targets, int vocabulary, Tensor losses, float gradientScale) {
         const int threads = 512, ownShared = 1 << 10;
+        Require(logits.Columns % Width == 0, "the padded vocabulary", $"a multiple of {Width}", logits.Columns);
         var row = logits.Columns * logits.ElementSize;
         var keeps = row <= largestShared - ownShared && Precision == DataType.Bf16;
         Launch(classify, (logits.AllRows, 1, 1), threads, keeps ? row : 0, 0, (gradientScale == 0 ? 1.0 : 2) *
@@ -520,7 +509,7 @@ public sealed unsafe class Cuda : IDevice {
 
     // ---- What the GPU can do
 
-    /// <summary>Dense bf16 operations a second by the data sheets, with fp32 sums; the largest that fits in a name.</summary>
+    /// <summary>Dense bf16 operations a second with fp32 sums by the data sheets; the first that is in a name.</summary>
     static readonly (string Name, double Flops)[] DataSheets = [
         ("H100 PCIe", 756e12), ("H100 NVL", 835e12), ("H100", 989e12), ("H200", 989e12), ("GH200", 989e12),
         ("A100", 312e12), ("A800", 312e12), ("A6000", 155e12), ("A40", 150e12), ("A10", 125e12), ("L40S", 362e12),
@@ -539,37 +528,49 @@ public sealed unsafe class Cuda : IDevice {
         Check(cuMemAlloc(out var memory, bytes), "allocating memory to measure with");
         var (x, w, y) = (At(0), At(1), At(2));
         Tensor At(int i) => new Tensor(memory, 4, n, n, Precision)[i];
-        var random = new Random(1);
-        var values = new float[n];
-        for (var row = 0; row < 2 * n; row++) {
-            // Random numbers: products of zeros are faster.
-            foreach (ref var value in values.AsSpan())
-                value = random.NextSingle() - 0.5f;
-            Write(new Tensor(memory, 1, 2 * n, n, Precision).Slice(row, 1), values);
-        }
+        const int rows = 64;
+        var (random, values) = (new Random(1), new float[rows * n]);
+        foreach (ref var value in values.AsSpan())
+            value = random.NextSingle() - 0.5f; // products of zeros would be faster
+        for (var row = 0; row < 2 * n; row += rows)
+            Write(new Tensor(memory, 1, 2 * n, n, Precision).Slice(row, rows), values);
         Linear(x, w, default, y);
         var (copied, multiplied) = (new double[rounds], new double[rounds]);
         for (var round = 0; round < rounds; round++) {
-            multiplied[round] = Time(() => Linear(x, w, default, y));
-            copied[round] = Time(() => Check(cuMemcpyDtoDAsync(y.Address, memory, bytes / 2, stream), "copying"));
+            multiplied[round] = CudaEvent.Time(stream, () => Linear(x, w, default, y));
+            copied[round] = CudaEvent.Time(stream,
+                () => Check(cuMemcpyDtoDAsync(y.Address, memory, bytes / 2, stream), "copying"));
         }
         cuMemFree(memory);
         Array.Sort(multiplied);
         Array.Sort(copied);
         return (2.0 * n * n * n / multiplied[rounds / 2], bytes / copied[rounds / 2]);
+    }
+}
 
-        double Time(Action action) {
-            Check(cuEventCreate(out var start, 0), "timing");
-            Check(cuEventCreate(out var end, 0), "timing");
-            Check(cuEventRecord(start, stream), "timing");
-            action();
-            Check(cuEventRecord(end, stream), "timing");
-            Synchronize();
-            Check(cuEventElapsedTime(out var milliseconds, start, end), "timing");
-            cuEventDestroy(start);
-            cuEventDestroy(end);
-            return milliseconds / 1e3;
-        }
+/// <summary>A point in a stream's work.</summary>
+static class CudaEvent {
+    public static nint Record(nint stream) {
+        Check(cuEventCreate(out var point, 0), "timing");
+        Check(cuEventRecord(point, stream), "timing");
+        return point;
+    }
+
+    /// <summary>Seconds between two points that are reached; both are gone afterwards.</summary>
+    public static double Between(nint start, nint end) {
+        Check(cuEventElapsedTime(out var milliseconds, start, end), "timing");
+        cuEventDestroy(start);
+        cuEventDestroy(end);
+        return milliseconds / 1e3;
+    }
+
+    /// <summary>Seconds of what an action queues.</summary>
+    public static double Time(nint stream, Action action) {
+        var start = Record(stream);
+        action();
+        var end = Record(stream);
+        Check(cuStreamSynchronize(stream), "timing");
+        return Between(start, end);
     }
 }
 
@@ -598,13 +599,15 @@ enum Epilogue { None = 1, Bias = 4, GeluAuxBias = 164, DGelu = 192 }
 readonly record struct ProductKind(
     int M, int N, int K, bool TransposeA, bool TransposeB, Epilogue Epilogue, DataType Output);
 
-/// <summary>Products by cuBLASLt, which chooses an algorithm for each kind once.</summary>
+/// <summary>Products by cuBLASLt. Of the algorithms that it proposes for a large product the fastest is found by trying
+/// them once; the choice is kept in the user's cache folder, so that later runs on this GPU have the same bits.</summary>
 sealed unsafe class Products : IDisposable {
     readonly Dictionary<ProductKind, Plan> plans = [];
     readonly nint handle, stream, workspace;
     readonly long workspaceBytes;
+    readonly string choices;
 
-    public Products(nint stream, nint workspace, long workspaceBytes) {
+    public Products(string gpu, nint stream, nint workspace, long workspaceBytes) {
         (this.stream, this.workspace, this.workspaceBytes) = (stream, workspace, workspaceBytes);
         try {
             CheckProducts(cublasLtCreate(out handle), "starting cuBLASLt");
@@ -612,24 +615,40 @@ sealed unsafe class Products : IDisposable {
             throw new Gpt2Exception("--device cuda: expected cuBLASLt (libcublasLt.so.13 or .12, on the loader's path or " +
                 "in $CUDA_HOME/lib64), found none; --precision fp32 works without");
         }
+        var cache = Environment.GetEnvironmentVariable("XDG_CACHE_HOME") ?? Path.Combine(
+            Environment.GetFolderPath(Environment.SpecialFolder.UserProfile), ".cache");
+        choices = Path.Combine(cache, "gpt2", $"products {gpu} {cublasLtGetVersion()}.txt");
     }
 
-    sealed record Plan(nint Operation, nint A, nint B, nint C, Heuristic Heuristic);
+    sealed record Plan(nint Operation, nint A, nint B, nint C) {
+        public Heuristic Algorithm { get; set; }
+    }
 
     public void Multiply(ProductKind kind, nint a, nint b, nint c, nint bias, nint auxiliary, bool accumulate) {
-        if (!plans.TryGetValue(kind, out var plan))
-            plans[kind] = plan = Make(kind);
+        const double large = 1e10;
+        var isNew = !plans.TryGetValue(kind, out var plan);
+        if (isNew)
+            plans[kind] = plan = Describe(kind);
         if (bias != 0)
-            Set(plan.Operation, Attribute.Bias, bias);
+            Set(plan!.Operation, Attribute.Bias, bias);
         if (auxiliary != 0)
-            Set(plan.Operation, Attribute.Auxiliary, auxiliary);
-        var (alpha, beta) = (1f, accumulate ? 1f : 0f);
-        var heuristic = plan.Heuristic;
-        CheckProducts(cublasLtMatmul(handle, plan.Operation, &alpha, a, plan.A, b, plan.B, &beta, c, plan.C, c, plan.C,
-            &heuristic, workspace, (nuint)workspaceBytes, stream), $"the product {kind}");
+            Set(plan!.Operation, Attribute.Auxiliary, auxiliary);
+        if (isNew) {
+            var proposals = Propose(kind, plan!);
+            // What adds to c cannot be tried; there, the first proposal was the fastest of an H100.
+            var tries = 2.0 * kind.M * kind.N * kind.K > large && !accumulate;
+            plan!.Algorithm = proposals[!tries ? 0 : Choose(kind, proposals, algorithm => Run(algorithm))];
+        }
+        Run(plan!.Algorithm);
+
+        void Run(Heuristic algorithm) {
+            var (alpha, beta) = (1f, accumulate ? 1f : 0f);
+            CheckProducts(cublasLtMatmul(handle, plan!.Operation, &alpha, a, plan.A, b, plan.B, &beta, c, plan.C, c, plan.C,
+                &algorithm, workspace, (nuint)workspaceBytes, stream), $"the product {kind}");
+        }
     }
 
-    Plan Make(ProductKind kind) {
+    static Plan Describe(ProductKind kind) {
         const int computeFp32 = 68, fp32 = 0, bf16 = 14;
         var (M, N, K) = (kind.M, kind.N, kind.K);
         CheckProducts(cublasLtMatmulDescCreate(out var operation, computeFp32, fp32), "describing a product");
@@ -642,21 +661,50 @@ sealed unsafe class Products : IDisposable {
             CheckProducts(cublasLtMatrixLayoutCreate(out var layout, type, (ulong)rows, (ulong)columns, rows), "a layout");
             return layout;
         }
-        var a = kind.TransposeA ? Layout(bf16, K, M) : Layout(bf16, M, K);
-        var b = kind.TransposeB ? Layout(bf16, N, K) : Layout(bf16, K, N);
-        var c = Layout(kind.Output == DataType.Fp32 ? fp32 : bf16, M, N);
+        return new Plan(operation, kind.TransposeA ? Layout(bf16, K, M) : Layout(bf16, M, K),
+            kind.TransposeB ? Layout(bf16, N, K) : Layout(bf16, K, N),
+            Layout(kind.Output == DataType.Fp32 ? fp32 : bf16, M, N));
+    }
+
+    /// <summary>Algorithms for a product, in the order of cuBLASLt's hopes.</summary>
+    Heuristic[] Propose(ProductKind kind, Plan plan) {
+        const int largestWorkspace = 1, reductionSchemes = 3, throughWorkspace = 6; // so that sums have one order
         CheckProducts(cublasLtMatmulPreferenceCreate(out var preference), "preferences");
-        const int largestWorkspace = 1, reductionSchemes = 3, throughWorkspace = 6; // sums in one order
-        var bytes = workspaceBytes;
+        var (bytes, schemes) = (workspaceBytes, throughWorkspace);
         CheckProducts(cublasLtMatmulPreferenceSetAttribute(preference, largestWorkspace, &bytes, 8), "preferences");
-        var schemes = throughWorkspace;
         CheckProducts(cublasLtMatmulPreferenceSetAttribute(preference, reductionSchemes, &schemes, 4), "preferences");
-        Heuristic heuristic;
-        CheckProducts(cublasLtMatmulAlgoGetHeuristic(handle, operation, a, b, c, c, preference, 1, &heuristic, out var found),
-            $"finding an algorithm for the product {kind}");
+        var proposals = new Heuristic[8];
+        int found;
+        fixed (Heuristic* first = proposals) {
+            CheckProducts(cublasLtMatmulAlgoGetHeuristic(handle, plan.Operation, plan.A, plan.B, plan.C, plan.C, preference,
+                proposals.Length, first, out found), $"finding an algorithm for the product {kind}");
+        }
         cublasLtMatmulPreferenceDestroy(preference);
-        return found > 0 ? new Plan(operation, a, b, c, heuristic)
+        return found > 0 ? proposals[..found]
             : throw new Gpt2Exception($"cuBLASLt: expected an algorithm for the product {kind}, found none");
+    }
+
+    /// <summary>The index of the proposal that was the fastest when it was tried first.</summary>
+    int Choose(ProductKind kind, Heuristic[] proposals, Action<Heuristic> run) {
+        const int tries = 5;
+        string[] Known() => File.Exists(choices) ? File.ReadAllLines(choices) : [];
+        var start = $"{kind}: ";
+        if (Known().FirstOrDefault(line => line.StartsWith(start)) is { } line &&
+            int.TryParse(line[start.Length..], out var known) && known >= 0 && known < proposals.Length)
+            return known;
+        var times = proposals.Select(proposal => {
+            run(proposal);
+            return Enumerable.Range(0, tries).Min(_ => CudaEvent.Time(stream, () => run(proposal)));
+        }).ToArray();
+        var best = Array.IndexOf(times, times.Min());
+        try {
+            Directory.CreateDirectory(Path.GetDirectoryName(choices)!);
+            var lines = string.Concat(Known().Append($"{start}{best}").Select(line => line + "\n"));
+            Files.Write(choices, to => to.Write(Encoding.UTF8.GetBytes(lines)));
+        } catch (Exception e) when (e is IOException or UnauthorizedAccessException) {
+            // No cache, then: the choice holds for this run.
+        }
+        return best;
     }
 
     enum Attribute { TransposeA = 3, TransposeB = 4, Epilogue = 7, Bias = 8, Auxiliary = 11, AuxiliaryStride = 12 }
@@ -763,6 +811,7 @@ static unsafe partial class CublasLt {
     public struct Heuristic;
 
     [LibraryImport(Library)] public static partial nint cublasLtGetStatusName(int status);
+    [LibraryImport(Library)] public static partial nuint cublasLtGetVersion();
     [LibraryImport(Library)] public static partial int cublasLtCreate(out nint handle);
     [LibraryImport(Library)] public static partial int cublasLtDestroy(nint handle);
     [LibraryImport(Library)] public static partial int cublasLtMatmulDescCreate(out nint operation, int compute, int scale);

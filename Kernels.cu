@@ -464,6 +464,11 @@ __device__ uint32_t chunk(uint32_t tile, int row, int column8) {
     return tile + row * 128 + ((column8 ^ (row & 7)) << 4);
 }
 
+// A number that is the same in every lane; so told, the compiler holds it, and what follows from it, once for the warp.
+__device__ int uniform(int x) {
+    return __shfl_sync(~0u, x, 0);
+}
+
 // Where tiles begin in what the launch asked for: at a multiple of 1024, as the permutation wants it.
 __device__ uint32_t first_tile() {
     return (shared_address(shared) + 1023) & ~1023;
@@ -807,7 +812,7 @@ __device__ float row_sum(float x) {
 // y and lse; a block for 128 queries (x, the last first, for they have most to do) of a head (y) of a sequence (z).
 template <bool Hopper>
 __device__ void flash_forward(const CUtensorMap* map, const floatX* qkv, floatX* y, float* lse, int T, int NH) {
-    int first = (gridDim.x - 1 - blockIdx.x) * FlashRows, warpgroup = threadIdx.x / 128;
+    int first = (gridDim.x - 1 - blockIdx.x) * FlashRows, warpgroup = uniform(threadIdx.x / 128);
     int own_first = first + warpgroup * TileRows; // of this warpgroup's queries
     uint32_t queries = first_tile(), own_queries = queries + warpgroup * TileBytes;
     Rows<Hopper> q(qkv, map, 3 * NH, blockIdx.y, T), k(qkv, map, 3 * NH, NH + blockIdx.y, T);
@@ -886,7 +891,7 @@ __device__ float2* statistics_row(float2* statistics, int T, int NH) {
 template <bool Hopper>
 __device__ void flash_backward_q(const CUtensorMap* map, const CUtensorMap* dy_map, const floatX* dy, const floatX* qkv,
     const floatX* y, const float* lse, float2* statistics, floatX* dqkv, int T, int NH) {
-    int first = (gridDim.x - 1 - blockIdx.x) * FlashRows, warpgroup = threadIdx.x / 128;
+    int first = (gridDim.x - 1 - blockIdx.x) * FlashRows, warpgroup = uniform(threadIdx.x / 128);
     int own_first = first + warpgroup * TileRows;
     uint32_t queries = first_tile(), douts = queries + 2 * TileBytes;
     uint32_t own_queries = queries + warpgroup * TileBytes, own_douts = douts + warpgroup * TileBytes;
@@ -968,7 +973,7 @@ template <bool Hopper>
 __device__ void flash_backward_kv(const CUtensorMap* map, const CUtensorMap* dy_map, const floatX* dy, const floatX* qkv,
     float2* statistics, floatX* dqkv, int T, int NH) {
     constexpr int KeyBytes = KeyRows<Hopper> * 128;
-    int first = blockIdx.x * KeyRows<Hopper>, warpgroup = threadIdx.x / 128, own_first = first + warpgroup * TileRows;
+    int first = blockIdx.x * KeyRows<Hopper>, warpgroup = uniform(threadIdx.x / 128), own_first = first + warpgroup * TileRows;
     uint32_t keys = first_tile(), values = keys + KeyBytes;
     uint32_t own_keys = keys + warpgroup * TileBytes, own_values = values + warpgroup * TileBytes;
     Rows<Hopper> q(qkv, map, 3 * NH, blockIdx.y, T), k(qkv, map, 3 * NH, NH + blockIdx.y, T);

@@ -56,7 +56,7 @@ internal sealed class Commands {
     /// <param name="seed">Seed of weights, order and samples.</param>
     /// <param name="verbose">Show where an error came from.</param>
     public int Train(string trainData = "data/*train_*.bin", string valData = "data/*val_*.bin", string? init = null,
-        string @out = "log", int batch = 0, int seq = 0, int totalBatch = 0, int maxSteps = 300, float lr = 1e-3f,
+        string @out = "log", int? batch = null, int? seq = null, int totalBatch = 0, int maxSteps = 300, float lr = 1e-3f,
         int warmup = 20, float finalLrFrac = 0.1f, float weightDecay = 0.1f, Schedule schedule = Schedule.Cosine,
         int valEvery = 50, int valBatches = 20, int sampleEvery = 0, int genTokens = 64, int checkpointEvery = 200,
         int keep = 2, bool resume = false, int recompute = 0, bool overfit = false, bool noShuffle = false,
@@ -65,9 +65,9 @@ internal sealed class Commands {
             using var logs = LoggerFactory.Create(logging => logging.AddZLoggerConsole(options =>
                 options.LogToStandardErrorThreshold = LogLevel.Trace));
             using var computer = Open(device, precision, verbose);
-            (batch, seq) = Sizes(computer, batch, seq, (16, 1024), (4, 128));
-            totalBatch = totalBatch == 0 ? batch * seq : totalBatch;
-            var options = new TrainOptions(trainData, valData, init, @out, batch, seq, totalBatch, maxSteps, lr,
+            var (B, T) = Sizes(computer, batch, seq, (16, 1024), (4, 128));
+            totalBatch = totalBatch == 0 ? B * T : totalBatch;
+            var options = new TrainOptions(trainData, valData, init, @out, B, T, totalBatch, maxSteps, lr,
                 warmup, finalLrFrac, weightDecay, schedule, valEvery, valBatches, sampleEvery, genTokens,
                 checkpointEvery, keep, resume, recompute, overfit, !noShuffle, seed, skipOutliers);
             using var trainer = new Trainer(options, computer, Console.Out, logs.CreateLogger("gpt2"));
@@ -207,13 +207,13 @@ internal sealed class Commands {
     /// <param name="device">auto, cuda or cpu.</param>
     /// <param name="precision">Of weights and activations: bf16 or fp32. [bf16 on a GPU]</param>
     /// <param name="verbose">Show where an error came from.</param>
-    public int Bench(string init = "d12", int batch = 0, int seq = 0, int totalBatch = 0, int steps = 5, int recompute = 0, bool portable = false,
+    public int Bench(string init = "d12", int? batch = null, int? seq = null, int? totalBatch = null, int steps = 5, int recompute = 0, bool portable = false,
         DeviceKind device = DeviceKind.Auto, DataType? precision = null, bool verbose = false) => Guard(verbose, () => {
             Require(steps > 0, "--steps", "1 or more", steps);
             using var computer = Open(device, precision, verbose, portable);
-            (batch, seq) = Sizes(computer, batch, seq, (64, 1024), (4, 64));
-            totalBatch = totalBatch > 0 ? totalBatch : computer is Cpu ? batch * seq : 524_288;
-            Benchmark.Run(init, batch, seq, totalBatch, steps, recompute, computer, Console.Out);
+            var (B, T) = Sizes(computer, batch, seq, (64, 1024), (4, 64));
+            totalBatch ??= computer is Cpu ? B * T : 524_288;
+            Benchmark.Run(init, B, T, totalBatch.Value, steps, recompute, computer, Console.Out);
             return 0;
         });
 
@@ -228,12 +228,12 @@ internal sealed class Commands {
     }
 
     /// <summary>The batch and sequence asked for, or what suits the device.</summary>
-    static (int B, int T) Sizes(IDevice device, int batch, int seq, (int B, int T) gpu, (int B, int T) cpu) {
+    static (int B, int T) Sizes(IDevice device, int? batch, int? seq, (int B, int T) gpu, (int B, int T) cpu) {
         var (B, T) = device is Cpu ? cpu : gpu;
-        (batch, seq) = (batch == 0 ? B : batch, seq == 0 ? T : seq);
-        Require(batch > 0, "--batch", "1 or more", batch);
-        Require(batch <= int.MaxValue / Math.Max(1, seq), "--batch", "less than 2^31 tokens together", batch);
-        return (batch, seq);
+        (B, T) = (batch ?? B, seq ?? T);
+        Require(B > 0, "--batch", "1 or more", B);
+        Require(B <= int.MaxValue / Math.Max(1, T), "--batch", "less than 2^31 tokens together", B);
+        return (B, T);
     }
 
     /// <summary>Streams a prompt and what follows, ended by a new line.</summary>

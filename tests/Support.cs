@@ -48,6 +48,14 @@ static class Support {
         return values;
     }
 
+    /// <summary>The nearest numbers of a type, which a device of that type holds unchanged; ties go to even.</summary>
+    public static float[] Rounded(float[] values, DataType type) =>
+        type == DataType.Fp32 ? values : [.. values.Select(value => {
+            var bits = BitConverter.SingleToUInt32Bits(value);
+            return float.IsNaN(value) ? value
+                : BitConverter.UInt32BitsToSingle((bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000);
+        })];
+
     /// <summary>Uniform ids below a vocabulary that depend on the seed alone.</summary>
     public static int[] Tokens(int seed, int count, int vocabulary) {
         var random = new Random(seed);
@@ -107,27 +115,37 @@ public sealed record DeviceUnderTest(string Name, Func<IDevice> Open) {
 /// <summary>Arrays on a device, between guards: what is read past an array's end is not a number, and what is written
 /// there is found out.</summary>
 static class DeviceArrays {
-    const int Guard = 64;
+    // A few rows, and a multiple of what a GPU aligns an allocation to.
+    const int GuardBytes = 1 << 14;
+
+    static int Guard(DataType type) => GuardBytes / Tensor.SizeOf(type);
 
     /// <summary>An array of given values.</summary>
-    public static Tensor Upload(this IDevice device, ReadOnlySpan<float> values, int depth, int rows, int columns) {
-        var tensor = device.Poisoned(depth, rows, columns);
-        device.Write(tensor, values);
-        return tensor;
+    public static Tensor Upload(this IDevice device, ReadOnlySpan<float> values, int depth, int rows, int columns,
+        DataType type = DataType.Fp32) {
+        var guarded = new float[values.Length + 2 * Guard(type)];
+        Array.Fill(guarded, float.NaN);
+        values.CopyTo(guarded.AsSpan(Guard(type)));
+        var address = device.Allocate((long)guarded.Length * Tensor.SizeOf(type));
+        device.Write(new Tensor(address, 1, 1, guarded.Length, type), guarded);
+        return new Tensor(address + GuardBytes, depth, rows, columns, type);
     }
 
     /// <summary>An array of one row.</summary>
-    public static Tensor Upload(this IDevice device, ReadOnlySpan<float> values) =>
-        device.Upload(values, 1, 1, values.Length);
+    public static Tensor Upload(this IDevice device, ReadOnlySpan<float> values, DataType type = DataType.Fp32) =>
+        device.Upload(values, 1, 1, values.Length, type);
 
     /// <summary>An array for output, without a number in it yet.</summary>
-    public static Tensor Poisoned(this IDevice device, int depth, int rows, int columns) {
-        var values = new float[depth * rows * columns + 2 * Guard];
+    public static Tensor Poisoned(this IDevice device, int depth, int rows, int columns,
+        DataType type = DataType.Fp32) {
+        var values = new float[depth * rows * columns];
         Array.Fill(values, float.NaN);
-        var all = new Tensor(device.Allocate(values.Length * sizeof(float)), 1, 1, values.Length);
-        device.Write(all, values);
-        return new Tensor(all.Flat(Guard, 0).Address, depth, rows, columns);
+        return device.Upload(values, depth, rows, columns, type);
     }
+
+    /// <summary>What the backward pass of attention asks for.</summary>
+    public static Tensor AttentionScratch(this IDevice device, int B, int NH, int T) =>
+        device.Poisoned(B, NH, (T + 63) / 64 * 128);
 
     /// <summary>The values of any array.</summary>
     public static float[] Values(this IDevice device, Tensor tensor) {
@@ -138,10 +156,11 @@ static class DeviceArrays {
 
     /// <summary>The values of an array made here.</summary>
     public static float[] Download(this IDevice device, Tensor tensor) {
-        var values = device.Values(tensor.Flat(-Guard, (int)tensor.Count + 2 * Guard));
-        if (values[..Guard].Concat(values[^Guard..]).Any(value => !float.IsNaN(value)))
+        var guard = Guard(tensor.Type);
+        var values = device.Values(tensor.Flat(-guard, (int)tensor.Count + 2 * guard));
+        if (values[..guard].Concat(values[^guard..]).Any(value => !float.IsNaN(value)))
             throw new InvalidOperationException("something was written outside an array");
-        return values[Guard..^Guard];
+        return values[guard..^guard];
     }
 }
 
