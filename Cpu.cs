@@ -79,6 +79,8 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
 
     public void Read(Tensor from, Span<float> values) => new Span<float>(Floats(from), (int)from.Count).CopyTo(values);
 
+    public void Round(Tensor x, Tensor y) => Write(y, new Span<float>(Floats(x), (int)x.Count));
+
     public void Clear(Tensor x) => NativeMemory.Clear(Floats(x), (nuint)x.Bytes);
 
     // ---- Embedding
@@ -238,8 +240,8 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
 
     // ---- Attention
 
-    /// <summary>Scores that a thread holds on its stack, one query's at the least, and queries that it takes at once unless
-    /// that makes too many: enough to repay packing the keys.</summary>
+    /// <summary>Scores that a thread holds on its stack, one query's at the least, and queries that it takes at once
+    /// unless that makes too many: enough to repay packing the keys.</summary>
     const int ScoreCount = Config.LongestT, QueryBlock = 128;
 
     public void Attention(Tensor qkv, int start, int heads, Tensor y, Tensor lse) {
@@ -502,8 +504,10 @@ static unsafe class Product {
         for (var j = 0; j < c.Columns; j += StripColumns) {
             for (var k = 0; k < a.Columns; k += DepthBlock) {
                 Pack(b.Part(k, j, DepthBlock, StripColumns).Transposed, TileColumns, packedB);
-                for (var i = 0; i < c.Rows; i += BlockRows)
-                    AddBlock(a.Part(i, k, BlockRows, DepthBlock), packedA, packedB, c.Part(i, j, BlockRows, StripColumns));
+                for (var i = 0; i < c.Rows; i += BlockRows) {
+                    var block = c.Part(i, j, BlockRows, StripColumns);
+                    AddBlock(a.Part(i, k, BlockRows, DepthBlock), packedA, packedB, block);
+                }
             }
         }
     }
@@ -526,8 +530,8 @@ static unsafe class Product {
         return Vector.Sum(sum);
     }
 
-    /// <summary>c += a·b for one packed strip of b and one block of a. Rows of a that are contiguous and fill a tile are
-    /// read in place, others packed first.</summary>
+    /// <summary>c += a·b for one packed strip of b and one block of a. Rows of a that are contiguous and fill a tile
+    /// are read in place, others packed first.</summary>
     static void AddBlock(Matrix a, float* packedA, float* packedB, Matrix c) {
         var edge = stackalloc float[TileRows * 2 * WidestVector];
         var depth = a.Columns;

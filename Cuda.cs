@@ -20,7 +20,7 @@ public sealed unsafe class Cuda : IDevice {
     readonly List<nint> allocations = [];
     readonly CudaKernel embed, embedBackwardTokens, embedBackwardPositions, layerNorm, layerNormBackward, gelu;
     readonly CudaKernel geluBackward, sumRowsPartially, addRowSums, attentionAny, attentionAnyBackwardQ;
-    readonly CudaKernel attentionAnyBackwardKv, classify, sumOfSquares, adamW;
+    readonly CudaKernel attentionAnyBackwardKv, classify, sumOfSquares, adamW, round;
     readonly CudaKernel? product, attention, attentionBackwardQ, attentionBackwardKv;
     readonly Products? products;
     int staged;
@@ -69,6 +69,7 @@ public sealed unsafe class Cuda : IDevice {
         attentionAnyBackwardQ = Kernel("attention_any_backward_q");
         attentionAnyBackwardKv = Kernel("attention_any_backward_kv");
         (classify, sumOfSquares, adamW) = (Kernel("classify"), Kernel("sum_of_squares"), Kernel("adamw"));
+        round = Kernel("round_to_nearest");
         if (precision == DataType.Fp32) {
             product = Kernel("product");
             return;
@@ -221,6 +222,9 @@ public sealed unsafe class Cuda : IDevice {
         Check(cuMemsetD8Async(x.Address, 0, (nuint)x.Bytes, stream), "clearing memory");
     }
 
+    public void Round(Tensor x, Tensor y) =>
+        Launch(round, (Blocks(x.Count, 256 * Width), 1, 1), 256, 0, 0, x.Bytes + y.Bytes, x, y, x.Count);
+
     // ---- Launches
 
     /// <summary>Queues a kernel.</summary>
@@ -304,8 +308,8 @@ public sealed unsafe class Cuda : IDevice {
             order[--firsts[tokens[row]]] = row;
         Launch(embedBackwardTokens, (vocabulary, Blocks(C, SumColumns), 1), SumColumns, 0, 0, dx.Bytes + 8.0 * C *
             Math.Min(vocabulary, tokens.Length), Upload<int>(order), Upload<int>(firsts), dx, dwte, C);
-        Launch(embedBackwardPositions, (dx.Rows, Blocks(C, SumColumns), 1), SumColumns, 0, 0, dx.Bytes + 8.0 * C * dx.Rows,
-            dx, dwpe, dx.Depth, dx.Rows, C);
+        Launch(embedBackwardPositions, (dx.Rows, Blocks(C, SumColumns), 1), SumColumns, 0, 0,
+            dx.Bytes + 8.0 * C * dx.Rows, dx, dwpe, dx.Depth, dx.Rows, C);
     }
 
     // ---- Layer norm
@@ -362,7 +366,8 @@ public sealed unsafe class Cuda : IDevice {
             Multiply(dy, OC, 1, w, C, 1, dx, default, false, rows, C, OC);
             Multiply(dy, 1, OC, x, C, 1, dw, default, true, OC, C, rows);
             if (input.Address != 0)
-                Launch(geluBackward, (Blocks(dx.Count, 256 * Width), 1, 1), 256, 0, 0, 3.0 * dx.Bytes, input, dx, dx.Count);
+                Launch(geluBackward, (Blocks(dx.Count, 256 * Width), 1, 1), 256, 0, 0, 3.0 * dx.Bytes,
+                    input, dx, dx.Count);
         } else {
             Multiply(w, false, dy, false, dx, C, rows, OC, input.Address == 0 ? Epilogue.None : Epilogue.DGelu, default,
                 input);
@@ -375,7 +380,8 @@ public sealed unsafe class Cuda : IDevice {
         var down = Math.Min(Blocks(rows, fewestRows), Blocks(blocksPerMultiprocessor * multiprocessors, across));
         down = Math.Min(down, ScratchBytes / (OC * sizeof(float)));
         Launch(sumRowsPartially, (down, across, 1), SumColumns, 0, 0, dy.Bytes, dy, rows, OC, scratch);
-        Launch(addRowSums, (1, Blocks(OC, AddColumns), 1), SumColumns, 0, 0, 4.0 * down * OC, scratch, down, OC, db, 0L);
+        Launch(addRowSums, (1, Blocks(OC, AddColumns), 1), SumColumns, 0, 0, 4.0 * down * OC,
+            scratch, down, OC, db, 0L);
     }
 
     public void Gelu(Tensor x, Tensor y) =>
@@ -390,8 +396,8 @@ public sealed unsafe class Cuda : IDevice {
     }
 
     /// <summary>c (M, N) = a·b by cuBLASLt, all of them in columns, which our rows are.</summary>
-    void Multiply(Tensor a, bool transposeA, Tensor b, bool transposeB, Tensor c, int M, int N, int K, Epilogue epilogue,
-        Tensor bias = default, Tensor auxiliary = default, bool accumulate = false,
+    void Multiply(Tensor a, bool transposeA, Tensor b, bool transposeB, Tensor c, int M, int N, int K,
+        Epilogue epilogue, Tensor bias = default, Tensor auxiliary = default, bool accumulate = false,
         [CallerMemberName] string operation = "") {
         Enter();
         var start = Begin();
@@ -423,8 +429,8 @@ public sealed unsafe class Cuda : IDevice {
         var strides = stackalloc ulong[] { FlashHead * 2, row, row * (ulong)x.Rows };
         var box = stackalloc uint[] { FlashHead, 1, FlashTile, 1 };
         var steps = stackalloc uint[] { 1, 1, 1, 1 };
-        Check(cuTensorMapEncodeTiled(place, bf16, 4, x.Address, dimensions, strides, box, steps, 0, swizzle128, promote128,
-            0), "describing a tensor");
+        Check(cuTensorMapEncodeTiled(place, bf16, 4, x.Address, dimensions, strides, box, steps, 0, swizzle128,
+            promote128, 0), "describing a tensor");
         return new Argument(0, place);
     }
 
@@ -457,8 +463,10 @@ public sealed unsafe class Cuda : IDevice {
                 map, dyMap, dy, qkv, scratch, dqkv, T, heads);
         } else {
             var grid = (T, heads, B);
-            Launch(attentionAnyBackwardQ, grid, AnyThreads, 0, 3 * flops, 0, dy, qkv, y, lse, scratch, dqkv, T, heads, HS);
-            Launch(attentionAnyBackwardKv, grid, AnyThreads, 0, 4 * flops, 0, dy, qkv, lse, scratch, dqkv, T, heads, HS);
+            Launch(attentionAnyBackwardQ, grid, AnyThreads, 0, 3 * flops, 0,
+                dy, qkv, y, lse, scratch, dqkv, T, heads, HS);
+            Launch(attentionAnyBackwardKv, grid, AnyThreads, 0, 4 * flops, 0,
+                dy, qkv, lse, scratch, dqkv, T, heads, HS);
         }
     }
 
@@ -509,7 +517,7 @@ public sealed unsafe class Cuda : IDevice {
 
     // ---- What the GPU can do
 
-    /// <summary>Dense bf16 operations a second with fp32 sums by the data sheets; the first that is in a name.</summary>
+    /// <summary>Dense bf16 operations a second by the data sheets; the first that is in a GPU's name.</summary>
     static readonly (string Name, double Flops)[] DataSheets = [
         ("H100 PCIe", 756e12), ("H100 NVL", 835e12), ("H100", 989e12), ("H200", 989e12), ("GH200", 989e12),
         ("A100", 312e12), ("A800", 312e12), ("A6000", 155e12), ("A40", 150e12), ("A10", 125e12), ("L40S", 362e12),
@@ -599,8 +607,8 @@ enum Epilogue { None = 1, Bias = 4, GeluAuxBias = 164, DGelu = 192 }
 readonly record struct ProductKind(
     int M, int N, int K, bool TransposeA, bool TransposeB, Epilogue Epilogue, DataType Output);
 
-/// <summary>Products by cuBLASLt. Of the algorithms that it proposes for a large product the fastest is found by trying
-/// them once; the choice is kept in the user's cache folder, so that later runs on this GPU have the same bits.</summary>
+/// <summary>Products by cuBLASLt. Of the algorithms that it proposes for a large one, the fastest is found by trying
+/// them once; the choice is kept in the user's cache folder, so that later runs here have the same bits.</summary>
 sealed unsafe class Products : IDisposable {
     readonly Dictionary<ProductKind, Plan> plans = [];
     readonly nint handle, stream, workspace;
@@ -612,8 +620,8 @@ sealed unsafe class Products : IDisposable {
         try {
             CheckProducts(cublasLtCreate(out handle), "starting cuBLASLt");
         } catch (DllNotFoundException) {
-            throw new Gpt2Exception("--device cuda: expected cuBLASLt (libcublasLt.so.13 or .12, on the loader's path or " +
-                "in $CUDA_HOME/lib64), found none; --precision fp32 works without");
+            throw new Gpt2Exception("--device cuda: expected cuBLASLt (libcublasLt.so.13 or .12, on the loader's " +
+                "path or in $CUDA_HOME/lib64), found none; --precision fp32 works without");
         }
         var cache = Environment.GetEnvironmentVariable("XDG_CACHE_HOME") ?? Path.Combine(
             Environment.GetFolderPath(Environment.SpecialFolder.UserProfile), ".cache");
@@ -643,8 +651,8 @@ sealed unsafe class Products : IDisposable {
 
         void Run(Heuristic algorithm) {
             var (alpha, beta) = (1f, accumulate ? 1f : 0f);
-            CheckProducts(cublasLtMatmul(handle, plan!.Operation, &alpha, a, plan.A, b, plan.B, &beta, c, plan.C, c, plan.C,
-                &algorithm, workspace, (nuint)workspaceBytes, stream), $"the product {kind}");
+            CheckProducts(cublasLtMatmul(handle, plan!.Operation, &alpha, a, plan.A, b, plan.B, &beta, c, plan.C,
+                c, plan.C, &algorithm, workspace, (nuint)workspaceBytes, stream), $"the product {kind}");
         }
     }
 
@@ -658,7 +666,8 @@ sealed unsafe class Products : IDisposable {
         if (kind.Epilogue is Epilogue.GeluAuxBias or Epilogue.DGelu)
             Set(operation, Attribute.AuxiliaryStride, (long)M);
         nint Layout(int type, int rows, int columns) {
-            CheckProducts(cublasLtMatrixLayoutCreate(out var layout, type, (ulong)rows, (ulong)columns, rows), "a layout");
+            var status = cublasLtMatrixLayoutCreate(out var layout, type, (ulong)rows, (ulong)columns, rows);
+            CheckProducts(status, "describing a product");
             return layout;
         }
         return new Plan(operation, kind.TransposeA ? Layout(bf16, K, M) : Layout(bf16, M, K),
@@ -676,8 +685,8 @@ sealed unsafe class Products : IDisposable {
         var proposals = new Heuristic[8];
         int found;
         fixed (Heuristic* first = proposals) {
-            CheckProducts(cublasLtMatmulAlgoGetHeuristic(handle, plan.Operation, plan.A, plan.B, plan.C, plan.C, preference,
-                proposals.Length, first, out found), $"finding an algorithm for the product {kind}");
+            CheckProducts(cublasLtMatmulAlgoGetHeuristic(handle, plan.Operation, plan.A, plan.B, plan.C, plan.C,
+                preference, proposals.Length, first, out found), $"finding an algorithm for the product {kind}");
         }
         cublasLtMatmulPreferenceDestroy(preference);
         return found > 0 ? proposals[..found]
@@ -709,8 +718,10 @@ sealed unsafe class Products : IDisposable {
 
     enum Attribute { TransposeA = 3, TransposeB = 4, Epilogue = 7, Bias = 8, Auxiliary = 11, AuxiliaryStride = 12 }
 
-    static void Set<T>(nint operation, Attribute attribute, T value) where T : unmanaged =>
-        CheckProducts(cublasLtMatmulDescSetAttribute(operation, (int)attribute, &value, (nuint)sizeof(T)), "describing a product");
+    static void Set<T>(nint operation, Attribute attribute, T value) where T : unmanaged {
+        var status = cublasLtMatmulDescSetAttribute(operation, (int)attribute, &value, (nuint)sizeof(T));
+        CheckProducts(status, "describing a product");
+    }
 
     public void Dispose() {
         foreach (var plan in plans.Values) {
@@ -730,7 +741,7 @@ static unsafe partial class Driver {
 
     static Driver() => Libraries.Register();
 
-    /// <exception cref="Gpt2Exception">A status that is not success: CUDA's name for it, and what we were doing.</exception>
+    /// <exception cref="Gpt2Exception">Not success: CUDA's name for it, and what we were doing.</exception>
     public static void Check(int status, string doing) {
         if (status == 0)
             return;
@@ -799,7 +810,7 @@ static unsafe partial class CublasLt {
 
     static CublasLt() => Libraries.Register();
 
-    /// <exception cref="Gpt2Exception">A status that is not success: cuBLAS's name for it, and what we were doing.</exception>
+    /// <exception cref="Gpt2Exception">Not success: cuBLAS's name for it, and what we were doing.</exception>
     public static void CheckProducts(int status, string doing) {
         if (status != 0)
             throw new Gpt2Exception($"--device cuda: {doing}: expected success, found " +
@@ -814,20 +825,23 @@ static unsafe partial class CublasLt {
     [LibraryImport(Library)] public static partial nuint cublasLtGetVersion();
     [LibraryImport(Library)] public static partial int cublasLtCreate(out nint handle);
     [LibraryImport(Library)] public static partial int cublasLtDestroy(nint handle);
-    [LibraryImport(Library)] public static partial int cublasLtMatmulDescCreate(out nint operation, int compute, int scale);
+    [LibraryImport(Library)]
+    public static partial int cublasLtMatmulDescCreate(out nint operation, int compute, int scale);
     [LibraryImport(Library)] public static partial int cublasLtMatmulDescDestroy(nint operation);
     [LibraryImport(Library)]
     public static partial int cublasLtMatmulDescSetAttribute(nint operation, int attribute, void* value, nuint bytes);
     [LibraryImport(Library)]
-    public static partial int cublasLtMatrixLayoutCreate(out nint layout, int type, ulong rows, ulong columns, long stride);
+    public static partial int cublasLtMatrixLayoutCreate(
+        out nint layout, int type, ulong rows, ulong columns, long stride);
     [LibraryImport(Library)] public static partial int cublasLtMatrixLayoutDestroy(nint layout);
     [LibraryImport(Library)] public static partial int cublasLtMatmulPreferenceCreate(out nint preference);
     [LibraryImport(Library)] public static partial int cublasLtMatmulPreferenceDestroy(nint preference);
     [LibraryImport(Library)]
-    public static partial int cublasLtMatmulPreferenceSetAttribute(nint preference, int attribute, void* value, nuint bytes);
+    public static partial int cublasLtMatmulPreferenceSetAttribute(
+        nint preference, int attribute, void* value, nuint bytes);
     [LibraryImport(Library)]
-    public static partial int cublasLtMatmulAlgoGetHeuristic(nint handle, nint operation, nint a, nint b, nint c, nint d,
-        nint preference, int wanted, Heuristic* results, out int found);
+    public static partial int cublasLtMatmulAlgoGetHeuristic(nint handle, nint operation, nint a, nint b, nint c,
+        nint d, nint preference, int wanted, Heuristic* results, out int found);
     [LibraryImport(Library)]
     public static partial int cublasLtMatmul(nint handle, nint operation, void* alpha, nint a, nint aLayout, nint b,
         nint bLayout, void* beta, nint c, nint cLayout, nint d, nint dLayout, Heuristic* algorithm, nint workspace,

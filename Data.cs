@@ -1,5 +1,6 @@
 using System.IO.Hashing;
 using System.Runtime.InteropServices;
+using System.Runtime.Intrinsics;
 using System.Text;
 using SharpToken;
 
@@ -131,7 +132,7 @@ public static class Files {
 /// <summary>The Mersenne Twister (Matsumoto and Nishimura, 1998), with the draws that torch's CPU generator makes from
 /// it and the state that llm.c saves.</summary>
 public sealed class Mt19937 {
-    const int N = 624, M = 397;
+    const int N = 624, M = 397, Eight = 8;
     const uint Matrix = 0x9908b0df;
 
     readonly uint[] state = new uint[N];
@@ -147,36 +148,75 @@ public sealed class Mt19937 {
 
     /// <summary>A uniform 32-bit number.</summary>
     public uint NextUInt32() {
-        if (--left == 0) {
-            for (var i = 0; i < N; i++) {
-                var bits = state[i] & 0x80000000 | state[(i + 1) % N] & 0x7fffffff;
-                state[i] = state[(i + M) % N] ^ bits >> 1 ^ ((bits & 1) != 0 ? Matrix : 0);
+        if (--left == 0)
+            Twist();
+        return Temper(Vector256.Create(state[next++]))[0];
+    }
+
+    void Twist() {
+        for (var i = 0; i < N;) {
+            var far = (i + M) % N;
+            if (i + Eight < N && far + Eight <= N) {
+                var old = Vector256.Create(state, i + 1);
+                Mix(Vector256.Create(state, i), old, Vector256.Create(state, far)).CopyTo(state, i);
+                i += Eight;
+            } else {
+                var old = Vector256.Create(state[(i + 1) % N]);
+                state[i] = Mix(Vector256.Create(state[i]), old, Vector256.Create(state[far]))[0];
+                i++;
             }
-            (left, next) = (N, 0);
         }
-        var y = state[next++];
+        (left, next) = (N, 0);
+
+        static Vector256<uint> Mix(Vector256<uint> one, Vector256<uint> other, Vector256<uint> far) {
+            var bits = one & Vector256.Create(0x80000000) | other & Vector256.Create(0x7fffffffu);
+            return far ^ bits >> 1 ^ Vector256.Create(Matrix) & -(bits & Vector256<uint>.One);
+        }
+    }
+
+    static Vector256<uint> Temper(Vector256<uint> y) {
         y ^= y >> 11;
-        y ^= y << 7 & 0x9d2c5680;
-        y ^= y << 15 & 0xefc60000;
+        y ^= y << 7 & Vector256.Create(0x9d2c5680);
+        y ^= y << 15 & Vector256.Create(0xefc60000);
         return y ^ y >> 18;
     }
 
     /// <summary>A uniform number in [0, 1) of 24 bits.</summary>
     public float NextFloat() => (NextUInt32() & 0xffffff) / 16777216f;
 
-    /// <summary>Fills with Normal(0, std) draws as torch's normal_ does for 16 or more floats.</summary>
-    public void Normal(float[] values, float std) {
-        foreach (ref var value in values.AsSpan())
+    /// <summary>Fills with what <see cref="NextFloat"/> would return.</summary>
+    public void NextFloats(Span<float> values) {
+        for (; values.Length > 0 && left > 1; values = values[1..])
+            values[0] = NextFloat();
+        for (; values.Length >= N; values = values[N..]) {
+            Twist();
+            for (var i = 0; i < N; i += Eight) {
+                var bits = Temper(Vector256.Create(state, i)) & Vector256.Create(0xffffffu);
+                (Vector256.ConvertToSingle(bits.AsInt32()) / 16777216f).CopyTo(values[i..]);
+            }
+            (left, next) = (1, N);
+        }
+        foreach (ref var value in values)
             value = NextFloat();
+    }
+
+    /// <summary>Turns uniform numbers into Normal(0, std) draws as torch's normal_ does, which draws the last 16 again
+    /// if they are not a whole number of times 16.</summary>
+    /// <param name="again">What <see cref="NextFloats"/> gave for those.</param>
+    public static void ToNormal(float[] values, ReadOnlySpan<float> again, float std) {
         const int block = 1 << 16;
         Parallel.For(0, (values.Length + block - 1) / block, i =>
             BoxMuller(values.AsSpan(i * block, Math.Min(block, values.Length - i * block)), std));
-        if (values.Length % 16 == 0)
-            return;
-        var last = values.AsSpan(^16);
-        foreach (ref var value in last)
-            value = NextFloat();
-        BoxMuller(last, std);
+        again.CopyTo(values.AsSpan(values.Length - again.Length));
+        BoxMuller(values.AsSpan(values.Length - again.Length), std);
+    }
+
+    /// <summary>Fills with Normal(0, std) draws as torch's normal_ does for 16 or more floats.</summary>
+    public void Normal(float[] values, float std) {
+        var again = new float[values.Length % 16 == 0 ? 0 : 16];
+        NextFloats(values);
+        NextFloats(again);
+        ToNormal(values, again, std);
     }
 
     static void BoxMuller(Span<float> x, float std) {

@@ -1,7 +1,7 @@
-// The kernels of the GPU backend, in the order of the operations in Model.cs and Cuda.cs. The file is compiled twice, for
-// bf16 and (-DFP32) for fp32: floatX is the type of weights and activations. Sums and statistics are fp32, and no result
-// depends on the order in which blocks run. Columns are multiples of 8: a thread moves eight elements at a time, in loads
-// and stores of 128 bits.
+// The kernels of the GPU backend, in the order of the operations in Model.cs and Cuda.cs. The file is compiled twice,
+// for bf16 and (-DFP32) for fp32: floatX is the type of weights and activations. Sums and statistics are fp32, and no
+// result depends on the order in which blocks run. Columns are multiples of 8: a thread moves eight elements at a
+// time, in loads and stores of 128 bits.
 #include <cuda.h>
 #include <cuda_bf16.h>
 #include <stdint.h>
@@ -108,12 +108,20 @@ __device__ float warp_max(float x) {
     return x;
 }
 
+// y = x in the type of weights
+KERNEL round_to_nearest(const float* x, floatX* y, int64_t count) {
+    int64_t i = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * Width;
+    if (i < count)
+        store(y + i, load(x + i));
+}
+
 // ---- Sums of rows
 
 constexpr int SumThreads = 256;
 
-// The sum over count rows of x (.., C), of which row(i) is the i-th, in the column this thread then has; false past the end
-// and for threads without one. A block has so many columns, eight of them a thread, and its threads divide the rows.
+// The sum over count rows of x (.., C), of which row(i) is the i-th, in the column this thread then has; false past
+// the end and for threads without one. A block has so many columns, eight of them a thread, and its threads divide
+// the rows.
 template <int Columns, typename T, typename Row>
 __device__ bool sum_rows(const T* x, int C, int count, Row row, int& column, float& total) {
     constexpr int Across = Columns / Width, Down = SumThreads / Across;
@@ -178,7 +186,8 @@ KERNEL embed_backward_positions(const floatX* dx, float* dwpe, int B, int T, int
 
 // ---- Layer norm
 
-// A warp a row; residual may be null, and then there is no sum. The row waits in shared memory, each lane's part for itself.
+// A warp a row; residual may be null, and then there is no sum. The row waits in shared memory, each lane's part for
+// itself.
 KERNEL layer_norm(const floatX* residual, const floatX* x, const floatX* w, const floatX* b, floatX* sums, floatX* y,
     float2* statistics, int rows, int C) {
     int warp = threadIdx.x / Warp, lane = threadIdx.x % Warp;
@@ -210,8 +219,8 @@ KERNEL layer_norm(const floatX* residual, const floatX* x, const floatX* w, cons
         statistics[row] = make_float2(mean, rstd);
 }
 
-// A warp takes every so many rows, and holds its own sums for dw and db in shared memory; partial (2, blocks, C) gets those
-// of the blocks, db's first.
+// A warp takes every so many rows, and holds its own sums for dw and db in shared memory; partial (2, blocks, C) gets
+// those of the blocks, db's first.
 KERNEL layer_norm_backward(const floatX* dy, const floatX* x, const floatX* w, const float2* statistics, floatX* dx,
     float* partial, int rows, int C) {
     int warps = blockDim.x / Warp, warp = threadIdx.x / Warp, lane = threadIdx.x % Warp;
@@ -286,10 +295,10 @@ KERNEL gelu_backward(const floatX* x, floatX* dx, int64_t count) {
 #ifdef FP32
 constexpr int Tile = 64, Depth = 16;
 
-// c (M, N) = a·b, or c += a·b, or c = a·b + bias (N). Element (i, k) of a is a[i·a_row + k·a_column], and b's likewise. A
-// block computes a tile of c, each of its 256 threads every sixteenth of four rows and columns.
-KERNEL product(const float* a, int64_t a_row, int64_t a_column, const float* b, int64_t b_row, int64_t b_column, float* c,
-    const float* bias, int accumulate, int M, int N, int K) {
+// c (M, N) = a·b, or c += a·b, or c = a·b + bias (N). Element (i, k) of a is a[i·a_row + k·a_column], and b's
+// likewise. A block computes a tile of c, each of its 256 threads every sixteenth of four rows and columns.
+KERNEL product(const float* a, int64_t a_row, int64_t a_column, const float* b, int64_t b_row, int64_t b_column,
+    float* c, const float* bias, int accumulate, int M, int N, int K) {
     __shared__ float rows[Depth][Tile + 1], columns[Depth][Tile + 1];
     int i0 = blockIdx.y * Tile, j0 = blockIdx.x * Tile, ti = threadIdx.x / 16, tj = threadIdx.x % 16;
     float sums[4][4] = {};
@@ -420,8 +429,8 @@ KERNEL attention_any_backward_q(const floatX* dy, const floatX* qkv, const float
 }
 
 // dk and dv: a block a key, whose warps divide the queries from it on.
-KERNEL attention_any_backward_kv(const floatX* dy, const floatX* qkv, const float* lse, const float* delta, floatX* dqkv,
-    int T, int NH, int HS) {
+KERNEL attention_any_backward_kv(const floatX* dy, const floatX* qkv, const float* lse, const float* delta,
+    floatX* dqkv, int T, int NH, int HS) {
     int C = NH * HS, key = blockIdx.x;
     int64_t first = (int64_t)blockIdx.z * T, statistics = ((int64_t)blockIdx.z * NH + blockIdx.y) * T;
     const floatX* head = qkv + first * 3 * C + blockIdx.y * HS;
@@ -441,10 +450,11 @@ KERNEL attention_any_backward_kv(const floatX* dy, const floatX* qkv, const floa
 // ---- Flash attention (Dao, 2023) for heads of 64: causal, from and to the packed (B, T, 3, NH, 64), no sum by atomics
 
 #ifndef FP32
-// A block of two warpgroups holds 128 rows (queries; keys in the kernel for dk and dv) and walks over tiles of 64 of the
-// others. All products have one of two forms: scores = rows·tileᵀ, of two tiles in shared memory, and sums += weights·tile,
-// whose weights are scores still in registers. Their layout is that of mma.m16n8k16, which four warps side by side share
-// with wgmma.m64n64k16; so each kernel is written once, for any GPU and (Hopper) with wgmma and TMA.
+// A block of two warpgroups holds 128 rows (queries; keys in the kernel for dk and dv) and walks over tiles of 64 of
+// the others. All products have one of two forms: scores = rows·tileᵀ, of two tiles in shared memory, and sums +=
+// weights·tile, whose weights are scores still in registers. Their layout is that of mma.m16n8k16, which four warps
+// side by side share with wgmma.m64n64k16; so each kernel is written once, for any GPU and (Hopper) with wgmma and
+// TMA.
 constexpr int HS = 64, TileRows = 64, TileBytes = TileRows * HS * 2;
 constexpr int FlashThreads = 256, FlashRows = 128;
 constexpr float Log2E = 1.4426950408889634f;
@@ -458,8 +468,8 @@ __device__ float exp2_approximate(float x) {
     return y;
 }
 
-// The place of eight columns of a row in a tile: chunks of 16 bytes are permuted as TMA and wgmma have it with 128 bytes a
-// row, so that no access meets another in a bank.
+// The place of eight columns of a row in a tile: chunks of 16 bytes are permuted as TMA and wgmma have it with 128
+// bytes a row, so that no access meets another in a bank.
 __device__ uint32_t chunk(uint32_t tile, int row, int column8) {
     return tile + row * 128 + ((column8 ^ (row & 7)) << 4);
 }
@@ -489,13 +499,14 @@ __device__ void mbarrier_expect(uint32_t barrier, int bytes) {
 }
 
 __device__ void mbarrier_wait(uint32_t barrier, int phase) {
-    asm volatile("{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n@!done bra again;\n}"
-        ::"r"(barrier), "r"(phase & 1) : "memory");
+    asm volatile("{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n"
+        "@!done bra again;\n}" ::"r"(barrier), "r"(phase & 1) : "memory");
 }
 
 __device__ void tma_load(uint32_t to, const CUtensorMap* map, int head, int row, int sequence, uint32_t barrier) {
-    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], "
-        "[%6];" ::"r"(to), "l"(map), "r"(0), "r"(head), "r"(row), "r"(sequence), "r"(barrier) : "memory");
+    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
+        "[%0], [%1, {%2, %3, %4, %5}], [%6];"
+        ::"r"(to), "l"(map), "r"(0), "r"(head), "r"(row), "r"(sequence), "r"(barrier) : "memory");
 }
 
 __device__ void bulk_load(uint32_t to, const void* from, int bytes, uint32_t barrier) {
@@ -530,8 +541,8 @@ struct Rows {
     }
 };
 
-// The tiles [begin, end) of two heads' rows, and of what statistics there are for a row, in pairs that go through a ring in
-// shared memory: two places that all threads fill and change over together, or three that TMA fills ahead.
+// The tiles [begin, end) of two heads' rows, and of what statistics there are for a row, in pairs that go through a
+// ring in shared memory: two places that all threads fill and change over together, or three that TMA fills ahead.
 template <bool Hopper, bool HasStatistics>
 struct Pairs {
     static constexpr int Places = Hopper ? 3 : 2;
@@ -544,8 +555,8 @@ struct Pairs {
     int tile, end, place = 0, phase = 0;
 
     // For as many warps as there are in the block.
-    __device__ Pairs(const Rows<Hopper>& left, const Rows<Hopper>& right, const float2* statistics, uint32_t ring, int begin,
-        int end) : left(left), right(right), all_statistics(statistics), ring(ring), tile(begin), end(end) {
+    __device__ Pairs(const Rows<Hopper>& left, const Rows<Hopper>& right, const float2* statistics, uint32_t ring,
+        int begin, int end) : left(left), right(right), all_statistics(statistics), ring(ring), tile(begin), end(end) {
         __shared__ uint64_t barriers[2 * Places];
         full = shared_address(barriers);
         empty = full + 8 * Places;
@@ -649,16 +660,17 @@ __device__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// How wgmma finds 64 rows from some bytes on in a tile: 1024 bytes from one group of eight to the next, permuted as chunk
-// has it.
+// How wgmma finds 64 rows from some bytes on in a tile: 1024 bytes from one group of eight to the next, permuted as
+// chunk has it.
 __device__ uint64_t descriptor(uint32_t tile, int bytes) {
     uint64_t descriptor;
-    asm("mov.b64 %0, {%1, %2};" : "=l"(descriptor) : "r"((tile >> 4 | 1 << 16) + (bytes >> 4)), "n"(1024 >> 4 | 1 << 30));
+    uint32_t low = (tile >> 4 | 1 << 16) + (bytes >> 4);
+    asm("mov.b64 %0, {%1, %2};" : "=l"(descriptor) : "r"(low), "n"(1024 >> 4 | 1 << 30));
     return descriptor;
 }
 
-// c = a·b, or c += a·b, for 16 of the depth, by four warps; it goes on in the background: see wgmma_wait. The rows of a lie
-// in a tile, or are fragments; those of b's tile are the columns of b, or (with fragments) its depth.
+// c = a·b, or c += a·b, for 16 of the depth, by four warps; it goes on in the background: see wgmma_wait. The rows of
+// a lie in a tile, or are fragments; those of b's tile are the columns of b, or (with fragments) its depth.
 #define ROW(j) "+f"(c[j][0]), "+f"(c[j][1]), "+f"(c[j][2]), "+f"(c[j][3])
 #define ALL_ROWS ROW(0), ROW(1), ROW(2), ROW(3), ROW(4), ROW(5), ROW(6), ROW(7)
 #define WGMMA "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " \
@@ -775,8 +787,8 @@ __device__ void mask(Accumulators& scores, bool transposed) {
 }
 
 // Writes factor[row / 8] times a warp's 16 rows to those from first on of a head's rows, by way of its rows of a tile.
-__device__ void store_rows(const Accumulators& from, float factor0, float factor1, uint32_t tile, floatX* array, int heads,
-    int head, int first, int T) {
+__device__ void store_rows(const Accumulators& from, float factor0, float factor1, uint32_t tile, floatX* array,
+    int heads, int head, int first, int T) {
     int lane = threadIdx.x % Warp, row = threadIdx.x / Warp * 16;
     floatX* to = array + ((int64_t)(blockIdx.z * T + first + row) * heads + head) * HS;
 #pragma unroll
@@ -817,7 +829,8 @@ __device__ void flash_forward(const CUtensorMap* map, const floatX* qkv, floatX*
     uint32_t queries = first_tile(), own_queries = queries + warpgroup * TileBytes;
     Rows<Hopper> q(qkv, map, 3 * NH, blockIdx.y, T), k(qkv, map, 3 * NH, NH + blockIdx.y, T);
     Rows<Hopper> v(qkv, map, 3 * NH, 2 * NH + blockIdx.y, T);
-    Pairs<Hopper, false> pairs(k, v, nullptr, queries + 2 * TileBytes, 0, (min(first + FlashRows, T) - 1) / TileRows + 1);
+    int end = (min(first + FlashRows, T) - 1) / TileRows + 1;
+    Pairs<Hopper, false> pairs(k, v, nullptr, queries + 2 * TileBytes, 0, end);
     pairs.start(2 * TileBytes, [&](uint32_t barrier) { q.template load<FlashRows>(queries, first, barrier); });
 
     Fragments weights;
@@ -880,8 +893,8 @@ __device__ void flash_forward(const CUtensorMap* map, const floatX* qkv, floatX*
     }
 }
 
-// The row of statistics (B, NH, T up to the next multiple of 64) of this block's head: lse/ln 2 and delta = Σ dy·y of each
-// query, zero from T on.
+// The row of statistics (B, NH, T up to the next multiple of 64) of this block's head: lse/ln 2 and delta = Σ dy·y of
+// each query, zero from T on.
 __device__ float2* statistics_row(float2* statistics, int T, int NH) {
     return statistics + ((int64_t)blockIdx.z * NH + blockIdx.y) * ((T + TileRows - 1) / TileRows * TileRows);
 }
@@ -897,7 +910,8 @@ __device__ void flash_backward_q(const CUtensorMap* map, const CUtensorMap* dy_m
     uint32_t own_queries = queries + warpgroup * TileBytes, own_douts = douts + warpgroup * TileBytes;
     Rows<Hopper> q(qkv, map, 3 * NH, blockIdx.y, T), k(qkv, map, 3 * NH, NH + blockIdx.y, T);
     Rows<Hopper> v(qkv, map, 3 * NH, 2 * NH + blockIdx.y, T), dout(dy, dy_map, NH, blockIdx.y, T);
-    Pairs<Hopper, false> pairs(k, v, nullptr, douts + 2 * TileBytes, 0, (min(first + FlashRows, T) - 1) / TileRows + 1);
+    int end = (min(first + FlashRows, T) - 1) / TileRows + 1;
+    Pairs<Hopper, false> pairs(k, v, nullptr, douts + 2 * TileBytes, 0, end);
     pairs.start(4 * TileBytes, [&](uint32_t barrier) {
         q.template load<FlashRows>(queries, first, barrier);
         dout.template load<FlashRows>(douts, first, barrier);
@@ -918,16 +932,17 @@ __device__ void flash_backward_q(const CUtensorMap* map, const CUtensorMap* dy_m
         int own = i * RowsAtATime + threadIdx.x / 8, row = first + own;
         deltas[i] = row_sum(deltas[i]);
         deltas[i] += __shfl_xor_sync(~0u, deltas[i], 4);
-        float2 both = make_float2(lse[((int64_t)blockIdx.z * NH + blockIdx.y) * T + min(row, T - 1)] * Log2E, deltas[i]);
-        if (row >= T)
-            both = {};
+        float2 both = {};
+        if (row < T)
+            both = make_float2(lse[((int64_t)blockIdx.z * NH + blockIdx.y) * T + row] * Log2E, deltas[i]);
         if (threadIdx.x % 8 == 0)
             own_statistics[own] = both;
         if (threadIdx.x % 8 == 0 && row < (T + TileRows - 1) / TileRows * TileRows)
             statistics_row(statistics, T, NH)[row] = both;
     }
     __syncthreads();
-    float2 own[2] = {own_statistics[warpgroup * TileRows + row_of(0)], own_statistics[warpgroup * TileRows + row_of(2)]};
+    const float2* of_warpgroup = own_statistics + warpgroup * TileRows;
+    float2 own[2] = {of_warpgroup[row_of(0)], of_warpgroup[row_of(2)]};
 
     Fragments weights;
     Accumulators scores, products, sums = {};
@@ -964,16 +979,17 @@ __device__ void flash_backward_q(const CUtensorMap* map, const CUtensorMap* dy_m
     store_rows(sums, scale, scale, queries, dqkv, 3 * NH, blockIdx.y, first, T);
 }
 
-// dk and dv: a block for 128 keys, or 192 by three warpgroups, which walks over the queries from its first key on. Rows are
-// keys, columns queries.
+// dk and dv: a block for 128 keys, or 192 by three warpgroups, which walks over the queries from its first key on.
+// Rows are keys, columns queries.
 template <bool Hopper>
 constexpr int KeyRows = Hopper ? 192 : FlashRows;
 
 template <bool Hopper>
-__device__ void flash_backward_kv(const CUtensorMap* map, const CUtensorMap* dy_map, const floatX* dy, const floatX* qkv,
-    float2* statistics, floatX* dqkv, int T, int NH) {
+__device__ void flash_backward_kv(const CUtensorMap* map, const CUtensorMap* dy_map, const floatX* dy,
+    const floatX* qkv, float2* statistics, floatX* dqkv, int T, int NH) {
     constexpr int KeyBytes = KeyRows<Hopper> * 128;
-    int first = blockIdx.x * KeyRows<Hopper>, warpgroup = uniform(threadIdx.x / 128), own_first = first + warpgroup * TileRows;
+    int first = blockIdx.x * KeyRows<Hopper>, warpgroup = uniform(threadIdx.x / 128);
+    int own_first = first + warpgroup * TileRows; // of this warpgroup's keys
     uint32_t keys = first_tile(), values = keys + KeyBytes;
     uint32_t own_keys = keys + warpgroup * TileBytes, own_values = values + warpgroup * TileBytes;
     Rows<Hopper> q(qkv, map, 3 * NH, blockIdx.y, T), k(qkv, map, 3 * NH, NH + blockIdx.y, T);
@@ -1052,8 +1068,8 @@ FLASH_KERNEL(attention_backward_q, 2, FlashThreads, flash_backward_q, (const __g
     float2* statistics, floatX* dqkv, int T, int NH), &map, &dy_map, dy, qkv, y, lse, statistics, dqkv, T, NH)
 
 FLASH_KERNEL(attention_backward_kv, 1, 2 * KeyRows<true>, flash_backward_kv, (const __grid_constant__ CUtensorMap map,
-    const __grid_constant__ CUtensorMap dy_map, const floatX* dy, const floatX* qkv, float2* statistics, floatX* dqkv, int T,
-    int NH), &map, &dy_map, dy, qkv, statistics, dqkv, T, NH)
+    const __grid_constant__ CUtensorMap dy_map, const floatX* dy, const floatX* qkv, float2* statistics, floatX* dqkv,
+    int T, int NH), &map, &dy_map, dy, qkv, statistics, dqkv, T, NH)
 #endif
 
 // ---- Classifier
@@ -1062,8 +1078,8 @@ constexpr int ClassifyThreads = 512;
 constexpr float Lowest = -1e30f; // stands for no logit yet, where −∞ would give ∞ − ∞
 
 // A block a row, which waits in shared memory between its two passes if it fits there (keeps).
-KERNEL __launch_bounds__(ClassifyThreads) classify(floatX* logits, const int* targets, float* losses, float scale, int V,
-    int Vp, int keeps) {
+KERNEL __launch_bounds__(ClassifyThreads) classify(floatX* logits, const int* targets, float* losses, float scale,
+    int V, int Vp, int keeps) {
     __shared__ float maxima[ClassifyThreads / Warp], sums[ClassifyThreads / Warp];
     floatX *row = logits + (int64_t)blockIdx.x * Vp, *kept = keeps ? (floatX*)shared : row;
     int target = targets[blockIdx.x];
@@ -1162,8 +1178,8 @@ __device__ float round_stochastically(float x, uint32_t random) {
 }
 
 // Every part in one launch: y is the part. The gradient is zero afterwards.
-KERNEL adamw(const AdamWPart* parts, float learning_rate, float weight_decay, float gradient_scale, float beta1, float beta2,
-    float epsilon, float correction1, float correction2, uint32_t seed) {
+KERNEL adamw(const AdamWPart* parts, float learning_rate, float weight_decay, float gradient_scale, float beta1,
+    float beta2, float epsilon, float correction1, float correction2, uint32_t seed) {
     AdamWPart part = parts[blockIdx.y];
     float decay = part.decays ? learning_rate * weight_decay : 0;
     int64_t stride = (int64_t)gridDim.x * blockDim.x * Width;

@@ -105,6 +105,7 @@ BEGIN { status = "unknown" }
 /^Test run summary:/ { summary = 1 }
 summary && /^  [a-z]+: [0-9]+$$/ { count[$$1] = $$2 }
 /^exit status [0-9]+$$/ { status = $$3; next }
+/^skipped / { getline; next } # and the reason, which is on the next line
 { print; fflush() }
 END {
     failed = count["failed:"] + 0

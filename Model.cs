@@ -91,6 +91,8 @@ public interface IDevice : IDisposable {
     void Read(Tensor from, Span<float> values);
     /// <summary>Fills with zeros.</summary>
     void Clear(Tensor x);
+    /// <summary>y = x, which is fp32, rounded to the nearest of y's type.</summary>
+    void Round(Tensor x, Tensor y);
     /// <summary>x (B, T, C) = wte[token] + wpe[start + t].</summary>
     void Embed(ReadOnlySpan<int> tokens, Tensor wte, Tensor wpe, int start, Tensor x);
     /// <summary>dwte[token] += dx; dwpe[t] += dx.</summary>
@@ -114,7 +116,7 @@ public interface IDevice : IDisposable {
     /// <summary>Causal attention of the rows from start on. qkv (B, T, 3·NH·HS) packs queries, keys and values;
     /// y (B, T − start, NH·HS); lse (B, NH, T − start) is the log-sum-exp of each query's scaled scores.</summary>
     void Attention(Tensor qkv, int start, int heads, Tensor y, Tensor lse);
-    /// <summary>dqkv from dy, for start 0; scratch (B, NH, 2·T up to the next multiple of 128) is overwritten.</summary>
+    /// <summary>dqkv from dy, for start 0; scratch (B, NH, 2·T rounded up to 128) is overwritten.</summary>
     void AttentionBackward(Tensor dy, Tensor qkv, Tensor y, Tensor lse, int heads, Tensor scratch, Tensor dqkv);
     /// <summary>losses (B, T) = cross-entropy of each row of logits (B, T, Vp) against its target; the logits become
     /// (softmax − one-hot)·gradientScale. Columns from the vocabulary on take no part and become zero.</summary>
@@ -410,7 +412,7 @@ public sealed class Model {
         }
     }
 
-    /// <summary>The logits (rows, Vp) of the last forward pass are computed in so many parts, which share memory.</summary>
+    /// <summary>The logits (rows, Vp) of a forward pass are computed in so many parts, which share memory.</summary>
     public int LogitParts => (B * T + activations.Logits.Rows - 1) / activations.Logits.Rows;
 
     /// <summary>Computes the logits of one part of the rows.</summary>
@@ -494,26 +496,35 @@ public sealed class Model {
 
     // ---- Weights
 
-    /// <summary>Draws the weights as llm.c and PyTorch do from the same seed: Normal(0, 0.02), the residual projections
-    /// scaled by 1/√(2L); biases 0, layer-norm weights 1.</summary>
+    /// <summary>Draws the fp32 weights as llm.c and PyTorch do from the same seed: Normal(0, 0.02), the residual
+    /// projections scaled by 1/√(2L); biases 0, layer-norm weights 1.</summary>
     void Initialize(uint seed) {
-        var random = new Mt19937(seed);
-        var shapes = Config.Parameters;
+        var (random, shapes, writing) = (new Mt19937(seed), Config.Parameters, Task.CompletedTask);
         for (var l = 0; l < Config.L; l++) {
             for (var i = 0; i < shapes.Length; i++) {
                 var shape = shapes[i];
                 if (l >= shape.Layers)
                     continue;
                 // The padded rows of wte stay zero.
-                var values = new float[(shape.Name == "wte" ? Config.V : shape.Rows) * shape.Columns];
+                var count = (shape.Name == "wte" ? Config.V : shape.Rows) * shape.Columns;
+                var values = GC.AllocateUninitializedArray<float>(count);
+                var again = new float[shape.IsMatrix && count % 16 != 0 ? 16 : 0];
                 if (shape.IsMatrix)
-                    random.Normal(values, shape.Name.EndsWith("projw") ? 0.02f / MathF.Sqrt(2 * Config.L) : 0.02f);
-                else if (shape.Name is "ln1w" or "ln2w" or "lnfw")
-                    Array.Fill(values, 1);
-                foreach (var to in Copies)
-                    Device.Write(to.Tensors[i][l].Flat(0, values.Length), values);
+                    random.NextFloats(values);
+                else
+                    Array.Fill(values, shape.Name is "ln1w" or "ln2w" or "lnfw" ? 1 : 0);
+                random.NextFloats(again);
+                var std = shape.Name.EndsWith("projw") ? 0.02f / MathF.Sqrt(2 * Config.L) : 0.02f;
+                var to = Master.Tensors[i][l].Flat(0, count);
+                writing.Wait();
+                writing = Task.Run(() => { // while the next numbers are drawn
+                    if (shape.IsMatrix)
+                        Mt19937.ToNormal(values, again, std);
+                    Device.Write(to, values);
+                });
             }
         }
+        writing.Wait();
     }
 
     /// <summary>Reads the weights of an opened checkpoint of this model, fp32 or bf16, and closes it; without one,
@@ -523,24 +534,20 @@ public sealed class Model {
         if (file == null)
             Initialize(seed);
         else
-            Read(file, file.Header[1] == 5 ? DataType.Bf16 : DataType.Fp32, Copies);
+            Read(file, file.Header[1] == 5 ? DataType.Bf16 : DataType.Fp32, Master);
+        if (Master != Weights)
+            Device.Round(Master.All, Weights.All);
     }
 
-    /// <summary>The weights in each of their types.</summary>
-    Parameters[] Copies => Master == Weights ? [Weights] : [Weights, Master];
-
-    /// <summary>Reads all 16 tensors, to one place or several.</summary>
-    public void Read(BinaryFile file, DataType type, params Parameters[] to) {
-        var first = 0L;
-        foreach (var part in to[0].All.Chunks()) {
+    /// <summary>Reads all 16 tensors.</summary>
+    public void Read(BinaryFile file, DataType type, Parameters to) {
+        foreach (var part in to.All.Chunks()) {
             var values = new float[part.Count];
             if (type == DataType.Bf16)
                 file.ReadBFloat16(values);
             else
                 file.Read(values.AsSpan());
-            foreach (var parameters in to)
-                Device.Write(parameters.All.Flat(first, values.Length), values);
-            first += values.Length;
+            Device.Write(part, values);
         }
     }
 

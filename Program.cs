@@ -50,14 +50,15 @@ internal sealed class Commands {
     /// <param name="recompute">-r, Less memory, more work: 1 recomputes GELU, 2 layer norms too.</param>
     /// <param name="overfit">-a, Train on the first batches alone.</param>
     /// <param name="noShuffle">Take the data in order.</param>
-    /// <param name="skipOutliers">Skip updates whose loss or norm is so many deviations above the last 128. [0: none]</param>
+    /// <param name="skipOutliers">Skip updates whose loss or norm is so many deviations above the last 128.</param>
     /// <param name="device">auto, cuda or cpu.</param>
     /// <param name="precision">Of weights and activations: bf16 or fp32. [bf16 on a GPU]</param>
     /// <param name="seed">Seed of weights, order and samples.</param>
     /// <param name="verbose">Show where an error came from.</param>
     public int Train(string trainData = "data/*train_*.bin", string valData = "data/*val_*.bin", string? init = null,
-        string @out = "log", int? batch = null, int? seq = null, int totalBatch = 0, int maxSteps = 300, float lr = 1e-3f,
-        int warmup = 20, float finalLrFrac = 0.1f, float weightDecay = 0.1f, Schedule schedule = Schedule.Cosine,
+        string @out = "log", int? batch = null, int? seq = null, int totalBatch = 0, int maxSteps = 300,
+        float lr = 1e-3f, int warmup = 20, float finalLrFrac = 0.1f, float weightDecay = 0.1f,
+        Schedule schedule = Schedule.Cosine,
         int valEvery = 50, int valBatches = 20, int sampleEvery = 0, int genTokens = 64, int checkpointEvery = 200,
         int keep = 2, bool resume = false, int recompute = 0, bool overfit = false, bool noShuffle = false,
         float skipOutliers = 0, DeviceKind device = DeviceKind.Auto, DataType? precision = null, uint seed = 42,
@@ -200,15 +201,16 @@ internal sealed class Commands {
     /// <param name="init">-e, A model file or descriptor.</param>
     /// <param name="batch">-b, Sequences in a batch. [64; 4 on a CPU]</param>
     /// <param name="seq">-t, Tokens in a sequence. [1024; 64 on a CPU]</param>
-    /// <param name="totalBatch">-d, Tokens in an update, a multiple of batch x seq. [524288; one batch on a CPU]</param>
+    /// <param name="totalBatch">-d, Tokens in an update, a multiple of batch x seq. [524288; one batch on CPU]</param>
     /// <param name="steps">-x, Steps, of which the median counts.</param>
     /// <param name="recompute">-r, As in training.</param>
     /// <param name="portable">Do without the instructions that only Hopper GPUs have.</param>
     /// <param name="device">auto, cuda or cpu.</param>
     /// <param name="precision">Of weights and activations: bf16 or fp32. [bf16 on a GPU]</param>
     /// <param name="verbose">Show where an error came from.</param>
-    public int Bench(string init = "d12", int? batch = null, int? seq = null, int? totalBatch = null, int steps = 5, int recompute = 0, bool portable = false,
-        DeviceKind device = DeviceKind.Auto, DataType? precision = null, bool verbose = false) => Guard(verbose, () => {
+    public int Bench(string init = "d12", int? batch = null, int? seq = null, int? totalBatch = null, int steps = 5,
+        int recompute = 0, bool portable = false, DeviceKind device = DeviceKind.Auto, DataType? precision = null,
+        bool verbose = false) => Guard(verbose, () => {
             Require(steps > 0, "--steps", "1 or more", steps);
             using var computer = Open(device, precision, verbose, portable);
             var (B, T) = Sizes(computer, batch, seq, (64, 1024), (4, 64));

@@ -170,7 +170,7 @@ public sealed class Trainer : IDisposable {
             log.ZLogInformation($"nothing to do: {firstStep} steps are done, and --max-steps is {options.MaxSteps}");
     }
 
-    /// <summary>One update: the mean loss, the gradient's norm before clipping, and whether they made it skip.</summary>
+    /// <summary>One update: the mean loss, the gradient's norm before clipping, whether they stood out.</summary>
     (double Loss, float Norm, bool Skipped) Step(int step) {
         if (options.Overfit)
             train.Reset();
@@ -398,8 +398,9 @@ public sealed partial class RunLog {
     /// <summary>Adds a line's loss to the curves as the line gives it, so that a resumed run draws the same.</summary>
     string Add(string line) {
         var groups = Line().Match(line).Groups;
+        var (step, value) = (int.Parse(groups[1].Value), double.Parse(groups[3].Value));
         if (groups[2].Value is "trl" or "tel")
-            (groups[2].Value == "trl" ? train : validation).Add((int.Parse(groups[1].Value), double.Parse(groups[3].Value)));
+            (groups[2].Value == "trl" ? train : validation).Add((step, value));
         if (groups[5].Success)
             norms.Add(double.Parse(groups[5].Value));
         return line;
@@ -499,8 +500,8 @@ public static class Benchmark {
         }
         Step(); // warms up
         var median = Median(Enumerable.Range(0, steps).Select(_ => Step()));
-        output.WriteLine($"{device.Name}, {device.Precision}; large product {ceilings.Flops / 1e12:F1} TFLOP/s, large " +
-            $"copy {ceilings.Bytes / 1e9:F0} GB/s");
+        output.WriteLine($"{device.Name}, {device.Precision}; large product {ceilings.Flops / 1e12:F1} TFLOP/s, " +
+            $"large copy {ceilings.Bytes / 1e9:F0} GB/s");
         output.WriteLine($"{config.Summary}; batch {B} x {T}, {totalBatch} tokens a step; " +
             $"{model.Memory.Sum(part => part.Bytes) / 1e9:F1} GB");
         output.WriteLine($"step {median * 1e3:F2} ms | {totalBatch / median:F0} tok/s | " +
