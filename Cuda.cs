@@ -137,7 +137,8 @@ public sealed unsafe class Cuda : IDevice {
     }
 
     public void Dispose() {
-        Enter();
+        // After a fault all of this fails; the fault itself is what must be reported.
+        cuCtxSetCurrent(context);
         cuStreamSynchronize(stream);
         products?.Dispose();
         allocations.ForEach(address => cuMemFree(address));

@@ -881,3 +881,15 @@ public sealed class GpuCheckpointTests {
             await Assert.That(RelativeError(found[i], expected[3 + i])).IsLessThan(1e-2).Because($"step {4 + i}");
     }
 }
+
+/// <summary>What ends a process's use of the GPU, and so runs only when it is asked for by name.</summary>
+[Category("fault"), RequiresGpu]
+public sealed class GpuFaultTests {
+    [Test, Explicit]
+    public async Task AFaultNamesTheOperation() {
+        using var device = new Cuda(DataType.Fp32, verbose: true);
+        var nowhere = new Tensor(4096, 1, 1, 64);
+        await Assert.That(() => device.Gelu(nowhere, nowhere)).Throws<Gpt2Exception>()
+            .WithMessageContaining("gelu: expected success, found CUDA_ERROR");
+    }
+}
