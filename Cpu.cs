@@ -126,16 +126,8 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
             (Row(s.statistics, row)[0], Row(s.statistics, row)[1]) = (mean, rstd);
         });
 
-    public void ResidualLayerNorm(Tensor residual, Tensor x, Tensor w, Tensor b, Tensor sum, Tensor y,
-        Tensor statistics) {
-        ForRows(x, (residual, x, sum), static (s, row) => {
-            for (int i = 0, n = s.x.Columns; n > 0; i += Lanes, n -= Lanes)
-                Store(Row(s.sum, row) + i, n, Load(Row(s.residual, row) + i, n) + Load(Row(s.x, row) + i, n));
-        });
-        LayerNorm(sum, w, b, y, statistics);
-    }
-
-    public void LayerNormBackward(Tensor dy, Tensor x, Tensor w, Tensor statistics, Tensor dx, Tensor dw, Tensor db) {
+    public void LayerNormBackward(
+        Tensor dy, Tensor x, Tensor w, Tensor statistics, Tensor dx, Tensor dw, Tensor db, Tensor dbias) {
         ForRows(x, (dy, x, w, statistics, dx), static (s, row) => {
             float* dy = Row(s.dy, row), x = Row(s.x, row), w = Floats(s.w), dx = Row(s.dx, row);
             Vector<float> mean = new(Row(s.statistics, row)[0]), rstd = new(Row(s.statistics, row)[1]);
@@ -162,6 +154,17 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
                 AddTo(Floats(s.db), dy, begin, end);
             }
         });
+        AddRows(dx, dbias);
+    }
+
+    /// <summary>sums += Σ x over rows, unless there are none.</summary>
+    void AddRows(Tensor x, Tensor sums, [CallerMemberName] string operation = "") {
+        if (sums.Address == 0)
+            return;
+        ForColumns(x, (x, sums), static (s, begin, end) => {
+            for (var row = 0; row < s.x.AllRows; row++)
+                AddTo(Floats(s.sums), Row(s.x, row), begin, end);
+        }, operation);
     }
 
     // ---- Linear and GELU
@@ -170,6 +173,14 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
         if (b.Address == 0)
             Clear(y);
         Multiply(Matrix(x), Matrix(w).Transposed, Matrix(y), b);
+    }
+
+    public void LinearResidual(Tensor x, Tensor w, Tensor b, Tensor residual, Tensor y) {
+        Linear(x, w, b, y);
+        ForChunks(y, (residual, y), static (s, i, n) => {
+            for (; n > 0; i += Lanes, n -= Lanes)
+                Store(Floats(s.y) + i, n, Load(Floats(s.y) + i, n) + Load(Floats(s.residual) + i, n));
+        });
     }
 
     public void LinearGelu(Tensor x, Tensor w, Tensor b, Tensor input, Tensor y) {
@@ -181,12 +192,7 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
         Clear(dx);
         Multiply(Matrix(dy), Matrix(w), Matrix(dx));
         Multiply(Matrix(dy).Transposed, Matrix(x), Matrix(dw));
-        if (db.Address == 0)
-            return;
-        ForColumns(dy, (dy, db), static (s, begin, end) => {
-            for (var row = 0; row < s.dy.AllRows; row++)
-                AddTo(Floats(s.db), Row(s.dy, row), begin, end);
-        });
+        AddRows(dy, db);
     }
 
     public void LinearGeluBackward(Tensor dy, Tensor x, Tensor input, Tensor w, Tensor dx, Tensor dw, Tensor db) {

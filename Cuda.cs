@@ -315,38 +315,39 @@ public sealed unsafe class Cuda : IDevice {
 
     // ---- Layer norm
 
-    public void LayerNorm(Tensor x, Tensor w, Tensor b, Tensor y, Tensor statistics) =>
-        ResidualLayerNorm(default, x, w, b, default, y, statistics);
-
-    public void ResidualLayerNorm(Tensor residual, Tensor x, Tensor w, Tensor b, Tensor sum, Tensor y,
-        Tensor statistics) {
+    public void LayerNorm(Tensor x, Tensor w, Tensor b, Tensor y, Tensor statistics) {
         RequireColumns(x.Columns);
         var (rows, row) = (x.AllRows, x.Columns * x.ElementSize);
         var warps = Math.Clamp((48 << 10) / row, 1, 8);
-        Launch(layerNorm, (Blocks(rows, warps), 1, 1), 32 * warps, warps * row, 0, (residual.Address == 0 ? 2.0 : 4) *
-            x.Bytes, residual, x, w, b, sum, y, statistics, rows, x.Columns);
+        Launch(layerNorm, (Blocks(rows, warps), 1, 1), 32 * warps, warps * row, 0, 2.0 * x.Bytes,
+            x, w, b, y, statistics, rows, x.Columns);
     }
 
-    public void LayerNormBackward(Tensor dy, Tensor x, Tensor w, Tensor statistics, Tensor dx, Tensor dw, Tensor db) {
-        var (rows, C) = (x.AllRows, x.Columns);
-        const int blocksPerMultiprocessor = 4, sums = 2 * sizeof(float);
-        var warps = Math.Clamp((56 << 10) / (C * sums), 1, 8);
-        var blocks = Math.Min(Blocks(rows, warps), Math.Min(blocksPerMultiprocessor * multiprocessors,
-            ScratchBytes / (C * sums)));
-        Launch(layerNormBackward, (blocks, 1, 1), 32 * warps, warps * C * sums, 0, 4.0 * x.Bytes,
-            dy, x, w, statistics, dx, scratch, rows, C);
-        Launch(addRowSums, (1, Blocks(C, AddColumns), 2), SumColumns, 0, 0, (double)blocks * C * sums,
-            scratch, blocks, C, db, dw);
+    public void LayerNormBackward(
+        Tensor dy, Tensor x, Tensor w, Tensor statistics, Tensor dx, Tensor dw, Tensor db, Tensor dbias) {
+        var (rows, C, sums) = (x.AllRows, x.Columns, dbias.Address == 0 ? 2 : 3);
+        const int blocksPerMultiprocessor = 4, shared = 56 << 10;
+        var row = C * sums * sizeof(float);
+        var warps = Math.Clamp(shared / row, 1, 8);
+        var blocks = Math.Min(Blocks(rows, warps),
+            Math.Min(blocksPerMultiprocessor * multiprocessors, ScratchBytes / row));
+        Launch(layerNormBackward, (blocks, 1, 1), 32 * warps, warps * row, 0, 4.0 * x.Bytes,
+            dy, x, w, statistics, dx, scratch, rows, C, sums);
+        Launch(addRowSums, (1, Blocks(C, AddColumns), sums), SumColumns, 0, 0, (double)blocks * row,
+            scratch, blocks, C, db, dw, dbias);
     }
 
     // ---- Linear and GELU
 
-    public void Linear(Tensor x, Tensor w, Tensor b, Tensor y) {
+    public void Linear(Tensor x, Tensor w, Tensor b, Tensor y) => LinearResidual(x, w, b, default, y);
+
+    public void LinearResidual(Tensor x, Tensor w, Tensor b, Tensor residual, Tensor y) {
         var (rows, C, OC) = (x.AllRows, x.Columns, w.AllRows);
         if (products == null)
-            Multiply(x, C, 1, w, 1, C, y, b, false, rows, OC, C);
+            Multiply(x, C, 1, w, 1, C, y, b, residual, rows, OC, C);
         else
-            Multiply(w, true, x, false, y, OC, rows, C, b.Address == 0 ? Epilogue.None : Epilogue.Bias, b);
+            Multiply(w, true, x, false, y, OC, rows, C, b.Address == 0 ? Epilogue.None : Epilogue.Bias, b,
+                addend: residual);
     }
 
     public void LinearGelu(Tensor x, Tensor w, Tensor b, Tensor input, Tensor y) {
@@ -364,15 +365,15 @@ public sealed unsafe class Cuda : IDevice {
     public void LinearGeluBackward(Tensor dy, Tensor x, Tensor input, Tensor w, Tensor dx, Tensor dw, Tensor db) {
         var (rows, C, OC) = (x.AllRows, x.Columns, w.AllRows);
         if (products == null) {
-            Multiply(dy, OC, 1, w, C, 1, dx, default, false, rows, C, OC);
-            Multiply(dy, 1, OC, x, C, 1, dw, default, true, OC, C, rows);
+            Multiply(dy, OC, 1, w, C, 1, dx, default, default, rows, C, OC);
+            Multiply(dy, 1, OC, x, C, 1, dw, default, dw, OC, C, rows);
             if (input.Address != 0)
                 Launch(geluBackward, (Blocks(dx.Count, 256 * Width), 1, 1), 256, 0, 0, 3.0 * dx.Bytes,
                     input, dx, dx.Count);
         } else {
             Multiply(w, false, dy, false, dx, C, rows, OC, input.Address == 0 ? Epilogue.None : Epilogue.DGelu, default,
                 input);
-            Multiply(x, false, dy, true, dw, C, OC, rows, Epilogue.None, accumulate: true);
+            Multiply(x, false, dy, true, dw, C, OC, rows, Epilogue.None, addend: dw);
         }
         if (db.Address == 0)
             return;
@@ -382,28 +383,28 @@ public sealed unsafe class Cuda : IDevice {
         down = Math.Min(down, ScratchBytes / (OC * sizeof(float)));
         Launch(sumRowsPartially, (down, across, 1), SumColumns, 0, 0, dy.Bytes, dy, rows, OC, scratch);
         Launch(addRowSums, (1, Blocks(OC, AddColumns), 1), SumColumns, 0, 0, 4.0 * down * OC,
-            scratch, down, OC, db, 0L);
+            scratch, down, OC, db, 0L, 0L);
     }
 
     public void Gelu(Tensor x, Tensor y) =>
         Launch(gelu, (Blocks(x.Count, 256 * Width), 1, 1), 256, 0, 0, 2.0 * x.Bytes, x, y, x.Count);
 
-    /// <summary>c (M, N) = a·b, + bias or + c, in fp32; element (i, k) of a is at i·aRow + k·aColumn.</summary>
+    /// <summary>c (M, N) = a·b + bias + addend in fp32; element (i, k) of a is at i·aRow + k·aColumn.</summary>
     void Multiply(Tensor a, long aRow, long aColumn, Tensor b, long bRow, long bColumn, Tensor c, Tensor bias,
-        bool accumulate, int M, int N, int K, [CallerMemberName] string operation = "") {
+        Tensor addend, int M, int N, int K) {
         const int tile = 64;
         Launch(product!, (Blocks(N, tile), Blocks(M, tile), 1), 256, 0, 2.0 * M * N * K, 0,
-            a, aRow, aColumn, b, bRow, bColumn, c, bias, accumulate ? 1 : 0, M, N, K);
+            a, aRow, aColumn, b, bRow, bColumn, c, bias, addend, M, N, K);
     }
 
-    /// <summary>c (M, N) = a·b by cuBLASLt, all of them in columns, which our rows are.</summary>
+    /// <summary>c (M, N) = a·b + addend by cuBLASLt, all of them in columns, which our rows are.</summary>
     void Multiply(Tensor a, bool transposeA, Tensor b, bool transposeB, Tensor c, int M, int N, int K,
-        Epilogue epilogue, Tensor bias = default, Tensor auxiliary = default, bool accumulate = false,
+        Epilogue epilogue, Tensor bias = default, Tensor auxiliary = default, Tensor addend = default,
         [CallerMemberName] string operation = "") {
         Enter();
         var start = Begin();
-        products!.Multiply(new(M, N, K, transposeA, transposeB, epilogue, c.Type), a.Address, b.Address, c.Address,
-            bias.Address, auxiliary.Address, accumulate);
+        products!.Multiply(new(M, N, K, transposeA, transposeB, epilogue, addend.Address != 0, c.Type), a.Address,
+            b.Address, c.Address, bias.Address, auxiliary.Address, addend.Address);
         if (Profile != null || verbose)
             End(start, $"{operation} {M} x {N} x {K}", 2.0 * M * N * K, 0);
     }
@@ -606,7 +607,7 @@ enum Epilogue { None = 1, Bias = 4, GeluAuxBias = 164, DGelu = 192 }
 
 /// <summary>A kind of product: c (M, N) = a·b of depth K in bf16, in columns.</summary>
 readonly record struct ProductKind(
-    int M, int N, int K, bool TransposeA, bool TransposeB, Epilogue Epilogue, DataType Output);
+    int M, int N, int K, bool TransposeA, bool TransposeB, Epilogue Epilogue, bool Adds, DataType Output);
 
 /// <summary>Products by cuBLASLt. Of the algorithms that it proposes for a large one, the fastest is found by trying
 /// them once; the choice is kept in the user's cache folder, so that later runs here have the same bits.</summary>
@@ -633,7 +634,7 @@ sealed unsafe class Products : IDisposable {
         public Heuristic Algorithm { get; set; }
     }
 
-    public void Multiply(ProductKind kind, nint a, nint b, nint c, nint bias, nint auxiliary, bool accumulate) {
+    public void Multiply(ProductKind kind, nint a, nint b, nint c, nint bias, nint auxiliary, nint addend) {
         const double large = 1e10;
         var isNew = !plans.TryGetValue(kind, out var plan);
         if (isNew)
@@ -645,15 +646,15 @@ sealed unsafe class Products : IDisposable {
         if (isNew) {
             var proposals = Propose(kind, plan!);
             // What adds to c cannot be tried; there, the first proposal was the fastest of an H100.
-            var tries = 2.0 * kind.M * kind.N * kind.K > large && !accumulate;
+            var tries = 2.0 * kind.M * kind.N * kind.K > large && addend != c;
             plan!.Algorithm = proposals[!tries ? 0 : Choose(kind, proposals, algorithm => Run(algorithm))];
         }
         Run(plan!.Algorithm);
 
         void Run(Heuristic algorithm) {
-            var (alpha, beta) = (1f, accumulate ? 1f : 0f);
-            CheckProducts(cublasLtMatmul(handle, plan!.Operation, &alpha, a, plan.A, b, plan.B, &beta, c, plan.C,
-                c, plan.C, &algorithm, workspace, (nuint)workspaceBytes, stream), $"the product {kind}");
+            var (alpha, beta) = (1f, kind.Adds ? 1f : 0f);
+            CheckProducts(cublasLtMatmul(handle, plan!.Operation, &alpha, a, plan.A, b, plan.B, &beta,
+                kind.Adds ? addend : c, plan.C, c, plan.C, &algorithm, workspace, (nuint)workspaceBytes, stream), $"the product {kind}");
         }
     }
 

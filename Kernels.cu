@@ -150,12 +150,13 @@ KERNEL sum_rows_partially(const floatX* x, int rows, int C, float* partial) {
         partial[(int64_t)blockIdx.x * C + column] = total;
 }
 
-// db (C) += sums of partial (count, C); with dw, those of a second (count, C) after it are added to dw.
-KERNEL add_row_sums(const float* partial, int count, int C, float* db, float* dw) {
+// db (C) += sums of partial (count, C); with more layers of blocks, those of a second and third (count, C) after it are
+// added to dw and dbias.
+KERNEL add_row_sums(const float* partial, int count, int C, float* db, float* dw, float* dbias) {
     int column;
     float total;
     if (sum_rows<64>(partial + (int64_t)blockIdx.z * count * C, C, count, [](int i) { return i; }, column, total))
-        (blockIdx.z == 0 ? db : dw)[column] += total;
+        (blockIdx.z == 0 ? db : blockIdx.z == 1 ? dw : dbias)[column] += total;
 }
 
 // ---- Embedding
@@ -186,10 +187,8 @@ KERNEL embed_backward_positions(const floatX* dx, float* dwpe, int B, int T, int
 
 // ---- Layer norm
 
-// A warp a row; residual may be null, and then there is no sum. The row waits in shared memory, each lane's part for
-// itself.
-KERNEL layer_norm(const floatX* residual, const floatX* x, const floatX* w, const floatX* b, floatX* sums, floatX* y,
-    float2* statistics, int rows, int C) {
+// A warp a row, which waits in shared memory, each lane's part for itself.
+KERNEL layer_norm(const floatX* x, const floatX* w, const floatX* b, floatX* y, float2* statistics, int rows, int C) {
     int warp = threadIdx.x / Warp, lane = threadIdx.x % Warp;
     int64_t row = (int64_t)blockIdx.x * (blockDim.x / Warp) + warp;
     if (row >= rows)
@@ -198,13 +197,7 @@ KERNEL layer_norm(const floatX* residual, const floatX* x, const floatX* w, cons
     float total = 0, squares = 0;
     for (int c = lane * Width; c < C; c += Warp * Width) {
         Pack value = load(x + row * C + c);
-        if (residual != nullptr) {
-            store(kept + c, value + load(residual + row * C + c));
-            value = load(kept + c); // as rounded
-            store(sums + row * C + c, value);
-        } else {
-            store(kept + c, value);
-        }
+        store(kept + c, value);
         total += sum(value);
     }
     float mean = warp_sum(total) / C;
@@ -219,16 +212,15 @@ KERNEL layer_norm(const floatX* residual, const floatX* x, const floatX* w, cons
         statistics[row] = make_float2(mean, rstd);
 }
 
-// A warp takes every so many rows, and holds its own sums for dw and db in shared memory; partial (2, blocks, C) gets
-// those of the blocks, db's first.
+// A warp takes every so many rows, and holds its own sums for db, dw and (if sums is 3) dbias in shared memory; partial
+// (sums, blocks, C) gets those of the blocks.
 KERNEL layer_norm_backward(const floatX* dy, const floatX* x, const floatX* w, const float2* statistics, floatX* dx,
-    float* partial, int rows, int C) {
+    float* partial, int rows, int C, int sums) {
     int warps = blockDim.x / Warp, warp = threadIdx.x / Warp, lane = threadIdx.x % Warp;
-    float *db = (float*)shared + 2 * warp * C, *dw = db + C;
-    for (int c = lane * Width; c < C; c += Warp * Width) {
+    float *db = (float*)shared + sums * warp * C, *dw = db + C, *dbias = dw + C;
+    for (int c = lane * Width; c < sums * C; c += Warp * Width)
         store(db + c, Pack{});
-        store(dw + c, Pack{});
-    }
+    __syncwarp();
     for (int64_t row = (int64_t)blockIdx.x * warps + warp; row < rows; row += (int64_t)gridDim.x * warps) {
         float mean = statistics[row].x, rstd = statistics[row].y, sum_g = 0, sum_gz = 0;
         for (int c = lane * Width; c < C; c += Warp * Width) {
@@ -247,13 +239,15 @@ KERNEL layer_norm_backward(const floatX* dy, const floatX* x, const floatX* w, c
             for (int i = 0; i < Width; i++)
                 result.x[i] += rstd * (g.x[i] - mean_g - z.x[i] * mean_gz);
             store(dx + row * C + c, result);
+            if (sums == 3)
+                store(dbias + c, load(dbias + c) + result);
         }
     }
     __syncthreads();
-    for (int c = threadIdx.x; c < 2 * C; c += blockDim.x) {
+    for (int c = threadIdx.x; c < sums * C; c += blockDim.x) {
         float total = 0;
         for (int i = 0; i < warps; i++)
-            total += ((float*)shared)[2 * i * C + c];
+            total += ((float*)shared)[sums * i * C + c];
         partial[((int64_t)(c / C) * gridDim.x + blockIdx.x) * C + c % C] = total;
     }
 }
@@ -295,10 +289,11 @@ KERNEL gelu_backward(const floatX* x, floatX* dx, int64_t count) {
 #ifdef FP32
 constexpr int Tile = 64, Depth = 16;
 
-// c (M, N) = a·b, or c += a·b, or c = a·b + bias (N). Element (i, k) of a is a[i·a_row + k·a_column], and b's
-// likewise. A block computes a tile of c, each of its 256 threads every sixteenth of four rows and columns.
+// c (M, N) = a·b + bias (N) + addend (M, N), which may be null, or c itself. Element (i, k) of a is
+// a[i·a_row + k·a_column], and b's likewise. A block computes a tile of c, each of its 256 threads every sixteenth of
+// four rows and columns.
 KERNEL product(const float* a, int64_t a_row, int64_t a_column, const float* b, int64_t b_row, int64_t b_column,
-    float* c, const float* bias, int accumulate, int M, int N, int K) {
+    float* c, const float* bias, const float* addend, int M, int N, int K) {
     __shared__ float rows[Depth][Tile + 1], columns[Depth][Tile + 1];
     int i0 = blockIdx.y * Tile, j0 = blockIdx.x * Tile, ti = threadIdx.x / 16, tj = threadIdx.x % 16;
     float sums[4][4] = {};
@@ -322,8 +317,9 @@ KERNEL product(const float* a, int64_t a_row, int64_t a_column, const float* b, 
     }
     for (int i = i0 + ti; i < min(i0 + Tile, M); i += 16) {
         for (int j = j0 + tj; j < min(j0 + Tile, N); j += 16) {
-            float value = sums[(i - i0) / 16][(j - j0) / 16];
-            c[(int64_t)i * N + j] = value + (accumulate ? c[(int64_t)i * N + j] : bias != nullptr ? bias[j] : 0);
+            int64_t at = (int64_t)i * N + j;
+            float value = sums[(i - i0) / 16][(j - j0) / 16] + (bias != nullptr ? bias[j] : 0);
+            c[at] = value + (addend != nullptr ? addend[at] : 0);
         }
     }
 }

@@ -99,12 +99,14 @@ public interface IDevice : IDisposable {
     void EmbedBackward(ReadOnlySpan<int> tokens, Tensor dx, Tensor dwte, Tensor dwpe);
     /// <summary>y (B, T, C) = (x − mean)·rstd·w + b; statistics (B, T, 2) = mean, rstd. Epsilon is 1e-5.</summary>
     void LayerNorm(Tensor x, Tensor w, Tensor b, Tensor y, Tensor statistics);
-    /// <summary>sum = residual + x; y = layer norm of sum.</summary>
-    void ResidualLayerNorm(Tensor residual, Tensor x, Tensor w, Tensor b, Tensor sum, Tensor y, Tensor statistics);
-    /// <summary>dx += the layer norm's gradient, where x is its input.</summary>
-    void LayerNormBackward(Tensor dy, Tensor x, Tensor w, Tensor statistics, Tensor dx, Tensor dw, Tensor db);
+    /// <summary>dx += the layer norm's gradient, where x is its input; then dbias += Σ dx over rows, unless dbias is none:
+    /// the gradient of the bias of what was added to x last.</summary>
+    void LayerNormBackward(
+        Tensor dy, Tensor x, Tensor w, Tensor statistics, Tensor dx, Tensor dw, Tensor db, Tensor dbias);
     /// <summary>y (B, T, OC) = x (B, T, C)·wᵀ + b with w (OC, C); b may be none.</summary>
     void Linear(Tensor x, Tensor w, Tensor b, Tensor y);
+    /// <summary>y = residual + x·wᵀ + b.</summary>
+    void LinearResidual(Tensor x, Tensor w, Tensor b, Tensor residual, Tensor y);
     /// <summary>input = x·wᵀ + b; y = GELU(input).</summary>
     void LinearGelu(Tensor x, Tensor w, Tensor b, Tensor input, Tensor y);
     /// <summary>dx = dy·w; dw += dyᵀ·x; db += Σ dy over rows, unless db is none.</summary>
@@ -244,7 +246,7 @@ public enum Purpose { Train, Evaluate, Generate }
 /// <summary>The activations of a forward pass over (B, T) tokens and the buffers of its backward pass, laid out from an
 /// address on; laid out from 0, it tells how much memory that takes.</summary>
 public sealed class Activations {
-    public readonly Tensor Encoded, Branch, Final, FinalStatistics, Logits, Losses;
+    public readonly Tensor Encoded, Final, FinalStatistics, Logits, Losses;
     public readonly Tensor DResidual, DBranch, DQkv, DFch, AttentionScratch;
     public readonly Layer[] Layers;
 
@@ -269,7 +271,7 @@ public sealed class Activations {
         Tensor Fp32(int rows, int columns) => Place(new(0, B, rows, columns));
         // Queries, keys and values come first: generation lays out one row over the memory of a longer prompt.
         var qkv = Enumerable.Range(0, L).Select(_ => Place(new(0, B, context, 3 * C, type))).ToArray();
-        (Encoded, Branch, Final) = (New(C), New(C), New(C));
+        (Encoded, Final) = (New(C), New(C));
         (FinalStatistics, Losses) = (Fp32(T, 2), Fp32(T, 1));
         Logits = Place(new(0, 1, purpose == Purpose.Generate ? 1 : Math.Min(B * T, LogitRows), config.Vp, type));
         Layers = new Layer[L];
@@ -400,14 +402,14 @@ public sealed class Model {
                 : (x.Qkv.Slice(start, a.Encoded.Rows), x.Qkv.Slice(0, start + a.Encoded.Rows));
             Device.Linear(x.Ln1, w.Qkvw, w.Qkvb, rows);
             Device.Attention(context, start, Config.NH, x.Atty, x.Lse);
-            Device.Linear(x.Atty, w.Attprojw, w.Attprojb, a.Branch);
-            Device.ResidualLayerNorm(residual, a.Branch, w.Ln2w, w.Ln2b, x.Residual2, x.Ln2, x.Ln2Statistics);
+            Device.LinearResidual(x.Atty, w.Attprojw, w.Attprojb, residual, x.Residual2);
+            Device.LayerNorm(x.Residual2, w.Ln2w, w.Ln2b, x.Ln2, x.Ln2Statistics);
             Device.LinearGelu(x.Ln2, w.Fcw, w.Fcb, x.Fch, x.FchGelu);
-            Device.Linear(x.FchGelu, w.Fcprojw, w.Fcprojb, a.Branch);
+            Device.LinearResidual(x.FchGelu, w.Fcprojw, w.Fcprojb, x.Residual2, x.Residual3);
             var (lnw, lnb, ln, statistics) = l + 1 < Config.L
                 ? (Weights[l + 1].Ln1w, Weights[l + 1].Ln1b, a.Layers[l + 1].Ln1, a.Layers[l + 1].Ln1Statistics)
                 : (Weights.Lnfw, Weights.Lnfb, a.Final, a.FinalStatistics);
-            Device.ResidualLayerNorm(x.Residual2, a.Branch, lnw, lnb, x.Residual3, ln, statistics);
+            Device.LayerNorm(x.Residual3, lnw, lnb, ln, statistics);
             residual = x.Residual3;
         }
     }
@@ -455,24 +457,27 @@ public sealed class Model {
         var (a, g) = (activations, Gradients!);
         var last = a.Layers[^1].Residual3;
         Device.Clear(a.DResidual);
-        Device.LayerNormBackward(a.DBranch, last, Weights.Lnfw, a.FinalStatistics, a.DResidual, g.Lnfw, g.Lnfb);
+        Device.LayerNormBackward(
+            a.DBranch, last, Weights.Lnfw, a.FinalStatistics, a.DResidual, g.Lnfw, g.Lnfb, g[Config.L - 1].Fcprojb);
         for (var l = Config.L - 1; l >= 0; l--) {
             var (w, dw, x) = (Weights[l], g[l], a.Layers[l]);
-            var residual = l > 0 ? a.Layers[l - 1].Residual3 : a.Encoded;
+            var (residual, dbias) = l > 0 ? (a.Layers[l - 1].Residual3, g[l - 1].Fcprojb) : (a.Encoded, default);
             if (recompute >= 1)
                 Device.Gelu(x.Fch, x.FchGelu);
-            Device.LinearGeluBackward(a.DResidual, x.FchGelu, x.Fch, w.Fcprojw, a.DFch, dw.Fcprojw, dw.Fcprojb);
+            Device.LinearGeluBackward(a.DResidual, x.FchGelu, x.Fch, w.Fcprojw, a.DFch, dw.Fcprojw, default);
             if (recompute >= 2)
                 Device.LayerNorm(x.Residual2, w.Ln2w, w.Ln2b, x.Ln2, x.Ln2Statistics);
             Device.LinearBackward(a.DFch, x.Ln2, w.Fcw, a.DBranch, dw.Fcw, dw.Fcb);
-            Device.LayerNormBackward(a.DBranch, x.Residual2, w.Ln2w, x.Ln2Statistics, a.DResidual, dw.Ln2w, dw.Ln2b);
-            Device.LinearBackward(a.DResidual, x.Atty, w.Attprojw, a.DBranch, dw.Attprojw, dw.Attprojb);
+            Device.LayerNormBackward(
+                a.DBranch, x.Residual2, w.Ln2w, x.Ln2Statistics, a.DResidual, dw.Ln2w, dw.Ln2b, dw.Attprojb);
+            Device.LinearBackward(a.DResidual, x.Atty, w.Attprojw, a.DBranch, dw.Attprojw, default);
             Device.AttentionBackward(
                 a.DBranch, x.Qkv, x.Atty, x.Lse, Config.NH, a.AttentionScratch, a.DQkv);
             if (recompute >= 2)
                 Device.LayerNorm(residual, w.Ln1w, w.Ln1b, x.Ln1, x.Ln1Statistics);
             Device.LinearBackward(a.DQkv, x.Ln1, w.Qkvw, a.DBranch, dw.Qkvw, dw.Qkvb);
-            Device.LayerNormBackward(a.DBranch, residual, w.Ln1w, x.Ln1Statistics, a.DResidual, dw.Ln1w, dw.Ln1b);
+            Device.LayerNormBackward(
+                a.DBranch, residual, w.Ln1w, x.Ln1Statistics, a.DResidual, dw.Ln1w, dw.Ln1b, dbias);
         }
         Device.EmbedBackward(Tokens, a.DResidual, g.Wte, g.Wpe);
     }
