@@ -1,4 +1,3 @@
-using System.Diagnostics;
 using System.Reflection;
 using System.Runtime.CompilerServices;
 using System.Runtime.InteropServices;
@@ -44,14 +43,16 @@ public sealed unsafe class Cuda : IDevice {
         const int multiprocessorCount = 16, major = 75, minor = 76, sharedPerBlock = 97;
         (multiprocessors, largestShared) = (Attribute(multiprocessorCount), Attribute(sharedPerBlock));
         capability = 10 * Attribute(major) + Attribute(minor);
-        hopper = capability == 90 && !portable;
         Name = Marshal.PtrToStringUTF8((nint)name) ?? "";
         Check(cuDevicePrimaryCtxRetain(out context, device), "starting CUDA");
         Enter();
         var status = cuModuleLoadData(out module, (nint)fatbin.PositionPointer);
-        if (status == NoBinaryForGpu)
-            throw new Gpt2Exception($"{Name}: expected compute capability 8.0, 8.6, 8.9 or 9.0, found " +
-                $"{capability / 10}.{capability % 10}; make ARCH={capability} builds kernels for it");
+        if (status == NoBinaryForGpu) {
+            var remedy = capability < 80 ? "a GPU of 8.0 or more is needed"
+                : $"make ARCH={capability}{(capability == 90 ? "a" : "")} compiles them";
+            throw new Gpt2Exception($"--device cuda: expected kernels for {Name} (compute capability " +
+                $"{capability / 10}.{capability % 10}), found none in this build; {remedy}");
+        }
         Check(status, "loading the kernels");
         Check(cuStreamCreate(out stream, 1), "creating a stream");
         Check(cuMemAllocHost(out pinned, StagingBytes), "allocating host memory");
@@ -74,6 +75,7 @@ public sealed unsafe class Cuda : IDevice {
             product = Kernel("product");
             return;
         }
+        hopper = !portable && cuModuleGetFunction(out _, module, "attention_hopper") == 0;
         var suffix = hopper ? "_hopper" : "";
         attention = Kernel($"attention{suffix}");
         attentionBackwardQ = Kernel($"attention_backward_q{suffix}");
@@ -156,7 +158,7 @@ public sealed unsafe class Cuda : IDevice {
     /// to them again; what used them last is then done.</summary>
     int Stage(long bytes) {
         const int alignment = 256;
-        Debug.Assert(bytes <= StagingBytes);
+        Require(bytes <= StagingBytes, "what passes to the GPU at once", $"at most {StagingBytes} bytes", bytes);
         if (staged + bytes > StagingBytes) {
             Synchronize();
             staged = 0;
@@ -274,7 +276,7 @@ public sealed unsafe class Cuda : IDevice {
 
     static int Blocks(long count, int size) => checked((int)((count + size - 1) / size));
 
-    static void Require(bool condition, string what, string expected, int found) {
+    static void Require(bool condition, string what, string expected, long found) {
         if (!condition)
             throw new Gpt2Exception($"--device cuda: expected {what} to be {expected}, found {found}");
     }

@@ -841,35 +841,38 @@ __device__ void flash_forward(const CUtensorMap* map, const floatX* qkv, floatX*
             wgmma_wait<Hopper, 0>(scores);
             if (pairs.tile * TileRows == own_first)
                 mask(scores, false);
-            float new_max[2] = {max[0], max[1]}, shift[2], keep[2];
+            float new_max[2] = {max[0], max[1]};
 #pragma unroll
             for (int j = 0; j < 8; j++) {
 #pragma unroll
                 for (int i = 0; i < 4; i++)
                     new_max[i / 2] = fmaxf(new_max[i / 2], scores[j][i]);
             }
+            new_max[0] = row_max(new_max[0]);
+            new_max[1] = row_max(new_max[1]);
+            // What is subtracted need not be the maximum, only near it: exponentials may reach 2^8.
+            if (__any_sync(~0u, fmaxf(new_max[0] - max[0], new_max[1] - max[1]) * scale > 8)) {
+                float keep[2];
 #pragma unroll
-            for (int i = 0; i < 2; i++) {
-                new_max[i] = row_max(new_max[i]);
-                shift[i] = new_max[i] * scale;
-                keep[i] = exp2_approximate(max[i] * scale - shift[i]);
-                max[i] = new_max[i];
-                total[i] *= keep[i];
+                for (int i = 0; i < 2; i++) {
+                    keep[i] = exp2_approximate((max[i] - new_max[i]) * scale);
+                    max[i] = new_max[i];
+                    total[i] *= keep[i];
+                }
+#pragma unroll
+                for (int j = 0; j < 8; j++) {
+#pragma unroll
+                    for (int i = 0; i < 4; i++)
+                        sums[j][i] *= keep[i / 2];
+                }
             }
+            float shift[2] = {max[0] * scale, max[1] * scale};
 #pragma unroll
             for (int j = 0; j < 8; j++) {
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
                     scores[j][i] = exp2_approximate(scores[j][i] * scale - shift[i / 2]);
                     total[i / 2] += scores[j][i];
-                }
-            }
-            if (__any_sync(~0u, keep[0] != 1 || keep[1] != 1)) {
-#pragma unroll
-                for (int j = 0; j < 8; j++) {
-#pragma unroll
-                    for (int i = 0; i < 4; i++)
-                        sums[j][i] *= keep[i / 2];
                 }
             }
             to_fragments(weights, scores);
@@ -1042,19 +1045,19 @@ __device__ void flash_backward_kv(const CUtensorMap* map, const CUtensorMap* dy_
     store_rows(dv, 1, 1, values, dqkv, 3 * NH, 2 * NH + blockIdx.y, first, T);
 }
 
-// Each kernel for any GPU, and with wgmma and TMA, empty but on Hopper. The maps describe qkv and dy.
+// Each kernel for any GPU, and in the code for Hopper (sm_90a) another with wgmma and TMA. The maps describe qkv and dy.
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-#define ON_HOPPER(statement) statement
+#define ON_HOPPER(...) __VA_ARGS__
 #else
-#define ON_HOPPER(statement)
+#define ON_HOPPER(...)
 #endif
 #define FLASH_KERNEL(name, blocks, threads, body, parameters, ...) \
     KERNEL __launch_bounds__(FlashThreads, blocks) name parameters { \
         body<false>(__VA_ARGS__); \
     } \
-    KERNEL __launch_bounds__(threads, blocks) name##_hopper parameters { \
-        ON_HOPPER(body<true>(__VA_ARGS__)); \
-    }
+    ON_HOPPER(KERNEL __launch_bounds__(threads, blocks) name##_hopper parameters { \
+        body<true>(__VA_ARGS__); \
+    })
 
 FLASH_KERNEL(attention, 2, FlashThreads, flash_forward, (const __grid_constant__ CUtensorMap map, const floatX* qkv,
     floatX* y, float* lse, int T, int NH), &map, qkv, y, lse, T, NH)
