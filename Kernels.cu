@@ -458,6 +458,17 @@ constexpr float Log2E = 1.4426950408889634f;
 typedef float Accumulators[8][4]; // (16, 64) of a warp: [column / 8][2·(row / 8) + column % 2]
 typedef uint32_t Fragments[4][4]; // (16, 64) of a warp in bf16
 
+// body(j, i) for each of a thread's accumulators.
+template <typename Body>
+__device__ void each(Body body) {
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            body(j, i);
+    }
+}
+
 __device__ float exp2_approximate(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -772,14 +783,10 @@ __device__ int column_of(int j, int i) {
 
 // Hides the future in a tile on the diagonal, whose columns are keys, or queries if it is transposed.
 __device__ void mask(Accumulators& scores, bool transposed) {
-#pragma unroll
-    for (int j = 0; j < 8; j++) {
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            if (transposed ? column_of(j, i) < row_of(i) : column_of(j, i) > row_of(i))
-                scores[j][i] = -INFINITY;
-        }
-    }
+    each([&](int j, int i) {
+        if (transposed ? column_of(j, i) < row_of(i) : column_of(j, i) > row_of(i))
+            scores[j][i] = -INFINITY;
+    });
 }
 
 // Writes factor[row / 8] times a warp's 16 rows to those from first on of a head's rows, by way of its rows of a tile.
@@ -842,12 +849,7 @@ __device__ void flash_forward(const CUtensorMap* map, const floatX* qkv, floatX*
             if (pairs.tile * TileRows == own_first)
                 mask(scores, false);
             float new_max[2] = {max[0], max[1]};
-#pragma unroll
-            for (int j = 0; j < 8; j++) {
-#pragma unroll
-                for (int i = 0; i < 4; i++)
-                    new_max[i / 2] = fmaxf(new_max[i / 2], scores[j][i]);
-            }
+            each([&](int j, int i) { new_max[i / 2] = fmaxf(new_max[i / 2], scores[j][i]); });
             new_max[0] = row_max(new_max[0]);
             new_max[1] = row_max(new_max[1]);
             // What is subtracted need not be the maximum, only near it: exponentials may reach 2^8.
@@ -859,22 +861,13 @@ __device__ void flash_forward(const CUtensorMap* map, const floatX* qkv, floatX*
                     max[i] = new_max[i];
                     total[i] *= keep[i];
                 }
-#pragma unroll
-                for (int j = 0; j < 8; j++) {
-#pragma unroll
-                    for (int i = 0; i < 4; i++)
-                        sums[j][i] *= keep[i / 2];
-                }
+                each([&](int j, int i) { sums[j][i] *= keep[i / 2]; });
             }
             float shift[2] = {max[0] * scale, max[1] * scale};
-#pragma unroll
-            for (int j = 0; j < 8; j++) {
-#pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    scores[j][i] = exp2_approximate(scores[j][i] * scale - shift[i / 2]);
-                    total[i / 2] += scores[j][i];
-                }
-            }
+            each([&](int j, int i) {
+                scores[j][i] = exp2_approximate(scores[j][i] * scale - shift[i / 2]);
+                total[i / 2] += scores[j][i];
+            });
             to_fragments(weights, scores);
             multiply_add<Hopper>(sums, weights, values);
             wgmma_wait<Hopper, 0>(sums);
@@ -956,19 +949,11 @@ __device__ void flash_backward_q(const CUtensorMap* map, const CUtensorMap* dy_m
             wgmma_wait<Hopper, 1>(scores);
             if (pairs.tile * TileRows == own_first)
                 mask(scores, false);
-#pragma unroll
-            for (int j = 0; j < 8; j++) {
-#pragma unroll
-                for (int i = 0; i < 4; i++)
-                    scores[j][i] = exp2_approximate(scores[j][i] * (scale * Log2E) - own[i / 2].x);
-            }
+            each([&](int j, int i) {
+                scores[j][i] = exp2_approximate(scores[j][i] * (scale * Log2E) - own[i / 2].x);
+            });
             wgmma_wait<Hopper, 0>(products);
-#pragma unroll
-            for (int j = 0; j < 8; j++) {
-#pragma unroll
-                for (int i = 0; i < 4; i++)
-                    scores[j][i] *= products[j][i] - own[i / 2].y;
-            }
+            each([&](int j, int i) { scores[j][i] *= products[j][i] - own[i / 2].y; });
             to_fragments(weights, scores);
             multiply_add<Hopper>(sums, weights, keys);
             wgmma_wait<Hopper, 0>(sums);
