@@ -52,7 +52,7 @@ gpt2-tests: $(sources) $(tests)
 
 # The kernels as machine code for each GPU, without PTX.
 capability = $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | tr -d . | sed 's/^90$$/90a/')
-targets = $(foreach a,$(patsubst native,$(capability),$(ARCH)),-gencode arch=compute_$a,code=sm_$a)
+targets = $(foreach a,$(if $(filter native,$(ARCH)),$(capability),$(ARCH)),-gencode arch=compute_$a,code=sm_$a)
 bin/Kernels.%.fatbin: Kernels.cu bin/arch
 	$(NVCC) -std=c++17 -O3 $(if $(filter fp32,$*),-DFP32) $(targets) -Xfatbin -compress-all -fatbin -o $@ $<
 
