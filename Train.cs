@@ -476,6 +476,7 @@ public static class Benchmark {
         Require(T > 0 && T <= config.MaxT, "--seq", $"1 to {config.MaxT}, the model's longest sequence", T);
         var whole = totalBatch > 0 && totalBatch % ((long)B * T) == 0;
         Require(whole, "--total-batch", $"a multiple of {B} x {T} tokens", totalBatch);
+        Require(recompute is >= 0 and <= 2, "--recompute", "0, 1 or 2", recompute);
         var ceilings = device.MeasureCeilings();
         var model = new Model(config, device, B, T, Purpose.Train, recompute);
         var optimizer = new Optimizer(model);

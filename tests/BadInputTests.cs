@@ -339,6 +339,8 @@ public partial class BadInputTests {
             train -n --checkpoint-every -1
             train --keep --keep 0 -1
             train -r --recompute -1 3
+            train --skip-outliers --skip-outliers -1 NaN Infinity
+            train --precision --precision bf16
             sample -n --tokens 0 -1
             sample --temperature --temperature -1 NaN
             sample --top-k --top-k -1
@@ -350,6 +352,9 @@ public partial class BadInputTests {
             bench -b --batch 0 -1
             bench -t --seq 0 -1 33
             bench -x --steps 0 -1
+            bench -d --total-batch 0 -42 41 2147483647
+            bench --precision --precision bf16
+            bench -r --recompute -1 3
             tokenize --val-tokens --val-tokens -1 100000001
             """;
         foreach (var line in wrong.Split('\n')) {

@@ -31,6 +31,30 @@ public partial class CheckpointTests {
     }
 
     [Test]
+    public async Task Outliers_are_skipped_once_there_are_128_updates_and_a_resumed_run_skips_the_same() {
+        // Any loss or norm above the mean stands out, so that some do and some do not.
+        const string run = $"{Train} -k constant -v 0 -n 1 --keep 200 -x 140 --skip-outliers 1e-9";
+        using var folder = Folders.Inputs();
+        var whole = await Gpt2Process.Succeed(folder.Path, $"{run} -o whole");
+        var skipped = new List<int>();
+        foreach (var line in whole.Lines.Where(line => line.StartsWith("step"))) {
+            var step = int.Parse(Regex.Match(line, @"\d+").Value);
+            if (line.EndsWith("outlier, not updated"))
+                skipped.Add(step);
+            if (step > 1) {
+                var (before, after) = (folder[$"whole/model_{step - 1:d8}.bin"], folder[$"whole/model_{step:d8}.bin"]);
+                var same = File.ReadAllBytes(before).AsSpan().SequenceEqual(File.ReadAllBytes(after));
+                await Assert.That(same).IsEqualTo(skipped.Contains(step)).Because($"step {step}");
+            }
+        }
+        await Assert.That(skipped.Count).IsBetween(1, 11);
+        await Assert.That(skipped[0]).IsGreaterThan(128);
+        Folders.Copy(folder["whole"], folder["part"], name => StepOf(name) <= 133);
+        await Gpt2Process.Succeed(folder.Path, $"{run} -o part --resume");
+        await Same(folder["whole"], folder["part"], "resumed at 133");
+    }
+
+    [Test]
     public async Task A_finished_run_goes_on_when_it_is_given_more_steps() {
         using var folder = Folders.Inputs();
         await Gpt2Process.Succeed(folder.Path, $"{Train} -k constant -n 4 --keep 10 -v 4 -x 20 -o whole");
