@@ -220,12 +220,12 @@ public sealed class Mt19937 {
     }
 
     static void BoxMuller(Span<float> x, float std) {
-        for (; x.Length >= 16; x = x[16..]) {
-            for (var t = 0; t < 8; t++) {
-                var radius = MathF.Sqrt(-2 * MathF.Log(1 - x[t] + 1e-12f));
-                var angle = (float)(2 * Math.PI * x[t + 8]);
-                (x[t], x[t + 8]) = (radius * MathF.Cos(angle) * std, radius * MathF.Sin(angle) * std);
-            }
+        for (; x.Length >= 2 * Eight; x = x[(2 * Eight)..]) {
+            var (u1, u2) = (Vector256<float>.One - Vector256.Create<float>(x), Vector256.Create<float>(x[Eight..]));
+            var radius = Vector256.Sqrt(-2 * Vector256.Log(u1 + Vector256.Create(1e-12f))) * std;
+            var (sine, cosine) = Vector256.SinCos(u2 * MathF.Tau);
+            (radius * cosine).CopyTo(x);
+            (radius * sine).CopyTo(x[Eight..]);
         }
     }
 
