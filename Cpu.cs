@@ -47,13 +47,13 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
     }
 
     static double Best(int tries, Action run) {
-        var best = TimeSpan.MaxValue;
+        var best = double.PositiveInfinity;
         for (var i = 0; i < tries; i++) {
             var start = Stopwatch.GetTimestamp();
             run();
-            best = TimeSpan.FromTicks(Math.Min(best.Ticks, Stopwatch.GetElapsedTime(start).Ticks));
+            best = Math.Min(best, Stopwatch.GetElapsedTime(start).TotalSeconds);
         }
-        return best.TotalSeconds;
+        return best;
     }
 
     public nint Allocate(long bytes) {
@@ -274,8 +274,7 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
         }, 2.0 * qkv.Depth * qkv.Rows * (qkv.Rows + 1) * (qkv.Columns / 3));
     }
 
-    public void AttentionBackward(
-        Tensor dy, Tensor qkv, Tensor y, Tensor lse, int heads, Tensor scratch, Tensor dqkv) {
+    public void AttentionBackward(Tensor dy, Tensor qkv, Tensor y, Tensor lse, int heads, Tensor dqkv) {
         Clear(dqkv);
         For(qkv.Depth * heads, (dy, qkv, y, lse, heads, dqkv), static (s, head) => {
             var scratch = stackalloc float[2 * ScoreCount];

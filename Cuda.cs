@@ -10,10 +10,10 @@ namespace Gpt2;
 /// <summary>The operations on an NVIDIA GPU: kernels from the embedded fatbin and, in bf16, products by cuBLASLt. All
 /// work goes to one stream; nothing depends on timing, so the same calls give the same bits.</summary>
 public sealed unsafe class Cuda : IDevice {
-    const int StagingBytes = 32 << 20, WorkspaceBytes = 32 << 20, ScratchBytes = 32 << 20;
+    const int StagingBytes = 32 << 20, WorkspaceBytes = 32 << 20, ScratchBytes = 64 << 20;
     const int LargestColumns = 8192, LargestHead = 256;
 
-    readonly int device, capability, multiprocessors, largestShared;
+    readonly int device, multiprocessors, largestShared;
     readonly bool verbose, hopper;
     readonly nint context, module, stream, pinned, staging, workspace, scratch, maps;
     readonly List<nint> allocations = [];
@@ -42,7 +42,7 @@ public sealed unsafe class Cuda : IDevice {
         }
         const int multiprocessorCount = 16, major = 75, minor = 76, sharedPerBlock = 97;
         (multiprocessors, largestShared) = (Attribute(multiprocessorCount), Attribute(sharedPerBlock));
-        capability = 10 * Attribute(major) + Attribute(minor);
+        var capability = 10 * Attribute(major) + Attribute(minor);
         Name = Marshal.PtrToStringUTF8((nint)name) ?? "";
         Check(cuDevicePrimaryCtxRetain(out context, device), "starting CUDA");
         Enter();
@@ -158,7 +158,6 @@ public sealed unsafe class Cuda : IDevice {
     /// to them again; what used them last is then done.</summary>
     int Stage(long bytes) {
         const int alignment = 256;
-        Require(bytes <= StagingBytes, "what passes to the GPU at once", $"at most {StagingBytes} bytes", bytes);
         if (staged + bytes > StagingBytes) {
             Synchronize();
             staged = 0;
@@ -171,6 +170,8 @@ public sealed unsafe class Cuda : IDevice {
     /// <summary>Copies to the GPU what the next few kernels read.</summary>
     nint Upload<T>(ReadOnlySpan<T> values) where T : unmanaged {
         var bytes = MemoryMarshal.AsBytes(values);
+        // A quarter, so that what a kernel reads together stays together there.
+        Require(bytes.Length <= StagingBytes / 4, "what a kernel reads", $"{StagingBytes / 4} bytes", bytes.Length);
         Enter();
         var at = Stage(bytes.Length);
         bytes.CopyTo(new Span<byte>((void*)(pinned + at), bytes.Length));
@@ -186,7 +187,7 @@ public sealed unsafe class Cuda : IDevice {
             if (to.Type == DataType.Fp32)
                 part.CopyTo(new Span<float>((void*)(pinned + at), part.Length));
             else
-                Round(part, new Span<ushort>((void*)(pinned + at), part.Length));
+                BFloat16.Round(part, new Span<ushort>((void*)(pinned + at), part.Length));
             var flat = to.Flat(done, part.Length);
             Check(cuMemcpyHtoDAsync(flat.Address, pinned + at, (nuint)flat.Bytes, stream), "copying to the GPU");
             done += part.Length;
@@ -201,22 +202,11 @@ public sealed unsafe class Cuda : IDevice {
             var flat = from.Flat(done, part.Length);
             Check(cuMemcpyDtoHAsync(pinned + at, flat.Address, (nuint)flat.Bytes, stream), "copying from the GPU");
             Synchronize();
-            if (from.Type == DataType.Fp32) {
+            if (from.Type == DataType.Fp32)
                 new Span<float>((void*)(pinned + at), part.Length).CopyTo(part);
-            } else {
-                for (var i = 0; i < part.Length; i++)
-                    part[i] = BitConverter.Int32BitsToSingle(((ushort*)(pinned + at))[i] << 16);
-            }
+            else
+                BFloat16.Widen(new Span<ushort>((void*)(pinned + at), part.Length), part);
             done += part.Length;
-        }
-    }
-
-    /// <summary>Rounds to the nearest bf16, ties to even.</summary>
-    static void Round(ReadOnlySpan<float> values, Span<ushort> to) {
-        for (var i = 0; i < values.Length; i++) {
-            var bits = BitConverter.SingleToUInt32Bits(values[i]);
-            var up = 0x7fff + (bits >> 16 & 1);
-            to[i] = (ushort)((float.IsNaN(values[i]) ? bits | 0x400000 : bits + up) >> 16);
         }
     }
 
@@ -341,14 +331,17 @@ public sealed unsafe class Cuda : IDevice {
 
     // ---- Linear and GELU
 
-    public void Linear(Tensor x, Tensor w, Tensor b, Tensor y) => LinearResidual(x, w, b, default, y);
+    public void Linear(Tensor x, Tensor w, Tensor b, Tensor y) => Forward(x, w, b, default, y);
 
-    public void LinearResidual(Tensor x, Tensor w, Tensor b, Tensor residual, Tensor y) {
+    public void LinearResidual(Tensor x, Tensor w, Tensor b, Tensor residual, Tensor y) =>
+        Forward(x, w, b, residual, y);
+
+    void Forward(Tensor x, Tensor w, Tensor b, Tensor residual, Tensor y, [CallerMemberName] string operation = "") {
         var (rows, C, OC) = (x.AllRows, x.Columns, w.AllRows);
         if (products == null)
             Multiply(x, C, 1, w, 1, C, y, b, residual, rows, OC, C);
         else
-            Multiply(w, true, x, false, y, OC, rows, C, b.Address == 0 ? Epilogue.None : Epilogue.Bias, b,
+            Multiply(operation, w, true, x, false, y, OC, rows, C, b.Address == 0 ? Epilogue.None : Epilogue.Bias, b,
                 addend: residual);
     }
 
@@ -357,14 +350,19 @@ public sealed unsafe class Cuda : IDevice {
             Linear(x, w, b, input);
             Gelu(input, y);
         } else {
-            Multiply(w, true, x, false, y, w.AllRows, x.AllRows, x.Columns, Epilogue.GeluAuxBias, b, input);
+            Multiply(nameof(LinearGelu), w, true, x, false, y, w.AllRows, x.AllRows, x.Columns, Epilogue.GeluAuxBias, b,
+                input);
         }
     }
 
     public void LinearBackward(Tensor dy, Tensor x, Tensor w, Tensor dx, Tensor dw, Tensor db) =>
-        LinearGeluBackward(dy, x, default, w, dx, dw, db);
+        Backward(dy, x, default, w, dx, dw, db);
 
-    public void LinearGeluBackward(Tensor dy, Tensor x, Tensor input, Tensor w, Tensor dx, Tensor dw, Tensor db) {
+    public void LinearGeluBackward(Tensor dy, Tensor x, Tensor input, Tensor w, Tensor dx, Tensor dw, Tensor db) =>
+        Backward(dy, x, input, w, dx, dw, db);
+
+    void Backward(Tensor dy, Tensor x, Tensor input, Tensor w, Tensor dx, Tensor dw, Tensor db,
+        [CallerMemberName] string operation = "") {
         var (rows, C, OC) = (x.AllRows, x.Columns, w.AllRows);
         if (products == null) {
             Multiply(dy, OC, 1, w, C, 1, dx, default, default, rows, C, OC);
@@ -373,9 +371,9 @@ public sealed unsafe class Cuda : IDevice {
                 Launch(geluBackward, (Blocks(dx.Count, 256 * Width), 1, 1), 256, 0, 0, 3.0 * dx.Bytes,
                     input, dx, dx.Count);
         } else {
-            Multiply(w, false, dy, false, dx, C, rows, OC, input.Address == 0 ? Epilogue.None : Epilogue.DGelu, default,
-                input);
-            Multiply(x, false, dy, true, dw, C, OC, rows, Epilogue.None, addend: dw);
+            Multiply(operation, w, false, dy, false, dx, C, rows, OC,
+                input.Address == 0 ? Epilogue.None : Epilogue.DGelu, default, input);
+            Multiply(operation, x, false, dy, true, dw, C, OC, rows, Epilogue.None, addend: dw);
         }
         if (db.Address == 0)
             return;
@@ -400,9 +398,8 @@ public sealed unsafe class Cuda : IDevice {
     }
 
     /// <summary>c (M, N) = a·b + addend by cuBLASLt, all of them in columns, which our rows are.</summary>
-    void Multiply(Tensor a, bool transposeA, Tensor b, bool transposeB, Tensor c, int M, int N, int K,
-        Epilogue epilogue, Tensor bias = default, Tensor auxiliary = default, Tensor addend = default,
-        [CallerMemberName] string operation = "") {
+    void Multiply(string operation, Tensor a, bool transposeA, Tensor b, bool transposeB, Tensor c, int M, int N, int K,
+        Epilogue epilogue, Tensor bias = default, Tensor auxiliary = default, Tensor addend = default) {
         Enter();
         var start = Begin();
         products!.Multiply(new(M, N, K, transposeA, transposeB, epilogue, addend.Address != 0, c.Type), a.Address,
@@ -451,9 +448,11 @@ public sealed unsafe class Cuda : IDevice {
         }
     }
 
-    public void AttentionBackward(
-        Tensor dy, Tensor qkv, Tensor y, Tensor lse, int heads, Tensor scratch, Tensor dqkv) {
+    public void AttentionBackward(Tensor dy, Tensor qkv, Tensor y, Tensor lse, int heads, Tensor dqkv) {
         var (B, T, HS) = (qkv.Depth, qkv.Rows, y.Columns / heads);
+        // In the scratch memory, two numbers a query, up to the next multiple of a tile.
+        var statistics = (long)B * heads * Blocks(T, FlashTile) * FlashTile * 2 * sizeof(float);
+        Require(statistics <= ScratchBytes, "attention's statistics", $"at most {ScratchBytes} bytes", statistics);
         // Scores and their gradients are computed in both kernels: three products for dq, four for dk and dv.
         var flops = 1.0 * B * T * (T + 1) * y.Columns;
         if (attentionBackwardQ != null && HS == FlashHead) {
@@ -655,8 +654,10 @@ sealed unsafe class Products : IDisposable {
 
         void Run(Heuristic algorithm) {
             var (alpha, beta) = (1f, kind.Adds ? 1f : 0f);
-            CheckProducts(cublasLtMatmul(handle, plan!.Operation, &alpha, a, plan.A, b, plan.B, &beta,
-                kind.Adds ? addend : c, plan.C, c, plan.C, &algorithm, workspace, (nuint)workspaceBytes, stream), $"the product {kind}");
+            var status = cublasLtMatmul(handle, plan!.Operation, &alpha, a, plan.A, b, plan.B, &beta,
+                kind.Adds ? addend : c, plan.C, c, plan.C, &algorithm, workspace, (nuint)workspaceBytes, stream);
+            if (status != 0)
+                CheckProducts(status, $"the product {kind}");
         }
     }
 

@@ -83,11 +83,28 @@ public sealed class BinaryFile : IDisposable {
         // They lie in the second half first, so that widening from the front overwrites nothing unread.
         var halves = MemoryMarshal.Cast<float, ushort>(values)[values.Length..];
         Read(halves);
-        for (var i = 0; i < values.Length; i++)
-            values[i] = BitConverter.Int32BitsToSingle(halves[i] << 16);
+        BFloat16.Widen(halves, values);
     }
 
     public void Dispose() => stream.Dispose();
+}
+
+/// <summary>Numbers in bfloat16: the upper halves of fp32.</summary>
+public static class BFloat16 {
+    /// <summary>The same numbers in fp32, from the first to the last.</summary>
+    public static void Widen(ReadOnlySpan<ushort> from, Span<float> to) {
+        for (var i = 0; i < to.Length; i++)
+            to[i] = BitConverter.Int32BitsToSingle(from[i] << 16);
+    }
+
+    /// <summary>Rounds to the nearest, ties to even.</summary>
+    public static void Round(ReadOnlySpan<float> from, Span<ushort> to) {
+        for (var i = 0; i < from.Length; i++) {
+            var bits = BitConverter.SingleToUInt32Bits(from[i]);
+            var up = 0x7fff + (bits >> 16 & 1);
+            to[i] = (ushort)((float.IsNaN(from[i]) ? bits | 0x400000 : bits + up) >> 16);
+        }
+    }
 }
 
 /// <summary>Files as a whole: finding them, and writing them so that a name stands for a complete file.</summary>
@@ -200,23 +217,16 @@ public sealed class Mt19937 {
             value = NextFloat();
     }
 
-    /// <summary>Turns uniform numbers into Normal(0, std) draws as torch's normal_ does, which draws the last 16 again
-    /// if they are not a whole number of times 16.</summary>
-    /// <param name="again">What <see cref="NextFloats"/> gave for those.</param>
-    public static void ToNormal(float[] values, ReadOnlySpan<float> again, float std) {
+    /// <summary>Fills with Normal(0, std) draws as torch's normal_ does for 16 or more floats.</summary>
+    public void Normal(float[] values, float std) {
+        NextFloats(values);
         const int block = 1 << 16;
         Parallel.For(0, (values.Length + block - 1) / block, i =>
             BoxMuller(values.AsSpan(i * block, Math.Min(block, values.Length - i * block)), std));
-        again.CopyTo(values.AsSpan(values.Length - again.Length));
-        BoxMuller(values.AsSpan(values.Length - again.Length), std);
-    }
-
-    /// <summary>Fills with Normal(0, std) draws as torch's normal_ does for 16 or more floats.</summary>
-    public void Normal(float[] values, float std) {
-        var again = new float[values.Length % 16 == 0 ? 0 : 16];
-        NextFloats(values);
-        NextFloats(again);
-        ToNormal(values, again, std);
+        if (values.Length % 16 == 0)
+            return;
+        NextFloats(values.AsSpan(^16));
+        BoxMuller(values.AsSpan(^16), std);
     }
 
     static void BoxMuller(Span<float> x, float std) {

@@ -71,8 +71,9 @@ public interface IDevice : IDisposable {
     string Name { get; }
     /// <summary>The type of weights and activations; statistics, losses and gradients of weights are fp32.</summary>
     DataType Precision { get; }
-    /// <summary>Memory that can still be allocated, and what the device has taken for itself.</summary>
+    /// <summary>Memory that can still be allocated.</summary>
     long FreeMemory { get; }
+    /// <summary>Memory that the device has taken for itself.</summary>
     long Workspace { get; }
     /// <summary>Floating-point operations a second at best, of which MFU is a share: a GPU's data sheet's.</summary>
     double PeakFlops();
@@ -118,10 +119,11 @@ public interface IDevice : IDisposable {
     /// <summary>Causal attention of the rows from start on. qkv (B, T, 3·NH·HS) packs queries, keys and values;
     /// y (B, T − start, NH·HS); lse (B, NH, T − start) is the log-sum-exp of each query's scaled scores.</summary>
     void Attention(Tensor qkv, int start, int heads, Tensor y, Tensor lse);
-    /// <summary>dqkv from dy, for start 0; scratch (B, NH, 2·T rounded up to 128) is overwritten.</summary>
-    void AttentionBackward(Tensor dy, Tensor qkv, Tensor y, Tensor lse, int heads, Tensor scratch, Tensor dqkv);
+    /// <summary>dqkv from dy, for start 0.</summary>
+    void AttentionBackward(Tensor dy, Tensor qkv, Tensor y, Tensor lse, int heads, Tensor dqkv);
     /// <summary>losses (B, T) = cross-entropy of each row of logits (B, T, Vp) against its target; the logits become
-    /// (softmax − one-hot)·gradientScale. Columns from the vocabulary on take no part and become zero.</summary>
+    /// (softmax − one-hot)·gradientScale, but for a scale of 0, with which they may stay. Columns from the vocabulary on
+    /// take no part and become zero.</summary>
     void Classify(Tensor logits, ReadOnlySpan<int> targets, int vocabulary, Tensor losses, float gradientScale);
     /// <summary>Σ x².</summary>
     double SumOfSquares(Tensor x);
@@ -246,8 +248,7 @@ public enum Purpose { Train, Evaluate, Generate }
 /// <summary>The activations of a forward pass over (B, T) tokens and the buffers of its backward pass, laid out from an
 /// address on; laid out from 0, it tells how much memory that takes.</summary>
 public sealed class Activations {
-    public readonly Tensor Encoded, Final, FinalStatistics, Logits, Losses;
-    public readonly Tensor DResidual, DBranch, DQkv, DFch, AttentionScratch;
+    public readonly Tensor Encoded, Final, FinalStatistics, Logits, Losses, DResidual, DBranch, DQkv, DFch;
     public readonly Layer[] Layers;
 
     /// <summary>Rows whose logits are held at a time: the largest activation but for this.</summary>
@@ -284,8 +285,7 @@ public sealed class Activations {
                 New(C));
         }
         if (purpose == Purpose.Train)
-            (DResidual, DBranch, DQkv, DFch, AttentionScratch) =
-                (New(C), New(C), New(3 * C), New(4 * C), Fp32(NH, (T + 63) / 64 * 128));
+            (DResidual, DBranch, DQkv, DFch) = (New(C), New(C), New(3 * C), New(4 * C));
         Bytes = address - start;
     }
 
@@ -372,8 +372,8 @@ public sealed class Model {
                 fits.Add($"--batch {low}{(level > recompute ? $" with --recompute {level}" : "")}");
         } while (purpose == Purpose.Train && low < B && ++level <= 2);
         throw new Gpt2Exception($"memory: expected {total / 1e9:F2} GB free on {Device.Name}, found " +
-            $"{available / 1e9:F2} GB, {(total - available) / 1e9:F2} GB too little; " +
-            (fits.Count > 0 ? $"{string.Join(", or ", fits)} fits" : "not even --batch 1 fits"));
+            $"{available / 1e9:F2} GB, {(total - available) / 1e9:F2} GB too little" +
+            (fits.Count > 0 ? $"; {string.Join(", or ", fits)} fits" : ""));
     }
 
     static Activations Layout(Config config, DataType type, int B, int T, Purpose purpose, int recompute,
@@ -471,8 +471,7 @@ public sealed class Model {
             Device.LayerNormBackward(
                 a.DBranch, x.Residual2, w.Ln2w, x.Ln2Statistics, a.DResidual, dw.Ln2w, dw.Ln2b, dw.Attprojb);
             Device.LinearBackward(a.DResidual, x.Atty, w.Attprojw, a.DBranch, dw.Attprojw, default);
-            Device.AttentionBackward(
-                a.DBranch, x.Qkv, x.Atty, x.Lse, Config.NH, a.AttentionScratch, a.DQkv);
+            Device.AttentionBackward(a.DBranch, x.Qkv, x.Atty, x.Lse, Config.NH, a.DQkv);
             if (recompute >= 2)
                 Device.LayerNorm(residual, w.Ln1w, w.Ln1b, x.Ln1, x.Ln1Statistics);
             Device.LinearBackward(a.DQkv, x.Ln1, w.Qkvw, a.DBranch, dw.Qkvw, dw.Qkvb);
@@ -513,20 +512,13 @@ public sealed class Model {
                 // The padded rows of wte stay zero.
                 var count = (shape.Name == "wte" ? Config.V : shape.Rows) * shape.Columns;
                 var values = GC.AllocateUninitializedArray<float>(count);
-                var again = new float[shape.IsMatrix && count % 16 != 0 ? 16 : 0];
                 if (shape.IsMatrix)
-                    random.NextFloats(values);
+                    random.Normal(values, shape.Name.EndsWith("projw") ? 0.02f / MathF.Sqrt(2 * Config.L) : 0.02f);
                 else
                     Array.Fill(values, shape.Name is "ln1w" or "ln2w" or "lnfw" ? 1 : 0);
-                random.NextFloats(again);
-                var std = shape.Name.EndsWith("projw") ? 0.02f / MathF.Sqrt(2 * Config.L) : 0.02f;
                 var to = Master.Tensors[i][l].Flat(0, count);
                 writing.Wait();
-                writing = Task.Run(() => { // while the next numbers are drawn
-                    if (shape.IsMatrix)
-                        Mt19937.ToNormal(values, again, std);
-                    Device.Write(to, values);
-                });
+                writing = Task.Run(() => Device.Write(to, values)); // while the next are drawn
             }
         }
         writing.Wait();
@@ -567,10 +559,13 @@ public sealed class Model {
         foreach (var part in from.All.Chunks()) {
             var values = new float[part.Count];
             Device.Read(part, values);
-            var bytes = MemoryMarshal.AsBytes(values.AsSpan());
-            for (var i = 0; from.All.Type == DataType.Bf16 && i < values.Length; i++)
-                bytes.Slice(4 * i + 2, 2).CopyTo(bytes[(2 * i)..]);
-            to.Write(bytes[..(int)part.Bytes]);
+            if (part.Type == DataType.Bf16) {
+                var halves = new ushort[values.Length];
+                BFloat16.Round(values, halves);
+                to.Write(MemoryMarshal.AsBytes(halves.AsSpan()));
+            } else {
+                to.Write(MemoryMarshal.AsBytes(values.AsSpan()));
+            }
         }
     }
 }

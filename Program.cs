@@ -54,7 +54,7 @@ internal sealed class Commands {
     /// <param name="device">auto, cuda or cpu.</param>
     /// <param name="precision">Of weights and activations: bf16 or fp32. [bf16 on a GPU]</param>
     /// <param name="seed">Seed of weights, order and samples.</param>
-    /// <param name="verbose">Show where an error came from.</param>
+    /// <param name="verbose">Show where an error came from; wait for the GPU after each operation, to name it.</param>
     public int Train(string trainData = "data/*train_*.bin", string valData = "data/*val_*.bin", string? init = null,
         string @out = "log", int? batch = null, int? seq = null, int totalBatch = 0, int maxSteps = 300,
         float lr = 1e-3f, int warmup = 20, float finalLrFrac = 0.1f, float weightDecay = 0.1f,
@@ -70,7 +70,8 @@ internal sealed class Commands {
             totalBatch = totalBatch == 0 ? B * T : totalBatch;
             var options = new TrainOptions(trainData, valData, init, @out, B, T, totalBatch, maxSteps, lr,
                 warmup, finalLrFrac, weightDecay, schedule, valEvery, valBatches, sampleEvery, genTokens,
-                checkpointEvery, keep, resume, recompute, overfit, !noShuffle, seed, skipOutliers);
+                checkpointEvery, keep, resume, recompute, overfit, !noShuffle, seed, skipOutliers,
+                computer is Cpu ? "d6" : "d12");
             using var trainer = new Trainer(options, computer, Console.Out, logs.CreateLogger("gpt2"));
             trainer.Run();
             return 0;
@@ -88,7 +89,7 @@ internal sealed class Commands {
     /// <param name="seed">Seed of the choices.</param>
     /// <param name="device">auto, cuda or cpu.</param>
     /// <param name="precision">Of weights and activations: bf16 or fp32. [bf16 on a GPU]</param>
-    /// <param name="verbose">Show where an error came from.</param>
+    /// <param name="verbose">Show where an error came from; wait for the GPU after each operation, to name it.</param>
     public int Sample(string init, string? prompt = null, int[]? promptIds = null, int tokens = 256,
         float temperature = 1, int topK = 0, float topP = 1, int num = 1, uint seed = 42,
         DeviceKind device = DeviceKind.Auto, DataType? precision = null, bool verbose = false) => Guard(verbose, () => {
@@ -133,7 +134,7 @@ internal sealed class Commands {
     /// <param name="hellaswag">A multiple-choice file, such as hellaswag_val.bin.</param>
     /// <param name="device">auto, cuda or cpu.</param>
     /// <param name="precision">Of weights and activations: bf16 or fp32. [bf16 on a GPU]</param>
-    /// <param name="verbose">Show where an error came from.</param>
+    /// <param name="verbose">Show where an error came from; wait for the GPU after each operation, to name it.</param>
     public int Eval(string init, string valData = "data/*val_*.bin", int valBatches = 0, int batch = 4, int seq = 0,
         string? hellaswag = null, DeviceKind device = DeviceKind.Auto, DataType? precision = null,
         bool verbose = false) => Guard(verbose, () => {
@@ -183,7 +184,7 @@ internal sealed class Commands {
     /// <param name="state">The debug state that PyTorch wrote for it.</param>
     /// <param name="device">auto, cuda or cpu.</param>
     /// <param name="precision">Of weights and activations: bf16 or fp32. [bf16 on a GPU]</param>
-    /// <param name="verbose">Show where an error came from.</param>
+    /// <param name="verbose">Show where an error came from; wait for the GPU after each operation, to name it.</param>
     public int Verify(string init, string state, DeviceKind device = DeviceKind.Auto, DataType? precision = null,
         bool verbose = false) => Guard(verbose, () => {
             using var computer = Open(device, precision, verbose);
@@ -207,7 +208,7 @@ internal sealed class Commands {
     /// <param name="portable">Do without the instructions that only Hopper GPUs have.</param>
     /// <param name="device">auto, cuda or cpu.</param>
     /// <param name="precision">Of weights and activations: bf16 or fp32. [bf16 on a GPU]</param>
-    /// <param name="verbose">Show where an error came from.</param>
+    /// <param name="verbose">Show where an error came from; wait for the GPU after each operation, to name it.</param>
     public int Bench(string init = "d12", int? batch = null, int? seq = null, int? totalBatch = null, int steps = 5,
         int recompute = 0, bool portable = false, DeviceKind device = DeviceKind.Auto, DataType? precision = null,
         bool verbose = false) => Guard(verbose, () => {

@@ -12,12 +12,12 @@ namespace Gpt2;
 public enum Schedule { Cosine, Linear, Constant, Wsd }
 
 /// <summary>What `gpt2 train` was asked to do, as its help explains. Without Init, the checkpoint's model is taken or
-/// the device's default; SkipOutliers 0 skips none.</summary>
+/// DefaultInit; SkipOutliers 0 skips none.</summary>
 public sealed record TrainOptions(
     string TrainData, string ValData, string? Init, string Out, int B, int T, int TotalBatch, int MaxSteps,
     float LearningRate, int Warmup, float FinalFraction, float WeightDecay, Schedule Schedule, int ValEvery,
     int ValBatches, int SampleEvery, int GenTokens, int CheckpointEvery, int Keep, bool Resume, int Recompute,
-    bool Overfit, bool Shuffle, uint Seed, float SkipOutliers = 0) {
+    bool Overfit, bool Shuffle, uint Seed, float SkipOutliers = 0, string DefaultInit = "d6") {
     /// <summary>Passes over B·T tokens whose gradients make one update.</summary>
     public int MicroSteps => TotalBatch / (B * T);
 
@@ -39,10 +39,7 @@ public sealed record TrainOptions(
 
     /// <exception cref="Gpt2Exception">A number does not fit the model or the others.</exception>
     public void Check(Config config) {
-        Require(B > 0, "--batch", "1 or more", B);
-        Require(T > 0 && T <= config.MaxT, "--seq", $"1 to {config.MaxT}, the model's longest sequence", T);
-        var whole = TotalBatch > 0 && TotalBatch % ((long)B * T) == 0;
-        Require(whole, "--total-batch", $"a multiple of {B} x {T} tokens", TotalBatch);
+        CheckSizes(config, B, T, TotalBatch, Recompute);
         Require(MaxSteps > 0, "--max-steps", "1 or more", MaxSteps);
         Require(LearningRate is > 0 and < float.PositiveInfinity, "--lr", "more than 0", LearningRate);
         Require(Warmup >= 0, "--warmup", "0 or more", Warmup);
@@ -56,7 +53,15 @@ public sealed record TrainOptions(
         Require(Keep > 0, "--keep", "1 or more", Keep);
         Require(Enum.IsDefined(Schedule), "--schedule", "cosine, linear, constant or wsd", Schedule);
         Require(SkipOutliers is >= 0 and < float.PositiveInfinity, "--skip-outliers", "0 or more", SkipOutliers);
-        Require(Recompute is >= 0 and <= 2, "--recompute", "0, 1 or 2", Recompute);
+    }
+
+    /// <exception cref="Gpt2Exception">Batch, sequence or what is computed anew do not fit the model.</exception>
+    public static void CheckSizes(Config config, int B, int T, int totalBatch, int recompute) {
+        Require(B > 0, "--batch", "1 or more", B);
+        Require(T > 0 && T <= config.MaxT, "--seq", $"1 to {config.MaxT}, the model's longest sequence", T);
+        var whole = totalBatch > 0 && totalBatch % ((long)B * T) == 0;
+        Require(whole, "--total-batch", $"a multiple of {B} x {T} tokens", totalBatch);
+        Require(recompute is >= 0 and <= 2, "--recompute", "0, 1 or 2", recompute);
     }
 }
 
@@ -82,7 +87,7 @@ public sealed class Trainer : IDisposable {
             throw new Gpt2Exception($"{options.Out}: expected --resume or no run yet, found one of {firstStep} steps");
         if (options.Resume && checkpoints.Last == null)
             log.ZLogInformation($"{options.Out}: no complete checkpoint to resume, starting from step 0");
-        var (file, config) = checkpoints.Last == null ? Open(options.Init ?? (device is Cpu ? "d6" : "d12")) : Resume();
+        var (file, config) = checkpoints.Last == null ? Open(options.Init ?? options.DefaultInit) : Resume();
         options.Check(config);
         var shuffle = options.Shuffle && !options.Overfit;
         train = new TokenLoader(options.TrainData, options.B, options.T, config.V, shuffle, options.Seed);
@@ -473,10 +478,7 @@ public static class Benchmark {
     public static void Run(string init, int B, int T, int totalBatch, int steps, int recompute, IDevice device,
         TextWriter output) {
         var (file, config) = Trainer.Open(init);
-        Require(T > 0 && T <= config.MaxT, "--seq", $"1 to {config.MaxT}, the model's longest sequence", T);
-        var whole = totalBatch > 0 && totalBatch % ((long)B * T) == 0;
-        Require(whole, "--total-batch", $"a multiple of {B} x {T} tokens", totalBatch);
-        Require(recompute is >= 0 and <= 2, "--recompute", "0, 1 or 2", recompute);
+        TrainOptions.CheckSizes(config, B, T, totalBatch, recompute);
         var ceilings = device.MeasureCeilings();
         var model = new Model(config, device, B, T, Purpose.Train, recompute);
         var optimizer = new Optimizer(model);

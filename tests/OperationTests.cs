@@ -309,8 +309,8 @@ public sealed class OperationTests(DeviceUnderTest deviceUnderTest) : IDisposabl
         var qkvOnDevice = device.Upload(qkv, B, T, 3 * NH * HS);
         var (y, lse) = (device.Poisoned(B, T, NH * HS), device.Poisoned(B, NH, T));
         device.Attention(qkvOnDevice, 0, NH, y, lse);
-        var (scratch, dqkv) = (device.AttentionScratch(B, NH, T), device.Poisoned(B, T, 3 * NH * HS));
-        device.AttentionBackward(device.Upload(dy, B, T, NH * HS), qkvOnDevice, y, lse, NH, scratch, dqkv);
+        var dqkv = device.Poisoned(B, T, 3 * NH * HS);
+        device.AttentionBackward(device.Upload(dy, B, T, NH * HS), qkvOnDevice, y, lse, NH, dqkv);
         var (input, r) = (Doubles(qkv), Doubles(dy));
         double Function() => Reference.Dot(Reference.Attention(input, B, T, 0, NH, HS).Y, r);
         await NearGradient(device.Download(dqkv), input, Function);
@@ -327,8 +327,8 @@ public sealed class OperationTests(DeviceUnderTest deviceUnderTest) : IDisposabl
         var expected = Reference.Attention(Doubles(qkv), 1, T, 0, NH, HS);
         await Near(device.Download(y), expected.Y);
         await Near(device.Download(lse), expected.Lse);
-        var (scratch, dqkv) = (device.AttentionScratch(1, NH, T), device.Poisoned(1, T, 3 * NH * HS));
-        device.AttentionBackward(device.Upload(dy, 1, T, NH * HS), qkvOnDevice, y, lse, NH, scratch, dqkv);
+        var dqkv = device.Poisoned(1, T, 3 * NH * HS);
+        device.AttentionBackward(device.Upload(dy, 1, T, NH * HS), qkvOnDevice, y, lse, NH, dqkv);
         var (input, r, gradient) = (Doubles(qkv), Doubles(dy), Doubles(device.Download(dqkv)));
         var direction = Doubles(Floats(3, qkv.Length));
         double Along(double[] distance) => Reference.Dot(

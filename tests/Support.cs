@@ -143,10 +143,6 @@ static class DeviceArrays {
         return device.Upload(values, depth, rows, columns, type);
     }
 
-    /// <summary>What the backward pass of attention asks for.</summary>
-    public static Tensor AttentionScratch(this IDevice device, int B, int NH, int T) =>
-        device.Poisoned(B, NH, (T + 63) / 64 * 128);
-
     /// <summary>The values of any array.</summary>
     public static float[] Values(this IDevice device, Tensor tensor) {
         var values = new float[tensor.Count];
