@@ -7,7 +7,39 @@ namespace Gpt2.Tests;
 
 /// <summary>The Mersenne Twister against published values and torch's.</summary>
 public class Mt19937Tests {
-    /// <summary>The numbers of a line of the golden file.</summary>
+    /// <summary>bfloat16: the nearest one of fp32, and back.</summary>
+public class BFloat16Tests {
+    [Test]
+    // Halfway goes to the even one, upwards or downwards; a little more or less decides; numbers too large are infinite.
+    [Arguments(0x3f808000u, 0x3f80)]
+    [Arguments(0x3f818000u, 0x3f82)]
+    [Arguments(0x3f808001u, 0x3f81)]
+    [Arguments(0xbf817fffu, 0xbf81)]
+    [Arguments(0x7f7fffffu, 0x7f80)]
+    [Arguments(0xff800000u, 0xff80)]
+    [Arguments(0x80000000u, 0x8000)]
+    [Arguments(0x00000001u, 0x0000)]
+    // What is not a number stays so, even if its lower half alone says that.
+    [Arguments(0x7f800001u, 0x7fc0)]
+    [Arguments(0xffffffffu, 0xffff)]
+    public async Task RoundsToTheNearest(uint bits, int expected) {
+        var half = new ushort[1];
+        BFloat16.Round([BitConverter.UInt32BitsToSingle(bits)], half);
+        await Assert.That((int)half[0]).IsEqualTo(expected);
+    }
+
+    [Test]
+    public async Task EveryNumberWidensAndRoundsToItself() {
+        ushort[] all = [.. Enumerable.Range(0, 1 << 16).Select(i => (ushort)i)];
+        var (wide, back) = (new float[all.Length], new ushort[all.Length]);
+        BFloat16.Widen(all, wide);
+        BFloat16.Round(wide, back);
+        // Of those that are no numbers, the quiet ones.
+        await Same(back, all.Select(half => (half & 0x7fff) > 0x7f80 ? (ushort)(half | 0x40) : half));
+    }
+}
+
+/// <summary>The numbers of a line of the golden file.</summary>
     static float[] Numbers(string name) =>
         [.. File.ReadLines(Golden("normals.txt")).Single(line => line.StartsWith(name + " ")).Split(' ').Skip(1)
             .Select(number => float.Parse(number, CultureInfo.InvariantCulture))];

@@ -103,8 +103,7 @@ sealed class Arrays(IDevice device, DataType precision, Dictionary<(int, long, d
     public Tensor Sum(string name, int seed, int rows, int columns, double bound = Fp32Bound) =>
         Result(name, device.Upload(Draw(seed, (long)rows * columns, 1), 1, rows, columns), bound, bound);
 
-    /// <summary>An array that is compared in the end, as a whole or in the parts that a function makes of it; without a
-    /// name, only its guards are looked at.</summary>
+    /// <summary>An array that is compared in the end, as a whole or in the parts that a function makes of it.</summary>
     public Tensor Result(string names, Tensor tensor, double bf16 = Bf16Bound, double fp32 = Fp32Bound,
         Func<float[], float[][]>? split = null) {
         var named = names.Split(' ', StringSplitOptions.RemoveEmptyEntries);
