@@ -1030,7 +1030,7 @@ __device__ void flash_backward_kv(const CUtensorMap* map, const CUtensorMap* dy_
     store_rows(dv, 1, 1, values, dqkv, 3 * NH, 2 * NH + blockIdx.y, first, T);
 }
 
-// Each kernel for any GPU, and in the code for Hopper (sm_90a) another with wgmma and TMA. The maps describe qkv and dy.
+// Each kernel for any GPU, and in the code for Hopper (sm_90a) another with wgmma and TMA. Maps describe qkv and dy.
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 #define ON_HOPPER(...) __VA_ARGS__
 #else

@@ -100,8 +100,8 @@ public interface IDevice : IDisposable {
     void EmbedBackward(ReadOnlySpan<int> tokens, Tensor dx, Tensor dwte, Tensor dwpe);
     /// <summary>y (B, T, C) = (x − mean)·rstd·w + b; statistics (B, T, 2) = mean, rstd. Epsilon is 1e-5.</summary>
     void LayerNorm(Tensor x, Tensor w, Tensor b, Tensor y, Tensor statistics);
-    /// <summary>dx += the layer norm's gradient, where x is its input; then dbias += Σ dx over rows, unless dbias is none:
-    /// the gradient of the bias of what was added to x last.</summary>
+    /// <summary>dx += the layer norm's gradient, where x is its input; then dbias += Σ dx over rows, unless dbias is
+    /// none: the gradient of the bias of what was added to x last.</summary>
     void LayerNormBackward(
         Tensor dy, Tensor x, Tensor w, Tensor statistics, Tensor dx, Tensor dw, Tensor db, Tensor dbias);
     /// <summary>y (B, T, OC) = x (B, T, C)·wᵀ + b with w (OC, C); b may be none.</summary>
@@ -122,8 +122,8 @@ public interface IDevice : IDisposable {
     /// <summary>dqkv from dy, for start 0.</summary>
     void AttentionBackward(Tensor dy, Tensor qkv, Tensor y, Tensor lse, int heads, Tensor dqkv);
     /// <summary>losses (B, T) = cross-entropy of each row of logits (B, T, Vp) against its target; the logits become
-    /// (softmax − one-hot)·gradientScale, but for a scale of 0, with which they may stay. Columns from the vocabulary on
-    /// take no part and become zero.</summary>
+    /// (softmax − one-hot)·gradientScale, but may stay if the scale is 0. Columns from the vocabulary on take no part and
+    /// become zero.</summary>
     void Classify(Tensor logits, ReadOnlySpan<int> targets, int vocabulary, Tensor losses, float gradientScale);
     /// <summary>Σ x².</summary>
     double SumOfSquares(Tensor x);
