@@ -195,8 +195,8 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
         AddRows(dy, db);
     }
 
-    public void LinearGeluBackward(Tensor dy, Tensor x, Tensor input, Tensor w, Tensor dx, Tensor dw, Tensor db) {
-        LinearBackward(dy, x, w, dx, dw, db);
+    public void LinearGeluBackward(Tensor dy, Tensor x, Tensor input, Tensor w, Tensor dx, Tensor dw, Tensor dbias) {
+        LinearBackward(dy, x, w, dx, dw, default);
         ForChunks(dx, (input, dx), static (s, i, n) => {
             for (; n > 0; i += Lanes, n -= Lanes) {
                 var x = Load(Floats(s.input) + i, n);
@@ -206,6 +206,7 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
                 Store(Floats(s.dx) + i, n, Load(Floats(s.dx) + i, n) * derivative);
             }
         });
+        AddRows(dx, dbias);
     }
 
     public void Gelu(Tensor x, Tensor y) => ForChunks(x, (x, y), static (s, i, n) => {

@@ -21,6 +21,7 @@ public sealed unsafe class Cuda : IDevice {
     readonly CudaKernel geluBackward, sumRowsPartially, addRowSums, attentionAny, attentionAnyBackwardQ;
     readonly CudaKernel attentionAnyBackwardKv, classify, sumOfSquares, adamW, round;
     readonly CudaKernel? product, attention, attentionBackwardQ, attentionBackwardKv;
+    readonly CudaKernel? linear, linearResidual, linearGelu, linearBackward, linearGeluBackward;
     readonly Products? products;
     int staged;
 
@@ -80,8 +81,13 @@ public sealed unsafe class Cuda : IDevice {
         attention = Kernel($"attention{suffix}");
         attentionBackwardQ = Kernel($"attention_backward_q{suffix}");
         attentionBackwardKv = Kernel($"attention_backward_kv{suffix}");
-        maps = (nint)NativeMemory.AlignedAlloc(2 * 128, 64);
-        products = new Products(Name, stream, workspace, WorkspaceBytes);
+        if (hopper) {
+            (linear, linearResidual) = (Kernel("linear"), Kernel("linear_residual"));
+            (linearGelu, linearBackward) = (Kernel("linear_gelu"), Kernel("linear_backward"));
+            linearGeluBackward = Kernel("linear_gelu_backward");
+        }
+        maps = (nint)NativeMemory.AlignedAlloc(4 * 128, 64);
+        products = new Products(stream, workspace, WorkspaceBytes);
     }
 
     /// <summary>Whether this build has kernels, and this machine a GPU with a driver.</summary>
@@ -223,7 +229,11 @@ public sealed unsafe class Cuda : IDevice {
     /// <summary>Queues a kernel.</summary>
     /// <param name="traffic">Bytes that it must read and write, for its profile.</param>
     void Launch(CudaKernel kernel, (int X, int Y, int Z) grid, int block, int shared, double flops, double traffic,
-        params ReadOnlySpan<Argument> arguments) {
+        params ReadOnlySpan<Argument> arguments) =>
+        Launch(kernel.Name, kernel, grid, block, shared, flops, traffic, arguments);
+
+    void Launch(string operation, CudaKernel kernel, (int X, int Y, int Z) grid, int block, int shared, double flops,
+        double traffic, params ReadOnlySpan<Argument> arguments) {
         Enter();
         if (shared > kernel.SharedLimit) {
             const int maxDynamicSharedBytes = 8;
@@ -239,8 +249,8 @@ public sealed unsafe class Cuda : IDevice {
                 Shared = shared, Stream = stream,
             };
             var start = Begin();
-            Check(cuLaunchKernelEx(&config, kernel.Function, pointers, null), kernel.Name);
-            End(start, kernel.Name, flops, traffic);
+            Check(cuLaunchKernelEx(&config, kernel.Function, pointers, null), operation);
+            End(start, operation, flops, traffic);
         }
     }
 
@@ -340,50 +350,66 @@ public sealed unsafe class Cuda : IDevice {
         var (rows, C, OC) = (x.AllRows, x.Columns, w.AllRows);
         if (products == null)
             Multiply(x, C, 1, w, 1, C, y, b, residual, rows, OC, C);
+        else if (IsForHopper(x, w))
+            Multiply(operation, residual.Address == 0 ? linear! : linearResidual!, x, w, y, residual, b, default);
         else
-            Multiply(operation, w, true, x, false, y, OC, rows, C, b.Address == 0 ? Epilogue.None : Epilogue.Bias, b,
-                addend: residual);
+            Multiply(operation, w, true, x, false, y, OC, rows, C, b, residual);
     }
 
     public void LinearGelu(Tensor x, Tensor w, Tensor b, Tensor input, Tensor y) {
-        if (products == null) {
+        if (IsForHopper(x, w)) {
+            Multiply(nameof(LinearGelu), linearGelu!, x, w, input, default, b, y);
+        } else {
             Linear(x, w, b, input);
             Gelu(input, y);
-        } else {
-            Multiply(nameof(LinearGelu), w, true, x, false, y, w.AllRows, x.AllRows, x.Columns, Epilogue.GeluAuxBias, b,
-                input);
         }
     }
 
-    public void LinearBackward(Tensor dy, Tensor x, Tensor w, Tensor dx, Tensor dw, Tensor db) =>
-        Backward(dy, x, default, w, dx, dw, db);
+    public void LinearBackward(Tensor dy, Tensor x, Tensor w, Tensor dx, Tensor dw, Tensor db) {
+        Backward(dy, x, default, w, dx, dw);
+        AddRows(dy, db);
+    }
 
-    public void LinearGeluBackward(Tensor dy, Tensor x, Tensor input, Tensor w, Tensor dx, Tensor dw, Tensor db) =>
-        Backward(dy, x, input, w, dx, dw, db);
+    public void LinearGeluBackward(Tensor dy, Tensor x, Tensor input, Tensor w, Tensor dx, Tensor dw, Tensor dbias) =>
+        Backward(dy, x, input, w, dx, dw, dbias);
 
-    void Backward(Tensor dy, Tensor x, Tensor input, Tensor w, Tensor dx, Tensor dw, Tensor db,
+    void Backward(Tensor dy, Tensor x, Tensor input, Tensor w, Tensor dx, Tensor dw, Tensor dbias = default,
         [CallerMemberName] string operation = "") {
         var (rows, C, OC) = (x.AllRows, x.Columns, w.AllRows);
-        if (products == null) {
+        var fused = IsForHopper(x, w);
+        if (products == null)
             Multiply(dy, OC, 1, w, C, 1, dx, default, default, rows, C, OC);
-            Multiply(dy, 1, OC, x, C, 1, dw, default, dw, OC, C, rows);
-            if (input.Address != 0)
-                Launch(geluBackward, (Blocks(dx.Count, 256 * Width), 1, 1), 256, 0, 0, 3.0 * dx.Bytes,
-                    input, dx, dx.Count);
-        } else {
-            Multiply(operation, w, false, dy, false, dx, C, rows, OC,
-                input.Address == 0 ? Epilogue.None : Epilogue.DGelu, default, input);
-            Multiply(operation, x, false, dy, true, dw, C, OC, rows, Epilogue.None, addend: dw);
+        else if (fused)
+            Multiply(operation, input.Address == 0 ? linearBackward! : linearGeluBackward!, dy, w, dx, default, default,
+                input);
+        else
+            Multiply(operation, w, false, dy, false, dx, C, rows, OC);
+        if (fused && input.Address != 0)
+            Launch(addRowSums, (1, Blocks(C, AddColumns), 1), SumColumns, 0, 0, 4.0 * rows / 64 * C,
+                scratch, Blocks(rows, 64), C, dbias, 0L, 0L);
+        if (!fused && input.Address != 0) {
+            Launch(geluBackward, (Blocks(dx.Count, 256 * Width), 1, 1), 256, 0, 0, 3.0 * dx.Bytes,
+                input, dx, dx.Count);
+            AddRows(dx, dbias);
         }
-        if (db.Address == 0)
+        if (products == null)
+            Multiply(dy, 1, OC, x, C, 1, dw, default, dw, OC, C, rows);
+        else
+            Multiply(operation, x, false, dy, true, dw, C, OC, rows, addend: dw);
+    }
+
+    /// <summary>sums += Σ x over rows, unless sums is none.</summary>
+    void AddRows(Tensor x, Tensor sums) {
+        if (sums.Address == 0)
             return;
         const int blocksPerMultiprocessor = 8, fewestRows = 32;
-        var across = Blocks(OC, SumColumns);
+        var (rows, C) = (x.AllRows, x.Columns);
+        var across = Blocks(C, SumColumns);
         var down = Math.Min(Blocks(rows, fewestRows), Blocks(blocksPerMultiprocessor * multiprocessors, across));
-        down = Math.Min(down, ScratchBytes / (OC * sizeof(float)));
-        Launch(sumRowsPartially, (down, across, 1), SumColumns, 0, 0, dy.Bytes, dy, rows, OC, scratch);
-        Launch(addRowSums, (1, Blocks(OC, AddColumns), 1), SumColumns, 0, 0, 4.0 * down * OC,
-            scratch, down, OC, db, 0L, 0L);
+        down = Math.Min(down, ScratchBytes / (C * sizeof(float)));
+        Launch(sumRowsPartially, (down, across, 1), SumColumns, 0, 0, x.Bytes, x, rows, C, scratch);
+        Launch(addRowSums, (1, Blocks(C, AddColumns), 1), SumColumns, 0, 0, 4.0 * down * C,
+            scratch, down, C, sums, 0L, 0L);
     }
 
     public void Gelu(Tensor x, Tensor y) =>
@@ -397,15 +423,52 @@ public sealed unsafe class Cuda : IDevice {
             a, aRow, aColumn, b, bRow, bColumn, c, bias, addend, M, N, K);
     }
 
-    /// <summary>c (M, N) = a·b + addend by cuBLASLt, all of them in columns, which our rows are.</summary>
+    /// <summary>c (M, N) = a·b + bias + addend by cuBLASLt, all of them in columns, which our rows are.</summary>
     void Multiply(string operation, Tensor a, bool transposeA, Tensor b, bool transposeB, Tensor c, int M, int N, int K,
-        Epilogue epilogue, Tensor bias = default, Tensor auxiliary = default, Tensor addend = default) {
+        Tensor bias = default, Tensor addend = default) {
         Enter();
         var start = Begin();
-        products!.Multiply(new(M, N, K, transposeA, transposeB, epilogue, addend.Address != 0, c.Type), a.Address,
-            b.Address, c.Address, bias.Address, auxiliary.Address, addend.Address);
+        var kind = new ProductKind(M, N, K, transposeA, transposeB, bias.Address != 0, addend.Address != 0, c.Type);
+        products!.Multiply(kind, a.Address, b.Address, c.Address, bias.Address, addend.Address);
         if (Profile != null || verbose)
             End(start, $"{operation} {M} x {N} x {K}", 2.0 * M * N * K, 0);
+    }
+
+    /// <summary>Whether products of x and w are for the kernels that Hopper has for them: large ones, in rows that TMA
+    /// can copy and with room for the sums of their columns.</summary>
+    bool IsForHopper(Tensor x, Tensor w) => linear != null && x.AllRows >= 512 && x.Columns % Width == 0 &&
+        w.AllRows % Width == 0 && (long)x.AllRows / 64 * x.Columns * sizeof(float) < ScratchBytes;
+
+    /// <summary>c = a·b by one of those kernels; they say what the rest is for.</summary>
+    void Multiply(string operation, CudaKernel kernel, Tensor a, Tensor b, Tensor c, Tensor residual, Tensor bias,
+        Tensor gelu) {
+        const int rows = 128, columns = 192, depth = 64, stages = 4, threads = 480, alignment = 1 << 10;
+        const int shared = alignment + (stages * (rows + columns) * depth + rows * columns) * 2;
+        var (M, N, K) = (a.AllRows, c.Columns, a.Columns);
+        Launch($"{operation} {M} x {N} x {K}", kernel, (multiprocessors / 2 * 2, 1, 1), threads, shared,
+            2.0 * M * N * K, 0, Map(0, a), Map(1, b), Map(2, c), residual.Address == 0 ? Map(2, c) : Map(3, residual),
+            bias, gelu, scratch, M, N, K);
+    }
+
+    /// <summary>Describes a matrix for TMA, which copies 32 rows of 64 columns at a time.</summary>
+    /// <param name="index">Of the four places for such a description.</param>
+    Argument Map(int index, Tensor x) => Map(index, x, [(ulong)x.Columns, (ulong)x.AllRows], [64, 32]);
+
+    /// <summary>Describes an array, whose fastest dimension is the first, and the part that TMA copies at a time.</summary>
+    Argument Map(int index, Tensor x, ReadOnlySpan<ulong> dimensions, ReadOnlySpan<uint> box) {
+        var place = maps + 128 * index;
+        const int bf16 = 9, swizzle128 = 3, promote128 = 2;
+        var strides = stackalloc ulong[dimensions.Length];
+        var steps = stackalloc uint[dimensions.Length];
+        var bytes = 2ul;
+        for (var i = 0; i < dimensions.Length; i++)
+            (strides[i], steps[i]) = (bytes *= dimensions[i], 1);
+        fixed (ulong* sizes = dimensions)
+        fixed (uint* sides = box) {
+            Check(cuTensorMapEncodeTiled(place, bf16, dimensions.Length, x.Address, sizes, strides, sides, steps, 0,
+                swizzle128, promote128, 0), "describing a tensor");
+        }
+        return new Argument(0, place);
     }
 
     // ---- Attention
@@ -419,21 +482,8 @@ public sealed unsafe class Cuda : IDevice {
     }
 
     /// <summary>Describes a (B, T, heads, 64) array for TMA, which copies 64 rows of a head at a time.</summary>
-    /// <param name="index">Of the two places for such a description.</param>
-    Argument Map(int index, Tensor x) {
-        var (place, heads) = (maps + 128 * index, (ulong)(x.Columns / FlashHead));
-        if (!hopper)
-            return new Argument(0, place);
-        const int bf16 = 9, swizzle128 = 3, promote128 = 2;
-        var row = heads * FlashHead * 2;
-        var dimensions = stackalloc ulong[] { FlashHead, heads, (ulong)x.Rows, (ulong)x.Depth };
-        var strides = stackalloc ulong[] { FlashHead * 2, row, row * (ulong)x.Rows };
-        var box = stackalloc uint[] { FlashHead, 1, FlashTile, 1 };
-        var steps = stackalloc uint[] { 1, 1, 1, 1 };
-        Check(cuTensorMapEncodeTiled(place, bf16, 4, x.Address, dimensions, strides, box, steps, 0, swizzle128,
-            promote128, 0), "describing a tensor");
-        return new Argument(0, place);
-    }
+    Argument HeadsMap(int index, Tensor x) => !hopper ? new Argument(0, maps) : Map(index, x,
+        [FlashHead, (ulong)(x.Columns / FlashHead), (ulong)x.Rows, (ulong)x.Depth], [FlashHead, 1, FlashTile, 1]);
 
     public void Attention(Tensor qkv, int start, int heads, Tensor y, Tensor lse) {
         var (B, T, HS) = (qkv.Depth, qkv.Rows, y.Columns / heads);
@@ -442,7 +492,7 @@ public sealed unsafe class Cuda : IDevice {
         var flops = 2.0 * B * T * (T + 1) * y.Columns;
         if (attention != null && HS == FlashHead && start == 0) {
             Launch(attention, (Blocks(T, FlashRows), heads, B), FlashThreads, FlashShared(2, 0), flops, 0,
-                Map(0, qkv), qkv, y, lse, T, heads);
+                HeadsMap(0, qkv), qkv, y, lse, T, heads);
         } else {
             Launch(attentionAny, (T - start, heads, B), AnyThreads, 0, flops, 0, qkv, start, y, lse, T, heads, HS);
         }
@@ -457,7 +507,7 @@ public sealed unsafe class Cuda : IDevice {
         var flops = 1.0 * B * T * (T + 1) * y.Columns;
         if (attentionBackwardQ != null && HS == FlashHead) {
             var grid = (Blocks(T, FlashRows), heads, B);
-            var (map, dyMap) = (Map(0, qkv), Map(1, dy));
+            var (map, dyMap) = (HeadsMap(0, qkv), HeadsMap(1, dy));
             Launch(attentionBackwardQ, grid, FlashThreads, FlashShared(4, 0), 3 * flops, 0,
                 map, dyMap, dy, qkv, y, lse, scratch, dqkv, T, heads);
             var rows = hopper ? 192 : FlashRows;
@@ -603,22 +653,17 @@ readonly record struct Argument(long Bits, nint Place = 0) {
     public static implicit operator Argument(float value) => new(BitConverter.SingleToInt32Bits(value));
 }
 
-/// <summary>What cuBLASLt does with a product before it is stored, by its own numbers.</summary>
-enum Epilogue { None = 1, Bias = 4, GeluAuxBias = 164, DGelu = 192 }
-
 /// <summary>A kind of product: c (M, N) = a·b of depth K in bf16, in columns.</summary>
 readonly record struct ProductKind(
-    int M, int N, int K, bool TransposeA, bool TransposeB, Epilogue Epilogue, bool Adds, DataType Output);
+    int M, int N, int K, bool TransposeA, bool TransposeB, bool HasBias, bool Adds, DataType Output);
 
-/// <summary>Products by cuBLASLt. Of the algorithms that it proposes for a large one, the fastest is found by trying
-/// them once; the choice is kept in the user's cache folder, so that later runs here have the same bits.</summary>
+/// <summary>Products by cuBLASLt.</summary>
 sealed unsafe class Products : IDisposable {
     readonly Dictionary<ProductKind, Plan> plans = [];
     readonly nint handle, stream, workspace;
     readonly long workspaceBytes;
-    readonly string choices;
 
-    public Products(string gpu, nint stream, nint workspace, long workspaceBytes) {
+    public Products(nint stream, nint workspace, long workspaceBytes) {
         (this.stream, this.workspace, this.workspaceBytes) = (stream, workspace, workspaceBytes);
         try {
             CheckProducts(cublasLtCreate(out handle), "starting cuBLASLt");
@@ -626,50 +671,34 @@ sealed unsafe class Products : IDisposable {
             throw new Gpt2Exception("--device cuda: expected cuBLASLt (libcublasLt.so.13 or .12, on the loader's " +
                 "path or in $CUDA_HOME/lib64), found none; --precision fp32 works without");
         }
-        var cache = Environment.GetEnvironmentVariable("XDG_CACHE_HOME") ?? Path.Combine(
-            Environment.GetFolderPath(Environment.SpecialFolder.UserProfile), ".cache");
-        choices = Path.Combine(cache, "gpt2", $"products {gpu} {cublasLtGetVersion()}.txt");
     }
 
     sealed record Plan(nint Operation, nint A, nint B, nint C) {
-        public Heuristic Algorithm { get; set; }
+        public Heuristic Algorithm;
     }
 
-    public void Multiply(ProductKind kind, nint a, nint b, nint c, nint bias, nint auxiliary, nint addend) {
-        const double large = 1e10;
-        var isNew = !plans.TryGetValue(kind, out var plan);
-        if (isNew)
+    public void Multiply(ProductKind kind, nint a, nint b, nint c, nint bias, nint addend) {
+        if (!plans.TryGetValue(kind, out var plan)) {
             plans[kind] = plan = Describe(kind);
-        if (bias != 0)
-            Set(plan!.Operation, Attribute.Bias, bias);
-        if (auxiliary != 0)
-            Set(plan!.Operation, Attribute.Auxiliary, auxiliary);
-        if (isNew) {
-            var proposals = Propose(kind, plan!);
-            // What adds to c cannot be tried; there, the first proposal was the fastest of an H100.
-            var tries = 2.0 * kind.M * kind.N * kind.K > large && addend != c;
-            plan!.Algorithm = proposals[!tries ? 0 : Choose(kind, proposals, algorithm => Run(algorithm))];
+            plan.Algorithm = Propose(kind, plan);
         }
-        Run(plan!.Algorithm);
-
-        void Run(Heuristic algorithm) {
-            var (alpha, beta) = (1f, kind.Adds ? 1f : 0f);
-            var status = cublasLtMatmul(handle, plan!.Operation, &alpha, a, plan.A, b, plan.B, &beta,
-                kind.Adds ? addend : c, plan.C, c, plan.C, &algorithm, workspace, (nuint)workspaceBytes, stream);
-            if (status != 0)
-                CheckProducts(status, $"the product {kind}");
-        }
+        if (kind.HasBias)
+            Set(plan.Operation, Attribute.Bias, bias);
+        var (alpha, beta, algorithm) = (1f, kind.Adds ? 1f : 0f, plan.Algorithm);
+        var status = cublasLtMatmul(handle, plan.Operation, &alpha, a, plan.A, b, plan.B, &beta,
+            kind.Adds ? addend : c, plan.C, c, plan.C, &algorithm, workspace, (nuint)workspaceBytes, stream);
+        if (status != 0)
+            CheckProducts(status, $"the product {kind}");
     }
 
     static Plan Describe(ProductKind kind) {
-        const int computeFp32 = 68, fp32 = 0, bf16 = 14;
+        const int computeFp32 = 68, fp32 = 0, bf16 = 14, addBias = 4;
         var (M, N, K) = (kind.M, kind.N, kind.K);
         CheckProducts(cublasLtMatmulDescCreate(out var operation, computeFp32, fp32), "describing a product");
         Set(operation, Attribute.TransposeA, kind.TransposeA ? 1 : 0);
         Set(operation, Attribute.TransposeB, kind.TransposeB ? 1 : 0);
-        Set(operation, Attribute.Epilogue, (int)kind.Epilogue);
-        if (kind.Epilogue is Epilogue.GeluAuxBias or Epilogue.DGelu)
-            Set(operation, Attribute.AuxiliaryStride, (long)M);
+        if (kind.HasBias)
+            Set(operation, Attribute.Epilogue, addBias);
         nint Layout(int type, int rows, int columns) {
             var status = cublasLtMatrixLayoutCreate(out var layout, type, (ulong)rows, (ulong)columns, rows);
             CheckProducts(status, "describing a product");
@@ -680,48 +709,22 @@ sealed unsafe class Products : IDisposable {
             Layout(kind.Output == DataType.Fp32 ? fp32 : bf16, M, N));
     }
 
-    /// <summary>Algorithms for a product, in the order of cuBLASLt's hopes.</summary>
-    Heuristic[] Propose(ProductKind kind, Plan plan) {
+    /// <summary>The algorithm for a product that cuBLASLt proposes first.</summary>
+    Heuristic Propose(ProductKind kind, Plan plan) {
         const int largestWorkspace = 1, reductionSchemes = 3, throughWorkspace = 6; // so that sums have one order
         CheckProducts(cublasLtMatmulPreferenceCreate(out var preference), "preferences");
         var (bytes, schemes) = (workspaceBytes, throughWorkspace);
         CheckProducts(cublasLtMatmulPreferenceSetAttribute(preference, largestWorkspace, &bytes, 8), "preferences");
         CheckProducts(cublasLtMatmulPreferenceSetAttribute(preference, reductionSchemes, &schemes, 4), "preferences");
-        var proposals = new Heuristic[8];
-        int found;
-        fixed (Heuristic* first = proposals) {
-            CheckProducts(cublasLtMatmulAlgoGetHeuristic(handle, plan.Operation, plan.A, plan.B, plan.C, plan.C,
-                preference, proposals.Length, first, out found), $"finding an algorithm for the product {kind}");
-        }
+        Heuristic proposal;
+        CheckProducts(cublasLtMatmulAlgoGetHeuristic(handle, plan.Operation, plan.A, plan.B, plan.C, plan.C, preference,
+            1, &proposal, out var found), $"finding an algorithm for the product {kind}");
         cublasLtMatmulPreferenceDestroy(preference);
-        return found > 0 ? proposals[..found]
+        return found > 0 ? proposal
             : throw new Gpt2Exception($"cuBLASLt: expected an algorithm for the product {kind}, found none");
     }
 
-    /// <summary>The index of the proposal that was the fastest when it was tried first.</summary>
-    int Choose(ProductKind kind, Heuristic[] proposals, Action<Heuristic> run) {
-        const int tries = 5;
-        string[] Known() => File.Exists(choices) ? File.ReadAllLines(choices) : [];
-        var start = $"{kind}: ";
-        if (Known().FirstOrDefault(line => line.StartsWith(start)) is { } line &&
-            int.TryParse(line[start.Length..], out var known) && known >= 0 && known < proposals.Length)
-            return known;
-        var times = proposals.Select(proposal => {
-            run(proposal);
-            return Enumerable.Range(0, tries).Min(_ => CudaEvent.Time(stream, () => run(proposal)));
-        }).ToArray();
-        var best = Array.IndexOf(times, times.Min());
-        try {
-            Directory.CreateDirectory(Path.GetDirectoryName(choices)!);
-            var lines = string.Concat(Known().Append($"{start}{best}").Select(line => line + "\n"));
-            Files.Write(choices, to => to.Write(Encoding.UTF8.GetBytes(lines)));
-        } catch (Exception e) when (e is IOException or UnauthorizedAccessException) {
-            // No cache, then: the choice holds for this run.
-        }
-        return best;
-    }
-
-    enum Attribute { TransposeA = 3, TransposeB = 4, Epilogue = 7, Bias = 8, Auxiliary = 11, AuxiliaryStride = 12 }
+    enum Attribute { TransposeA = 3, TransposeB = 4, Epilogue = 7, Bias = 8 }
 
     static void Set<T>(nint operation, Attribute attribute, T value) where T : unmanaged {
         var status = cublasLtMatmulDescSetAttribute(operation, (int)attribute, &value, (nuint)sizeof(T));

@@ -254,9 +254,29 @@ KERNEL layer_norm_backward(const floatX* dy, const floatX* x, const floatX* w, c
 
 // ---- GELU
 
+// 2^x and 1/x, to some 22 bits, with denormal numbers as zero.
+__device__ float exp2_approximate(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+__device__ float inverse_approximate(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 // GELU(x)/x: (1 + tanh u)/2 = 1/(1 + e^−2u) with u = √(2/π)·(x + 0.044715·x³).
 __device__ float gelu_gate(float x) {
-    return 1 / (1 + __expf(-2 * 0.7978845608f * x * (1 + 0.044715f * x * x)));
+    constexpr float Scale = -2 * 0.7978845608f * 1.4426950409f;
+    return inverse_approximate(1 + exp2_approximate(x * (Scale + Scale * 0.044715f * (x * x))));
+}
+
+__device__ float gelu_slope(float x) {
+    constexpr float Scale = 2 * 0.7978845608f;
+    float gate = gelu_gate(x);
+    return gate + (gate - gate * gate) * (x * (Scale + Scale * 3 * 0.044715f * (x * x)));
 }
 
 KERNEL gelu(const floatX* x, floatX* y, int64_t count) {
@@ -275,13 +295,11 @@ KERNEL gelu_backward(const floatX* x, floatX* dx, int64_t count) {
     int64_t i = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * Width;
     if (i >= count)
         return;
-    Pack value = load(x + i), slope;
+    Pack value = load(x + i);
 #pragma unroll
-    for (int j = 0; j < Width; j++) {
-        float v = value.x[j], gate = gelu_gate(v);
-        slope.x[j] = gate + v * gate * (1 - gate) * 2 * 0.7978845608f * (1 + 3 * 0.044715f * v * v);
-    }
-    store(dx + i, load(dx + i) * slope);
+    for (int j = 0; j < Width; j++)
+        value.x[j] = gelu_slope(value.x[j]);
+    store(dx + i, load(dx + i) * value);
 }
 
 // ---- Products in fp32
@@ -467,12 +485,6 @@ __device__ void each(Body body) {
         for (int i = 0; i < 4; i++)
             body(j, i);
     }
-}
-
-__device__ float exp2_approximate(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
 }
 
 // The place of eight columns of a row in a tile: chunks of 16 bytes are permuted as TMA and wgmma have it with 128
@@ -1054,6 +1066,335 @@ FLASH_KERNEL(attention_backward_q, 2, FlashThreads, flash_backward_q, (const __g
 FLASH_KERNEL(attention_backward_kv, 1, 2 * KeyRows<true>, flash_backward_kv, (const __grid_constant__ CUtensorMap map,
     const __grid_constant__ CUtensorMap dy_map, const floatX* dy, const floatX* qkv, float2* statistics, floatX* dqkv,
     int T, int NH), &map, &dy_map, dy, qkv, statistics, dqkv, T, NH)
+#endif
+
+// ---- Products for Hopper, with what comes after them
+
+#if !defined(FP32) && defined(__CUDA_ARCH_FEAT_SM90_ALL)
+// c (M, N) = a·b + bias with a (M, K) and b (N, K) or, not transposed, (K, N). Blocks walk over tiles of c, 128 x 192;
+// two of them, a cluster, take tiles one below the other and share the tiles of b. Two warpgroups multiply 64 rows each
+// and leave the result in shared memory; for each 64 of its columns another warp stores it, and does what else there is
+// to do while the next tile is multiplied. A last warp has TMA fill a ring of tiles of a and b.
+constexpr int ProductRows = 128, ProductColumns = 192, Depth = 64, Stages = 4, Chunks = ProductColumns / 64;
+constexpr int WidestBand = 16; // of tiles
+constexpr int StageBytes = (ProductRows + ProductColumns) * Depth * 2;
+constexpr int Storers = 8, Loader = Storers + 2 * Chunks, ProductThreads = (Loader + 1) * Warp; // the warps that begin
+
+// What comes after: c += residual; gelu = GELU(c); c *= GELU'(gelu), and partial (M/64, N) = c's sums of every 64 rows.
+enum class Then { Nothing, AddResidual, Gelu, GeluBackward };
+
+__device__ uint32_t cluster_rank() {
+    uint32_t rank;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+
+__device__ void cluster_sync() {
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+__device__ void mbarrier_arrive_at(uint32_t barrier, uint32_t rank) {
+    asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
+        "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(barrier), "r"(rank) : "memory");
+}
+
+// True in one lane of the warp.
+__device__ bool elect() {
+    uint32_t elected;
+    asm volatile("{\n.reg .pred p;\nelect.sync _|p, ~0;\nselp.b32 %0, 1, 0, p;\n}" : "=r"(elected));
+    return elected;
+}
+
+// Copies 32 rows of 64 columns, to both blocks of the cluster or this one.
+__device__ void load_box(uint32_t to, const CUtensorMap* map, int column, int row, uint32_t barrier, bool both) {
+    if (both)
+        asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+            "[%0], [%1, {%2, %3}], [%4], %5;"
+            ::"r"(to), "l"(map), "r"(column), "r"(row), "r"(barrier), "h"((uint16_t)3) : "memory");
+    else
+        asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
+            "[%0], [%1, {%2, %3}], [%4];" ::"r"(to), "l"(map), "r"(column), "r"(row), "r"(barrier) : "memory");
+}
+
+// Stores 32 rows of 64 columns, the first to leave the L2.
+__device__ void store_box(const CUtensorMap* map, int column, int row, uint32_t from) {
+    uint64_t policy;
+    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group.L2::cache_hint [%0, {%1, %2}], [%3], %4;"
+        ::"l"(map), "r"(column), "r"(row), "r"(from), "l"(policy) : "memory");
+}
+
+typedef float ProductSums[ProductColumns / 8][4]; // as Accumulators
+
+#define ROWS(j) "+f"(c[j][0]), "+f"(c[j][1]), "+f"(c[j][2]), "+f"(c[j][3]), \
+    "+f"(c[j + 1][0]), "+f"(c[j + 1][1]), "+f"(c[j + 1][2]), "+f"(c[j + 1][3])
+#define ALL_PRODUCT_ROWS ROWS(0), ROWS(2), ROWS(4), ROWS(6), ROWS(8), ROWS(10), ROWS(12), ROWS(14), ROWS(16), \
+    ROWS(18), ROWS(20), ROWS(22)
+
+// c += a·b for 16 of the depth.
+template <bool Transposed>
+__device__ void wgmma(ProductSums& c, uint64_t a, uint64_t b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n192k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, "
+        "%11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, "
+        "%52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, %64, %65, %66, %67, %68, %69, %70, %71, "
+        "%72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, "
+        "%92, %93, %94, %95}, %96, %97, 1, 1, 1, 0, %98;"
+        : ALL_PRODUCT_ROWS : "l"(a), "l"(b), "n"(Transposed ? 0 : 1));
+}
+
+__device__ void wgmma_wait(ProductSums& c) {
+    asm volatile("wgmma.wait_group.sync.aligned 0;" : ALL_PRODUCT_ROWS :: "memory");
+}
+
+// As descriptor; the second 64 columns of b, where its rows are the depth, are so many bytes after the first.
+__device__ uint64_t descriptor_of_columns(uint32_t tile, int bytes) {
+    return descriptor(tile, bytes) + ((uint64_t)((Depth * 128 >> 4) - 1) << 16);
+}
+
+// The i-th tile: along its row, but not farther than what of b stays in the L2 with what else passes there.
+__device__ void place_of(int i, int down, int across, int& row, int& column) {
+    int first = i / (down * WidestBand) * WidestBand, within = i % (down * WidestBand);
+    int columns = min(WidestBand, across - first);
+    row = within / columns;
+    column = first + within % columns;
+}
+
+// The products of eight elements each.
+__device__ uint4 multiply_pairs(uint4 a, uint4 b) {
+    auto multiply = [](uint32_t x, uint32_t y) {
+        __nv_bfloat162 both = __hmul2(*(__nv_bfloat162*)&x, *(__nv_bfloat162*)&y);
+        return *(uint32_t*)&both;
+    };
+    return make_uint4(multiply(a.x, b.x), multiply(a.y, b.y), multiply(a.z, b.z), multiply(a.w, b.w));
+}
+
+// x = f(x) for eight elements.
+template <typename F>
+__device__ void apply(uint4& x, F f) {
+    Pack pack = load((floatX*)&x);
+#pragma unroll
+    for (int i = 0; i < Width; i++)
+        pack.x[i] = f(pack.x[i]);
+    store((floatX*)&x, pack);
+}
+
+// GELU'(x) to some 11 bits.
+__device__ float gelu_slope_approximate(float x) {
+    constexpr float Scale = 0.7978845608f, Cubic = 0.044715f;
+    float tanh, u = x * (Scale + Scale * Cubic * (x * x)), du = Scale + Scale * Cubic * 3 * (x * x);
+    asm("tanh.approx.f32 %0, %1;" : "=f"(tanh) : "f"(u));
+    return 0.5f + 0.5f * tanh + (1 - tanh * tanh) * (x * (0.5f * du));
+}
+
+template <bool Transposed, Then Then>
+__device__ void multiply(const CUtensorMap* a, const CUtensorMap* b, const CUtensorMap* c, const CUtensorMap* residual,
+    const floatX* bias, floatX* gelu, float* partial, int M, int N, int K) {
+    __shared__ uint64_t barriers[2 * Stages + 4];
+    __shared__ alignas(16) floatX biases[2 * Stages][ProductColumns];
+    // Barriers of the stages, and of the places where the warpgroups leave their results.
+    uint32_t full = shared_address(barriers), empty = full + 8 * Stages, filled = empty + 8 * Stages;
+    uint32_t free = filled + 16;
+    uint32_t ring = first_tile(), places = ring + Stages * StageBytes, rank = cluster_rank();
+    int warp = uniform(threadIdx.x / Warp), lane = threadIdx.x % Warp, depths = (K + Depth - 1) / Depth;
+    int down = (M + 2 * ProductRows - 1) / (2 * ProductRows), across = (N + ProductColumns - 1) / ProductColumns;
+    int tile = blockIdx.x / 2, tiles = down * across, step = gridDim.x / 2, row, column;
+    uint32_t stage = 0, phase = 0, turn = 0; // of the tile among this block's
+    auto next_stage = [&] {
+        stage = (stage + 1) % Stages;
+        phase ^= stage == 0;
+    };
+    auto go_to_tile = [&] {
+        place_of(tile, down, across, row, column);
+        row = (2 * row + rank) * ProductRows;
+        column *= ProductColumns;
+    };
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < Stages; i++) {
+            mbarrier_init(full + 8 * i, 1);
+            mbarrier_init(empty + 8 * i, 2 * Storers);
+        }
+        for (int i = 0; i < 2; i++) {
+            mbarrier_init(filled + 8 * i, Storers / 2);
+            mbarrier_init(free + 8 * i, Chunks);
+        }
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    cluster_sync();
+    if (warp == Loader) {
+        for (; tile < tiles; tile += step, turn++) {
+            go_to_tile();
+            for (int k = 0; k < depths; k++, next_stage()) {
+                uint32_t rows = ring + stage * StageBytes, columns = rows + ProductRows * 128;
+                uint32_t barrier = full + 8 * stage;
+                mbarrier_wait(empty + 8 * stage, phase ^ 1);
+                if (elect()) {
+                    int bytes = k == 0 && bias != nullptr ? min(ProductColumns, N - column) * 2 : 0;
+                    mbarrier_expect(barrier, StageBytes + bytes);
+                    if (bytes > 0)
+                        bulk_load(shared_address(biases[turn % (2 * Stages)]), bias + column, bytes, barrier);
+#pragma unroll
+                    for (int i = 0; i < ProductRows; i += 32)
+                        load_box(rows + i * 128, a, k * Depth, row + i, barrier, false);
+                    // Half of b's tile, for both.
+#pragma unroll
+                    for (int i = 0; i < ProductColumns / 2; i += 32) {
+                        int half = rank * (Transposed ? ProductColumns / 2 : Depth / 2);
+                        uint32_t to = columns + ((Transposed ? i : 2 * i) + half) * 128;
+                        if (Transposed)
+                            load_box(to, b, k * Depth, column + half + i, barrier, true);
+                        else
+                            load_box(to, b, column + 2 * i, k * Depth + half, barrier, true);
+                    }
+                }
+                __syncwarp();
+            }
+        }
+    } else if (warp >= Storers) {
+        int warpgroup = (warp - Storers) / Chunks, part = (warp - Storers) % Chunks, rows;
+        uint32_t place = places + (warp - Storers) * 8192;
+        floatX* gelus;
+        uint4 kept[16]; // this thread's elements of the tile: every fourth row of eight columns
+        free += 8 * warpgroup;
+        filled += 8 * warpgroup;
+        auto element = [&](int i) {
+            return (uint4*)__cvta_shared_to_generic(chunk(place, 4 * i + lane / 8, lane % 8));
+        };
+        auto go_to_chunk = [&] {
+            go_to_tile();
+            row += warpgroup * 64;
+            column += part * 64;
+            rows = column + lane % 8 * Width < N ? M - row - lane / 8 : 0;
+            gelus = gelu + (int64_t)(row + lane / 8) * N + column + lane % 8 * Width;
+            if (Then == Then::GeluBackward) {
+#pragma unroll
+                for (int i = 0; i < 16; i++)
+                    kept[i] = 4 * i < rows ? __ldcs((const uint4*)(gelus + 4 * i * N)) : make_uint4(0, 0, 0, 0);
+            }
+        };
+        for (go_to_chunk(); tile < tiles; turn++) {
+            if (Then == Then::AddResidual && elect()) {
+                mbarrier_expect(free, 8192);
+                load_box(place, residual, column, row, free, false);
+                load_box(place + 4096, residual, column, row + 32, free, false);
+            }
+            if (Then == Then::GeluBackward) {
+#pragma unroll
+                for (int i = 0; i < 16; i++)
+                    apply(kept[i], gelu_slope_approximate);
+            }
+            mbarrier_wait(filled, turn);
+            if (Then == Then::GeluBackward) {
+#pragma unroll
+                for (int i = 0; i < 16; i++)
+                    *element(i) = kept[i] = multiply_pairs(*element(i), kept[i]);
+                asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+                __syncwarp();
+            }
+            if (elect()) {
+                store_box(c, column, row, place);
+                store_box(c, column, row + 32, place + 4096);
+                asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+            }
+            if (Then == Then::Gelu) {
+#pragma unroll
+                for (int i = 0; i < 16; i++)
+                    kept[i] = *element(i);
+            } else if (Then == Then::GeluBackward) {
+                Pack sums = {};
+#pragma unroll
+                for (int i = 0; i < 16; i++)
+                    sums = sums + load((floatX*)&kept[i]);
+#pragma unroll
+                for (int j = 0; j < Width; j++) {
+                    sums.x[j] += __shfl_xor_sync(~0u, sums.x[j], 8);
+                    sums.x[j] += __shfl_xor_sync(~0u, sums.x[j], 16);
+                }
+                if (lane < 8 && rows > 0)
+                    store(partial + (int64_t)(row / 64) * N + column + lane * Width, sums);
+            }
+            tile += step;
+            if (Then != Then::Gelu)
+                go_to_chunk();
+            __syncwarp();
+            if (elect()) {
+                asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+                if (Then != Then::AddResidual)
+                    mbarrier_arrive(free);
+            }
+            __syncwarp();
+            if (Then == Then::Gelu) {
+#pragma unroll
+                for (int i = 0; i < 16; i++) {
+                    apply(kept[i], [](float x) { return x * gelu_gate(x); });
+                    if (4 * i < rows)
+                        __stcs((uint4*)(gelus + 4 * i * N), kept[i]);
+                }
+                go_to_chunk();
+            }
+        }
+    } else {
+        int warpgroup = warp / 4;
+        for (; tile < tiles; tile += step, turn++) {
+            ProductSums sums = {};
+            for (int k = 0; k < depths; k++, next_stage()) {
+                uint32_t rows = (ring & 0x3ffff) + stage * StageBytes, columns = rows + ProductRows * 128;
+                mbarrier_wait(full + 8 * stage, phase);
+                wgmma_fence();
+#pragma unroll
+                for (int i = 0; i < Depth / 16; i++)
+                    wgmma<Transposed>(sums, descriptor(rows + warpgroup * 8192, i * 32), Transposed
+                        ? descriptor(columns, i * 32) : descriptor_of_columns(columns, i * 16 * 128));
+                wgmma_commit();
+                wgmma_wait(sums);
+                if (lane < 2)
+                    mbarrier_arrive_at(empty + 8 * stage, lane);
+            }
+            mbarrier_wait(free + 8 * warpgroup, Then == Then::AddResidual ? turn : turn + 1);
+#pragma unroll
+            for (int j = 0; j < ProductColumns / 8; j += 2) {
+                uint32_t to = places + (warpgroup * Chunks + j / 8) * 8192, there[4], result[4];
+                to = chunk(to, warp % 4 * 16 + lane % 16, j % 8 + lane / 16);
+                if (Then == Then::AddResidual)
+                    ldmatrix(there, to);
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    float* sum = sums[j + i / 2] + i % 2 * 2;
+                    uint32_t own = Transposed && bias != nullptr
+                        ? *(const uint32_t*)(biases[turn % (2 * Stages)] + (j + i / 2) * 8 + lane % 4 * 2) : 0;
+                    float low = sum[0] + __uint_as_float(own << 16);
+                    float high = sum[1] + __uint_as_float(own & 0xffff0000);
+                    if (Then == Then::AddResidual) {
+                        low += __uint_as_float(there[i] << 16);
+                        high += __uint_as_float(there[i] & 0xffff0000);
+                    }
+                    result[i] = pair(low, high);
+                }
+                asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};"
+                    ::"r"(to), "r"(result[0]), "r"(result[1]), "r"(result[2]), "r"(result[3]) : "memory");
+            }
+            asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+            __syncwarp();
+            if (elect())
+                mbarrier_arrive(filled + 8 * warpgroup);
+        }
+    }
+    cluster_sync();
+}
+
+#define PRODUCT_KERNEL(name, transposed, then) \
+    KERNEL __cluster_dims__(2) __launch_bounds__(ProductThreads, 1) name(const __grid_constant__ CUtensorMap a, \
+        const __grid_constant__ CUtensorMap b, const __grid_constant__ CUtensorMap c, \
+        const __grid_constant__ CUtensorMap residual, const floatX* bias, floatX* gelu, float* partial, \
+        int M, int N, int K) { \
+        multiply<transposed, then>(&a, &b, &c, &residual, bias, gelu, partial, M, N, K); \
+    }
+
+PRODUCT_KERNEL(linear, true, Then::Nothing)
+PRODUCT_KERNEL(linear_residual, true, Then::AddResidual)
+PRODUCT_KERNEL(linear_gelu, true, Then::Gelu)
+PRODUCT_KERNEL(linear_backward, false, Then::Nothing)
+PRODUCT_KERNEL(linear_gelu_backward, false, Then::GeluBackward)
 #endif
 
 // ---- Classifier

@@ -112,8 +112,8 @@ public interface IDevice : IDisposable {
     void LinearGelu(Tensor x, Tensor w, Tensor b, Tensor input, Tensor y);
     /// <summary>dx = dy·w; dw += dyᵀ·x; db += Σ dy over rows, unless db is none.</summary>
     void LinearBackward(Tensor dy, Tensor x, Tensor w, Tensor dx, Tensor dw, Tensor db);
-    /// <summary>The same for x = GELU(input), where dx is the gradient of input.</summary>
-    void LinearGeluBackward(Tensor dy, Tensor x, Tensor input, Tensor w, Tensor dx, Tensor dw, Tensor db);
+    /// <summary>The same for x = GELU(input), where dx is the gradient of input and dbias += Σ dx over rows.</summary>
+    void LinearGeluBackward(Tensor dy, Tensor x, Tensor input, Tensor w, Tensor dx, Tensor dw, Tensor dbias);
     /// <summary>y = x/2·(1 + tanh(√(2/π)·(x + 0.044715·x³))).</summary>
     void Gelu(Tensor x, Tensor y);
     /// <summary>Causal attention of the rows from start on. qkv (B, T, 3·NH·HS) packs queries, keys and values;
@@ -464,10 +464,10 @@ public sealed class Model {
             var (residual, dbias) = l > 0 ? (a.Layers[l - 1].Residual3, g[l - 1].Fcprojb) : (a.Encoded, default);
             if (recompute >= 1)
                 Device.Gelu(x.Fch, x.FchGelu);
-            Device.LinearGeluBackward(a.DResidual, x.FchGelu, x.Fch, w.Fcprojw, a.DFch, dw.Fcprojw, default);
+            Device.LinearGeluBackward(a.DResidual, x.FchGelu, x.Fch, w.Fcprojw, a.DFch, dw.Fcprojw, dw.Fcb);
             if (recompute >= 2)
                 Device.LayerNorm(x.Residual2, w.Ln2w, w.Ln2b, x.Ln2, x.Ln2Statistics);
-            Device.LinearBackward(a.DFch, x.Ln2, w.Fcw, a.DBranch, dw.Fcw, dw.Fcb);
+            Device.LinearBackward(a.DFch, x.Ln2, w.Fcw, a.DBranch, dw.Fcw, default);
             Device.LayerNormBackward(
                 a.DBranch, x.Residual2, w.Ln2w, x.Ln2Statistics, a.DResidual, dw.Ln2w, dw.Ln2b, dw.Attprojb);
             Device.LinearBackward(a.DResidual, x.Atty, w.Attprojw, a.DBranch, dw.Attprojw, default);

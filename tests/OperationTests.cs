@@ -226,17 +226,20 @@ public sealed class OperationTests(DeviceUnderTest deviceUnderTest) : IDisposabl
     [Arguments(7, 48, 20)]
     public async Task LinearGeluBackward(int rows, int C, int OC) {
         var (dy, input, w) = (Floats(1, rows * OC), Floats(2, rows * C, 2), Floats(3, OC * C));
-        var (dw, db) = (Floats(4, OC * C), Floats(5, OC));
-        var (x, weights, b, r) = (Doubles(input), Doubles(w), new double[OC], Doubles(dy));
+        var (dw, dbias) = (Floats(4, OC * C), Floats(5, C));
+        var (x, weights, bias, r) = (Doubles(input), Doubles(w), new double[C], Doubles(dy));
         var gelu = Reference.Gelu(x).Select(value => (float)value).ToArray();
         var dx = device.Poisoned(1, rows, C);
-        var (dwOnDevice, dbOnDevice) = (device.Upload(dw, 1, OC, C), device.Upload(db));
+        var (dwOnDevice, dbiasOnDevice) = (device.Upload(dw, 1, OC, C), device.Upload(dbias));
         device.LinearGeluBackward(device.Upload(dy, 1, rows, OC), device.Upload(gelu, 1, rows, C),
-            device.Upload(input, 1, rows, C), device.Upload(w, 1, OC, C), dx, dwOnDevice, dbOnDevice);
-        double Function() => Reference.Dot(Reference.Linear(Reference.Gelu(x), weights, b, C), r);
+            device.Upload(input, 1, rows, C), device.Upload(w, 1, OC, C), dx, dwOnDevice, dbiasOnDevice);
+        double Function() {
+            double[] sum = [.. x.Select((value, i) => value + bias[i % C])]; // the bias of the product before
+            return Reference.Dot(Reference.Linear(Reference.Gelu(sum), weights, new double[OC], C), r);
+        }
         await NearGradient(device.Download(dx), x, Function);
         await NearGradient(device.Download(dwOnDevice), weights, Function, dw);
-        await NearGradient(device.Download(dbOnDevice), b, Function, db);
+        await NearGradient(device.Download(dbiasOnDevice), bias, Function, dbias);
     }
 
     [Test]
