@@ -188,15 +188,14 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
         Gelu(input, y);
     }
 
-    public void LinearBackward(Tensor dy, Tensor x, Tensor w, Tensor dx, Tensor dw, Tensor db) {
+    public void LinearBackward(Tensor dy, Tensor x, Tensor w, Tensor dx, Tensor dw) {
         Clear(dx);
         Multiply(Matrix(dy), Matrix(w), Matrix(dx));
         Multiply(Matrix(dy).Transposed, Matrix(x), Matrix(dw));
-        AddRows(dy, db);
     }
 
     public void LinearGeluBackward(Tensor dy, Tensor x, Tensor input, Tensor w, Tensor dx, Tensor dw, Tensor dbias) {
-        LinearBackward(dy, x, w, dx, dw, default);
+        LinearBackward(dy, x, w, dx, dw);
         ForChunks(dx, (input, dx), static (s, i, n) => {
             for (; n > 0; i += Lanes, n -= Lanes) {
                 var x = Load(Floats(s.input) + i, n);
@@ -275,7 +274,8 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
         }, 2.0 * qkv.Depth * qkv.Rows * (qkv.Rows + 1) * (qkv.Columns / 3));
     }
 
-    public void AttentionBackward(Tensor dy, Tensor qkv, Tensor y, Tensor lse, int heads, Tensor dqkv) {
+    public void AttentionBackward(
+        Tensor dy, Tensor qkv, Tensor y, Tensor lse, int heads, Tensor dqkv, Tensor dbias) {
         Clear(dqkv);
         For(qkv.Depth * heads, (dy, qkv, y, lse, heads, dqkv), static (s, head) => {
             var scratch = stackalloc float[2 * ScoreCount];
@@ -303,6 +303,7 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
                 Product.Add(ds.Transposed, q.RowsFrom(first, queries), dk.RowsFrom(0, keys));
             }
         }, 5.0 * qkv.Depth * qkv.Rows * (qkv.Rows + 1) * (qkv.Columns / 3));
+        AddRows(dqkv, dbias);
     }
 
     /// <summary>One head of one sequence, (T, HS), in a (B, T, parts·NH·HS) array that packs several parts.</summary>

@@ -23,6 +23,7 @@ public sealed unsafe class Cuda : IDevice {
     readonly CudaKernel? product, attention, attentionBackwardQ, attentionBackwardKv;
     readonly CudaKernel? linear, linearResidual, linearGelu, linearBackward, linearGeluBackward;
     readonly Products? products;
+    Profile? profile;
     int staged;
 
     /// <summary>Opens the first GPU and loads the kernels.</summary>
@@ -122,7 +123,11 @@ public sealed unsafe class Cuda : IDevice {
 
     public DataType Precision { get; }
 
-    public Profile? Profile { get; set; }
+    /// <summary>Sets the range that NVIDIA's profilers take, too.</summary>
+    public Profile? Profile {
+        get => profile;
+        set => _ = (profile = value) == null ? cuProfilerStop() : cuProfilerStart();
+    }
 
     // ---- Memory
 
@@ -365,10 +370,8 @@ public sealed unsafe class Cuda : IDevice {
         }
     }
 
-    public void LinearBackward(Tensor dy, Tensor x, Tensor w, Tensor dx, Tensor dw, Tensor db) {
+    public void LinearBackward(Tensor dy, Tensor x, Tensor w, Tensor dx, Tensor dw) =>
         Backward(dy, x, default, w, dx, dw);
-        AddRows(dy, db);
-    }
 
     public void LinearGeluBackward(Tensor dy, Tensor x, Tensor input, Tensor w, Tensor dx, Tensor dw, Tensor dbias) =>
         Backward(dy, x, input, w, dx, dw, dbias);
@@ -385,8 +388,7 @@ public sealed unsafe class Cuda : IDevice {
         else
             Multiply(operation, w, false, dy, false, dx, C, rows, OC);
         if (fused && input.Address != 0)
-            Launch(addRowSums, (1, Blocks(C, AddColumns), 1), SumColumns, 0, 0, 4.0 * rows / 64 * C,
-                scratch, Blocks(rows, 64), C, dbias, 0L, 0L);
+            AddPartialSums(scratch, Blocks(rows, 64), dbias);
         if (!fused && input.Address != 0) {
             Launch(geluBackward, (Blocks(dx.Count, 256 * Width), 1, 1), 256, 0, 0, 3.0 * dx.Bytes,
                 input, dx, dx.Count);
@@ -398,19 +400,21 @@ public sealed unsafe class Cuda : IDevice {
             Multiply(operation, x, false, dy, true, dw, C, OC, rows, addend: dw);
     }
 
-    /// <summary>sums += Σ x over rows, unless sums is none.</summary>
+    /// <summary>sums += Σ x over rows.</summary>
     void AddRows(Tensor x, Tensor sums) {
-        if (sums.Address == 0)
-            return;
         const int blocksPerMultiprocessor = 8, fewestRows = 32;
         var (rows, C) = (x.AllRows, x.Columns);
         var across = Blocks(C, SumColumns);
         var down = Math.Min(Blocks(rows, fewestRows), Blocks(blocksPerMultiprocessor * multiprocessors, across));
         down = Math.Min(down, ScratchBytes / (C * sizeof(float)));
         Launch(sumRowsPartially, (down, across, 1), SumColumns, 0, 0, x.Bytes, x, rows, C, scratch);
-        Launch(addRowSums, (1, Blocks(C, AddColumns), 1), SumColumns, 0, 0, 4.0 * down * C,
-            scratch, down, C, sums, 0L, 0L);
+        AddPartialSums(scratch, down, sums);
     }
+
+    /// <summary>sums (C) += Σ partial (rows, C) over rows.</summary>
+    void AddPartialSums(nint partial, int rows, Tensor sums) =>
+        Launch(addRowSums, (1, Blocks(sums.Columns, AddColumns), 1), SumColumns, 0, 0, 4.0 * rows * sums.Columns,
+            partial, rows, sums.Columns, sums, 0L, 0L);
 
     public void Gelu(Tensor x, Tensor y) =>
         Launch(gelu, (Blocks(x.Count, 256 * Width), 1, 1), 256, 0, 0, 2.0 * x.Bytes, x, y, x.Count);
@@ -454,7 +458,7 @@ public sealed unsafe class Cuda : IDevice {
     /// <param name="index">Of the four places for such a description.</param>
     Argument Map(int index, Tensor x) => Map(index, x, [(ulong)x.Columns, (ulong)x.AllRows], [64, 32]);
 
-    /// <summary>Describes an array, whose fastest dimension is the first, and the part that TMA copies at a time.</summary>
+    /// <summary>Describes an array, its fastest dimension first, and the part that TMA copies at a time.</summary>
     Argument Map(int index, Tensor x, ReadOnlySpan<ulong> dimensions, ReadOnlySpan<uint> box) {
         var place = maps + 128 * index;
         const int bf16 = 9, swizzle128 = 3, promote128 = 2;
@@ -498,28 +502,34 @@ public sealed unsafe class Cuda : IDevice {
         }
     }
 
-    public void AttentionBackward(Tensor dy, Tensor qkv, Tensor y, Tensor lse, int heads, Tensor dqkv) {
-        var (B, T, HS) = (qkv.Depth, qkv.Rows, y.Columns / heads);
-        // In the scratch memory, two numbers a query, up to the next multiple of a tile.
+    public void AttentionBackward(
+        Tensor dy, Tensor qkv, Tensor y, Tensor lse, int heads, Tensor dqkv, Tensor dbias) {
+        var (B, T, C, HS) = (qkv.Depth, qkv.Rows, y.Columns, y.Columns / heads);
+        // In the scratch memory, two numbers a query, up to the next multiple of a tile, and then each block's sums.
         var statistics = (long)B * heads * Blocks(T, FlashTile) * FlashTile * 2 * sizeof(float);
-        Require(statistics <= ScratchBytes, "attention's statistics", $"at most {ScratchBytes} bytes", statistics);
+        var all = statistics + (long)B * Blocks(T, FlashRows) * 2 * C * sizeof(float);
+        Require(all <= ScratchBytes, "attention's scratch memory", $"at most {ScratchBytes} bytes", all);
+        var partial = scratch + (nint)statistics;
         // Scores and their gradients are computed in both kernels: three products for dq, four for dk and dv.
-        var flops = 1.0 * B * T * (T + 1) * y.Columns;
+        var flops = 1.0 * B * T * (T + 1) * C;
         if (attentionBackwardQ != null && HS == FlashHead) {
             var grid = (Blocks(T, FlashRows), heads, B);
             var (map, dyMap) = (HeadsMap(0, qkv), HeadsMap(1, dy));
             Launch(attentionBackwardQ, grid, FlashThreads, FlashShared(4, 0), 3 * flops, 0,
-                map, dyMap, dy, qkv, y, lse, scratch, dqkv, T, heads);
+                map, dyMap, dy, qkv, y, lse, scratch, dqkv, partial, T, heads);
+            AddPartialSums(partial, B * grid.Item1, dbias.Flat(0, C));
             var rows = hopper ? 192 : FlashRows;
             grid = (Blocks(T, rows), heads, B);
             Launch(attentionBackwardKv!, grid, 2 * rows, FlashShared(rows / 32, FlashTile * 8), 4 * flops, 0,
-                map, dyMap, dy, qkv, scratch, dqkv, T, heads);
+                map, dyMap, dy, qkv, scratch, dqkv, partial, T, heads);
+            AddPartialSums(partial, B * grid.Item1, dbias.Flat(C, 2 * C));
         } else {
             var grid = (T, heads, B);
             Launch(attentionAnyBackwardQ, grid, AnyThreads, 0, 3 * flops, 0,
                 dy, qkv, y, lse, scratch, dqkv, T, heads, HS);
             Launch(attentionAnyBackwardKv, grid, AnyThreads, 0, 4 * flops, 0,
                 dy, qkv, lse, scratch, dqkv, T, heads, HS);
+            AddRows(dqkv, dbias);
         }
     }
 
@@ -788,6 +798,8 @@ static unsafe partial class Driver {
     [LibraryImport(Library)]
     public static partial int cuTensorMapEncodeTiled(nint map, int type, int rank, nint address, ulong* dimensions,
         ulong* strides, uint* box, uint* steps, int interleave, int swizzle, int promotion, int fill);
+    [LibraryImport(Library)] public static partial int cuProfilerStart();
+    [LibraryImport(Library)] public static partial int cuProfilerStop();
     [LibraryImport(Library)] public static partial int cuStreamCreate(out nint stream, uint flags);
     [LibraryImport(Library)] public static partial int cuStreamSynchronize(nint stream);
     [LibraryImport(Library, EntryPoint = "cuStreamDestroy_v2")] public static partial int cuStreamDestroy(nint stream);

@@ -101,6 +101,18 @@ __device__ float warp_sum(float x) {
     return x;
 }
 
+// Sums over the lanes that are so far apart.
+template <int Stride>
+__device__ Pack sum_lanes(Pack a) {
+#pragma unroll
+    for (int i = 0; i < Width; i++) {
+#pragma unroll
+        for (int lane = Stride; lane < Warp; lane *= 2)
+            a.x[i] += __shfl_xor_sync(~0u, a.x[i], lane);
+    }
+    return a;
+}
+
 __device__ float warp_max(float x) {
 #pragma unroll
     for (int lane = Warp / 2; lane > 0; lane /= 2)
@@ -216,31 +228,60 @@ KERNEL layer_norm(const floatX* x, const floatX* w, const floatX* b, floatX* y, 
 // (sums, blocks, C) gets those of the blocks.
 KERNEL layer_norm_backward(const floatX* dy, const floatX* x, const floatX* w, const float2* statistics, floatX* dx,
     float* partial, int rows, int C, int sums) {
+    constexpr int Together = 2; // rows, for which a warp turns to its sums once
     int warps = blockDim.x / Warp, warp = threadIdx.x / Warp, lane = threadIdx.x % Warp;
     float *db = (float*)shared + sums * warp * C, *dw = db + C, *dbias = dw + C;
     for (int c = lane * Width; c < sums * C; c += Warp * Width)
         store(db + c, Pack{});
     __syncwarp();
-    for (int64_t row = (int64_t)blockIdx.x * warps + warp; row < rows; row += (int64_t)gridDim.x * warps) {
-        float mean = statistics[row].x, rstd = statistics[row].y, sum_g = 0, sum_gz = 0;
-        for (int c = lane * Width; c < C; c += Warp * Width) {
-            Pack z = normalize(load(x + row * C + c), mean, rstd), own = load(dy + row * C + c), g = own * load(w + c);
-            sum_g += sum(g);
-            sum_gz += sum(g * z);
-            store(db + c, load(db + c) + own);
-            store(dw + c, load(dw + c) + own * z);
+    int first = (blockIdx.x * warps + warp) * Together;
+    for (; first < rows; first += gridDim.x * warps * Together) {
+        float mean[Together], rstd[Together], mean_g[Together] = {}, mean_gz[Together] = {};
+        int64_t at[Together];
+#pragma unroll
+        for (int r = 0; r < Together; r++) {
+            int row = min(first + r, rows - 1);
+            mean[r] = statistics[row].x;
+            rstd[r] = statistics[row].y;
+            at[r] = (int64_t)row * C;
         }
         // With g = dy·w and the normalized input z: dx = rstd·(g − mean(g) − z·mean(g·z)).
-        float mean_g = warp_sum(sum_g) / C, mean_gz = warp_sum(sum_gz) / C;
         for (int c = lane * Width; c < C; c += Warp * Width) {
-            Pack z = normalize(load(x + row * C + c), mean, rstd), g = load(dy + row * C + c) * load(w + c);
-            Pack result = load(dx + row * C + c);
+            Pack own_sum = {}, scaled_sum = {}, weight = load(w + c);
 #pragma unroll
-            for (int i = 0; i < Width; i++)
-                result.x[i] += rstd * (g.x[i] - mean_g - z.x[i] * mean_gz);
-            store(dx + row * C + c, result);
+            for (int r = 0; r < Together; r++) {
+                Pack z = normalize(load(x + at[r] + c), mean[r], rstd[r]), own = load(dy + at[r] + c), g = own * weight;
+                mean_g[r] += sum(g);
+                mean_gz[r] += sum(g * z);
+                if (first + r < rows) {
+                    own_sum = own_sum + own;
+                    scaled_sum = scaled_sum + own * z;
+                }
+            }
+            store(db + c, load(db + c) + own_sum);
+            store(dw + c, load(dw + c) + scaled_sum);
+        }
+#pragma unroll
+        for (int r = 0; r < Together; r++) {
+            mean_g[r] = warp_sum(mean_g[r]) / C;
+            mean_gz[r] = warp_sum(mean_gz[r]) / C;
+        }
+        for (int c = lane * Width; c < C; c += Warp * Width) {
+            Pack result_sum = {}, weight = load(w + c);
+#pragma unroll
+            for (int r = 0; r < Together; r++) {
+                Pack z = normalize(load(x + at[r] + c), mean[r], rstd[r]), g = load(dy + at[r] + c) * weight;
+                Pack result = load(dx + at[r] + c);
+#pragma unroll
+                for (int i = 0; i < Width; i++)
+                    result.x[i] += rstd[r] * (g.x[i] - mean_g[r] - z.x[i] * mean_gz[r]);
+                if (first + r < rows) {
+                    store(dx + at[r] + c, result);
+                    result_sum = result_sum + result;
+                }
+            }
             if (sums == 3)
-                store(dbias + c, load(dbias + c) + result);
+                store(dbias + c, load(dbias + c) + result_sum);
         }
     }
     __syncthreads();
@@ -801,7 +842,9 @@ __device__ void mask(Accumulators& scores, bool transposed) {
     });
 }
 
-// Writes factor[row / 8] times a warp's 16 rows to those from first on of a head's rows, by way of its rows of a tile.
+// Writes factor[row / 8] times a warp's 16 rows to those from first on of a head's rows, by way of its rows of a tile,
+// where it leaves their sums if they are asked for.
+template <bool Sums>
 __device__ void store_rows(const Accumulators& from, float factor0, float factor1, uint32_t tile, floatX* array,
     int heads, int head, int first, int T) {
     int lane = threadIdx.x % Warp, row = threadIdx.x / Warp * 16;
@@ -813,14 +856,35 @@ __device__ void store_rows(const Accumulators& from, float factor0, float factor
         asm volatile("st.shared.b32 [%0], %1;" ::"r"(below), "r"(pair(from[j][2] * factor1, from[j][3] * factor1)));
     }
     __syncwarp();
+    Pack sums = {};
 #pragma unroll
     for (int i = lane; i < 16 * 8; i += Warp) {
         uint4 bits;
         asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(bits.x), "=r"(bits.y), "=r"(bits.z), "=r"(bits.w)
             : "r"(chunk(tile, row + i / 8, i % 8)));
-        if (first + row + i / 8 < T)
+        if (first + row + i / 8 < T) {
             *(uint4*)(to + (int64_t)(i / 8) * heads * HS + i % 8 * Width) = bits;
+            if (Sums)
+                sums = sums + load((floatX*)&bits);
+        }
     }
+    if (Sums) {
+        sums = sum_lanes<8>(sums);
+        if (lane < 8)
+            store((float*)__cvta_shared_to_generic(tile + row * 128) + lane * Width, sums);
+    }
+}
+
+// partial (64) = what the warps left, together.
+template <int Rows>
+__device__ void store_sums(uint32_t tile, float* partial) {
+    if (threadIdx.x >= HS)
+        return;
+    float total = 0;
+#pragma unroll
+    for (int row = 0; row < Rows; row += 16)
+        total += ((float*)__cvta_shared_to_generic(tile + row * 128))[threadIdx.x];
+    partial[threadIdx.x] = total;
 }
 
 // The largest, or the sum, of what the four threads have that share a row.
@@ -888,7 +952,7 @@ __device__ void flash_forward(const CUtensorMap* map, const floatX* qkv, floatX*
     total[0] = row_sum(total[0]);
     total[1] = row_sum(total[1]);
     __syncthreads();
-    store_rows(sums, 1 / total[0], 1 / total[1], queries, y, NH, blockIdx.y, first, T);
+    store_rows<false>(sums, 1 / total[0], 1 / total[1], queries, y, NH, blockIdx.y, first, T);
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         int row = own_first + row_of(2 * i);
@@ -903,11 +967,11 @@ __device__ float2* statistics_row(float2* statistics, int T, int NH) {
     return statistics + ((int64_t)blockIdx.z * NH + blockIdx.y) * ((T + TileRows - 1) / TileRows * TileRows);
 }
 
-// dq, and the statistics for the next kernel; blocks as above. P = e^(scale·q·k − lse); dS = P·(dy·v − delta);
-// dq = scale·Σ dS·k.
+// dq, its sums, and the statistics for the next kernel; blocks as above. P = e^(scale·q·k − lse);
+// dS = P·(dy·v − delta); dq = scale·Σ dS·k.
 template <bool Hopper>
 __device__ void flash_backward_q(const CUtensorMap* map, const CUtensorMap* dy_map, const floatX* dy, const floatX* qkv,
-    const floatX* y, const float* lse, float2* statistics, floatX* dqkv, int T, int NH) {
+    const floatX* y, const float* lse, float2* statistics, floatX* dqkv, float* partial, int T, int NH) {
     int first = (gridDim.x - 1 - blockIdx.x) * FlashRows, warpgroup = uniform(threadIdx.x / 128);
     int own_first = first + warpgroup * TileRows;
     uint32_t queries = first_tile(), douts = queries + 2 * TileBytes;
@@ -972,7 +1036,9 @@ __device__ void flash_backward_q(const CUtensorMap* map, const CUtensorMap* dy_m
         }
     }
     __syncthreads();
-    store_rows(sums, scale, scale, queries, dqkv, 3 * NH, blockIdx.y, first, T);
+    store_rows<true>(sums, scale, scale, queries, dqkv, 3 * NH, blockIdx.y, first, T);
+    __syncthreads();
+    store_sums<FlashRows>(queries, partial + ((int64_t)(blockIdx.z * gridDim.x + blockIdx.x) * NH + blockIdx.y) * HS);
 }
 
 // dk and dv: a block for 128 keys, or 192 by three warpgroups, which walks over the queries from its first key on.
@@ -982,7 +1048,7 @@ constexpr int KeyRows = Hopper ? 192 : FlashRows;
 
 template <bool Hopper>
 __device__ void flash_backward_kv(const CUtensorMap* map, const CUtensorMap* dy_map, const floatX* dy,
-    const floatX* qkv, float2* statistics, floatX* dqkv, int T, int NH) {
+    const floatX* qkv, float2* statistics, floatX* dqkv, float* partial, int T, int NH) {
     constexpr int KeyBytes = KeyRows<Hopper> * 128;
     int first = blockIdx.x * KeyRows<Hopper>, warpgroup = uniform(threadIdx.x / 128);
     int own_first = first + warpgroup * TileRows; // of this warpgroup's keys
@@ -1038,8 +1104,12 @@ __device__ void flash_backward_kv(const CUtensorMap* map, const CUtensorMap* dy_
         }
     }
     __syncthreads();
-    store_rows(dk, scale, scale, keys, dqkv, 3 * NH, NH + blockIdx.y, first, T);
-    store_rows(dv, 1, 1, values, dqkv, 3 * NH, 2 * NH + blockIdx.y, first, T);
+    store_rows<true>(dk, scale, scale, keys, dqkv, 3 * NH, NH + blockIdx.y, first, T);
+    store_rows<true>(dv, 1, 1, values, dqkv, 3 * NH, 2 * NH + blockIdx.y, first, T);
+    __syncthreads();
+    partial += ((int64_t)(blockIdx.z * gridDim.x + blockIdx.x) * 2 * NH + blockIdx.y) * HS;
+    store_sums<KeyRows<Hopper>>(keys, partial);
+    store_sums<KeyRows<Hopper>>(values, partial + NH * HS);
 }
 
 // Each kernel for any GPU, and in the code for Hopper (sm_90a) another with wgmma and TMA. Maps describe qkv and dy.
@@ -1061,11 +1131,12 @@ FLASH_KERNEL(attention, 2, FlashThreads, flash_forward, (const __grid_constant__
 
 FLASH_KERNEL(attention_backward_q, 2, FlashThreads, flash_backward_q, (const __grid_constant__ CUtensorMap map,
     const __grid_constant__ CUtensorMap dy_map, const floatX* dy, const floatX* qkv, const floatX* y, const float* lse,
-    float2* statistics, floatX* dqkv, int T, int NH), &map, &dy_map, dy, qkv, y, lse, statistics, dqkv, T, NH)
+    float2* statistics, floatX* dqkv, float* partial, int T, int NH),
+    &map, &dy_map, dy, qkv, y, lse, statistics, dqkv, partial, T, NH)
 
 FLASH_KERNEL(attention_backward_kv, 1, 2 * KeyRows<true>, flash_backward_kv, (const __grid_constant__ CUtensorMap map,
     const __grid_constant__ CUtensorMap dy_map, const floatX* dy, const floatX* qkv, float2* statistics, floatX* dqkv,
-    int T, int NH), &map, &dy_map, dy, qkv, statistics, dqkv, T, NH)
+    float* partial, int T, int NH), &map, &dy_map, dy, qkv, statistics, dqkv, partial, T, NH)
 #endif
 
 // ---- Products for Hopper, with what comes after them
@@ -1305,11 +1376,7 @@ __device__ void multiply(const CUtensorMap* a, const CUtensorMap* b, const CUten
 #pragma unroll
                 for (int i = 0; i < 16; i++)
                     sums = sums + load((floatX*)&kept[i]);
-#pragma unroll
-                for (int j = 0; j < Width; j++) {
-                    sums.x[j] += __shfl_xor_sync(~0u, sums.x[j], 8);
-                    sums.x[j] += __shfl_xor_sync(~0u, sums.x[j], 16);
-                }
+                sums = sum_lanes<8>(sums);
                 if (lane < 8 && rows > 0)
                     store(partial + (int64_t)(row / 64) * N + column + lane * Width, sums);
             }

@@ -2,6 +2,7 @@
 # make train      build, data, training; more options in ARGS, as in: make train ARGS="-e d12 -x 1000"
 # make test       every test that this machine can run
 # make bench      training speed by operation, and PyTorch's if python3 has it for this GPU; ARGS="-e d48 -b 16"
+# make profile    one training step by kernel, from hardware counters, where there is ncu; ARGS="-b 16"
 # make data, make test-bin, make toolkit, make clean: said where they stand
 
 # Instruction set of the binaries: native is this machine's vector units, x86-64-v3 is any machine with AVX2.
@@ -31,7 +32,7 @@ need_sdk = dotnet --list-sdks 2>/dev/null | grep -q '^[1-9][0-9]\.' || \
 publish = dotnet publish $1 -c Release -r linux-x64 -p:CppCompilerAndLinker=gcc -p:IlcInstructionSet=$(ISA) \
 	-o $2 --nologo -v quiet
 
-.PHONY: train bench test test-bin data toolkit clean always
+.PHONY: train bench profile test test-bin data toolkit clean always
 .DELETE_ON_ERROR:
 
 # Both binaries appear by rename: a run that is going on keeps the file that it started from.
@@ -74,6 +75,15 @@ bench: gpt2
 		awk '/tok\/s/ && /MFU/ { ours = $$5 } /^pytorch/ { theirs = $$3 } \
 			END { printf "%.2f times PyTorch\n", ours / theirs }' bin/bench bin/rival; \
 	fi
+
+# Time, and the share of DRAM's and the tensor cores' peak: of one micro-batch and the update, by Nsight Compute.
+counters = gpu__time_duration.sum,dram__throughput.avg.pct_of_peak_sustained_elapsed,$\
+	sm__pipe_tensor_op_hmma_cycles_active.avg.pct_of_peak_sustained_active
+profile: gpt2
+	@$(call need,ncu,install NVIDIA Nsight Compute)
+	@ncu --profile-from-start off --csv --page raw --print-units base --metrics $(counters) \
+		./gpt2 bench -b 64 -d 65536 -x 1 $(ARGS) >bin/profile || { cat bin/profile >&2; exit 1; }
+	@awk -f tests/profile.awk bin/profile
 
 # Token shards: any that are in data/ already, or those of data/text.txt, which may be a text of your own.
 .SECONDARY: data/text.txt

@@ -110,8 +110,8 @@ public interface IDevice : IDisposable {
     void LinearResidual(Tensor x, Tensor w, Tensor b, Tensor residual, Tensor y);
     /// <summary>input = x·wᵀ + b; y = GELU(input).</summary>
     void LinearGelu(Tensor x, Tensor w, Tensor b, Tensor input, Tensor y);
-    /// <summary>dx = dy·w; dw += dyᵀ·x; db += Σ dy over rows, unless db is none.</summary>
-    void LinearBackward(Tensor dy, Tensor x, Tensor w, Tensor dx, Tensor dw, Tensor db);
+    /// <summary>dx = dy·w; dw += dyᵀ·x. The bias's gradient, Σ dy over rows, is added to where dy is made.</summary>
+    void LinearBackward(Tensor dy, Tensor x, Tensor w, Tensor dx, Tensor dw);
     /// <summary>The same for x = GELU(input), where dx is the gradient of input and dbias += Σ dx over rows.</summary>
     void LinearGeluBackward(Tensor dy, Tensor x, Tensor input, Tensor w, Tensor dx, Tensor dw, Tensor dbias);
     /// <summary>y = x/2·(1 + tanh(√(2/π)·(x + 0.044715·x³))).</summary>
@@ -119,11 +119,11 @@ public interface IDevice : IDisposable {
     /// <summary>Causal attention of the rows from start on. qkv (B, T, 3·NH·HS) packs queries, keys and values;
     /// y (B, T − start, NH·HS); lse (B, NH, T − start) is the log-sum-exp of each query's scaled scores.</summary>
     void Attention(Tensor qkv, int start, int heads, Tensor y, Tensor lse);
-    /// <summary>dqkv from dy, for start 0.</summary>
-    void AttentionBackward(Tensor dy, Tensor qkv, Tensor y, Tensor lse, int heads, Tensor dqkv);
+    /// <summary>dqkv from dy, for start 0; dbias += Σ dqkv over rows.</summary>
+    void AttentionBackward(Tensor dy, Tensor qkv, Tensor y, Tensor lse, int heads, Tensor dqkv, Tensor dbias);
     /// <summary>losses (B, T) = cross-entropy of each row of logits (B, T, Vp) against its target; the logits become
-    /// (softmax − one-hot)·gradientScale, but may stay if the scale is 0. Columns from the vocabulary on take no part and
-    /// become zero.</summary>
+    /// (softmax − one-hot)·gradientScale, but may stay if the scale is 0. Columns from the vocabulary on take no part
+    /// and become zero.</summary>
     void Classify(Tensor logits, ReadOnlySpan<int> targets, int vocabulary, Tensor losses, float gradientScale);
     /// <summary>Σ x².</summary>
     double SumOfSquares(Tensor x);
@@ -274,7 +274,6 @@ public sealed class Activations {
         var qkv = Enumerable.Range(0, L).Select(_ => Place(new(0, B, context, 3 * C, type))).ToArray();
         (Encoded, Final) = (New(C), New(C));
         (FinalStatistics, Losses) = (Fp32(T, 2), Fp32(T, 1));
-        Logits = Place(new(0, 1, purpose == Purpose.Generate ? 1 : Math.Min(B * T, LogitRows), config.Vp, type));
         Layers = new Layer[L];
         for (var l = 0; l < L; l++) {
             // What is not kept for the backward pass lies where the first layer has it.
@@ -285,8 +284,16 @@ public sealed class Activations {
                 New(C));
         }
         if (purpose == Purpose.Train)
-            (DResidual, DBranch, DQkv, DFch) = (New(C), New(C), New(3 * C), New(4 * C));
-        Bytes = address - start;
+            (DResidual, DBranch) = (New(C), New(C));
+        // The logits and, once those are done with, the gradients inside a block have one place.
+        var place = address;
+        Logits = Place(new(0, 1, purpose == Purpose.Generate ? 1 : Math.Min(B * T, LogitRows), config.Vp, type));
+        var end = address;
+        if (purpose == Purpose.Train) {
+            address = place;
+            (DQkv, DFch) = (New(3 * C), New(4 * C));
+        }
+        Bytes = Math.Max(address, end) - start;
     }
 
     /// <summary>One layer's activations in the order of their computation; Residual2 and Residual3 are the residual
@@ -439,7 +446,7 @@ public sealed class Model {
             var targets = Targets.AsSpan(part * a.Logits.Rows, losses.Rows);
             Device.Classify(logits, targets, Config.V, losses, gradientScale);
             if (gradientScale != 0)
-                Device.LinearBackward(logits, final, Weights.Wte, RowsOf(a.DBranch, part), Gradients!.Wte, default);
+                Device.LinearBackward(logits, final, Weights.Wte, RowsOf(a.DBranch, part), Gradients!.Wte);
         }
     }
 
@@ -467,14 +474,14 @@ public sealed class Model {
             Device.LinearGeluBackward(a.DResidual, x.FchGelu, x.Fch, w.Fcprojw, a.DFch, dw.Fcprojw, dw.Fcb);
             if (recompute >= 2)
                 Device.LayerNorm(x.Residual2, w.Ln2w, w.Ln2b, x.Ln2, x.Ln2Statistics);
-            Device.LinearBackward(a.DFch, x.Ln2, w.Fcw, a.DBranch, dw.Fcw, default);
+            Device.LinearBackward(a.DFch, x.Ln2, w.Fcw, a.DBranch, dw.Fcw);
             Device.LayerNormBackward(
                 a.DBranch, x.Residual2, w.Ln2w, x.Ln2Statistics, a.DResidual, dw.Ln2w, dw.Ln2b, dw.Attprojb);
-            Device.LinearBackward(a.DResidual, x.Atty, w.Attprojw, a.DBranch, dw.Attprojw, default);
-            Device.AttentionBackward(a.DBranch, x.Qkv, x.Atty, x.Lse, Config.NH, a.DQkv);
+            Device.LinearBackward(a.DResidual, x.Atty, w.Attprojw, a.DBranch, dw.Attprojw);
+            Device.AttentionBackward(a.DBranch, x.Qkv, x.Atty, x.Lse, Config.NH, a.DQkv, dw.Qkvb);
             if (recompute >= 2)
                 Device.LayerNorm(residual, w.Ln1w, w.Ln1b, x.Ln1, x.Ln1Statistics);
-            Device.LinearBackward(a.DQkv, x.Ln1, w.Qkvw, a.DBranch, dw.Qkvw, dw.Qkvb);
+            Device.LinearBackward(a.DQkv, x.Ln1, w.Qkvw, a.DBranch, dw.Qkvw);
             Device.LayerNormBackward(
                 a.DBranch, residual, w.Ln1w, x.Ln1Statistics, a.DResidual, dw.Ln1w, dw.Ln1b, dbias);
         }

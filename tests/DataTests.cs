@@ -10,7 +10,7 @@ public class Mt19937Tests {
     /// <summary>bfloat16: the nearest one of fp32, and back.</summary>
 public class BFloat16Tests {
     [Test]
-    // Halfway goes to the even one, upwards or downwards; a little more or less decides; numbers too large are infinite.
+    // Halfway goes to the even one, up or down; a little more or less decides; numbers too large are infinite.
     [Arguments(0x3f808000u, 0x3f80)]
     [Arguments(0x3f818000u, 0x3f82)]
     [Arguments(0x3f808001u, 0x3f81)]
