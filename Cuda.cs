@@ -291,7 +291,7 @@ public sealed unsafe class Cuda : IDevice {
 
     // ---- Embedding
 
-    const int Width = 8, SumColumns = 256, AddColumns = 64; // elements a thread moves at a time, columns a block sums
+    const int Width = 8, SumColumns = 256, AddColumns = 32; // elements a thread moves at a time, columns a block sums
 
     int[] order = [], firsts = [];
 

@@ -167,7 +167,7 @@ KERNEL sum_rows_partially(const floatX* x, int rows, int C, float* partial) {
 KERNEL add_row_sums(const float* partial, int count, int C, float* db, float* dw, float* dbias) {
     int column;
     float total;
-    if (sum_rows<64>(partial + (int64_t)blockIdx.z * count * C, C, count, [](int i) { return i; }, column, total))
+    if (sum_rows<32>(partial + (int64_t)blockIdx.z * count * C, C, count, [](int i) { return i; }, column, total))
         (blockIdx.z == 0 ? db : blockIdx.z == 1 ? dw : dbias)[column] += total;
 }
 
@@ -295,6 +295,8 @@ KERNEL layer_norm_backward(const floatX* dy, const floatX* x, const floatX* w, c
 
 // ---- GELU
 
+constexpr float Log2E = 1.4426950408889634f;
+
 // 2^x and 1/x, to some 22 bits, with denormal numbers as zero.
 __device__ float exp2_approximate(float x) {
     float y;
@@ -310,7 +312,7 @@ __device__ float inverse_approximate(float x) {
 
 // GELU(x)/x: (1 + tanh u)/2 = 1/(1 + e^−2u) with u = √(2/π)·(x + 0.044715·x³).
 __device__ float gelu_gate(float x) {
-    constexpr float Scale = -2 * 0.7978845608f * 1.4426950409f;
+    constexpr float Scale = -2 * 0.7978845608f * Log2E;
     return inverse_approximate(1 + exp2_approximate(x * (Scale + Scale * 0.044715f * (x * x))));
 }
 
@@ -512,7 +514,6 @@ KERNEL attention_any_backward_kv(const floatX* dy, const floatX* qkv, const floa
 // TMA.
 constexpr int HS = 64, TileRows = 64, TileBytes = TileRows * HS * 2;
 constexpr int FlashThreads = 256, FlashRows = 128;
-constexpr float Log2E = 1.4426950408889634f;
 
 typedef float Accumulators[8][4]; // (16, 64) of a warp: [column / 8][2·(row / 8) + column % 2]
 typedef uint32_t Fragments[4][4]; // (16, 64) of a warp in bf16
@@ -1253,9 +1254,9 @@ __device__ void apply(uint4& x, F f) {
 // GELU'(x) to some 11 bits.
 __device__ float gelu_slope_approximate(float x) {
     constexpr float Scale = 0.7978845608f, Cubic = 0.044715f;
-    float tanh, u = x * (Scale + Scale * Cubic * (x * x)), du = Scale + Scale * Cubic * 3 * (x * x);
+    float tanh, u = x * (Scale + Scale * Cubic * (x * x)), half_du = Scale / 2 + Scale / 2 * Cubic * 3 * (x * x);
     asm("tanh.approx.f32 %0, %1;" : "=f"(tanh) : "f"(u));
-    return 0.5f + 0.5f * tanh + (1 - tanh * tanh) * (x * (0.5f * du));
+    return 0.5f + 0.5f * tanh + (1 - tanh * tanh) * (x * half_du);
 }
 
 template <bool Transposed, Then Then>
@@ -1404,6 +1405,15 @@ __device__ void multiply(const CUtensorMap* a, const CUtensorMap* b, const CUten
         int warpgroup = warp / 4;
         for (; tile < tiles; tile += step, turn++) {
             ProductSums sums = {};
+            if (Transposed && bias != nullptr) {
+                mbarrier_wait(full + 8 * stage, phase); // brings the biases, too
+#pragma unroll
+                for (int j = 0; j < ProductColumns / 8; j++) {
+                    uint32_t both = *(const uint32_t*)(biases[turn % (2 * Stages)] + j * 8 + lane % 4 * 2);
+                    sums[j][0] = sums[j][2] = __uint_as_float(both << 16);
+                    sums[j][1] = sums[j][3] = __uint_as_float(both & 0xffff0000);
+                }
+            }
             for (int k = 0; k < depths; k++, next_stage()) {
                 uint32_t rows = (ring & 0x3ffff) + stage * StageBytes, columns = rows + ProductRows * 128;
                 mbarrier_wait(full + 8 * stage, phase);
@@ -1426,11 +1436,7 @@ __device__ void multiply(const CUtensorMap* a, const CUtensorMap* b, const CUten
                     ldmatrix(there, to);
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
-                    float* sum = sums[j + i / 2] + i % 2 * 2;
-                    uint32_t own = Transposed && bias != nullptr
-                        ? *(const uint32_t*)(biases[turn % (2 * Stages)] + (j + i / 2) * 8 + lane % 4 * 2) : 0;
-                    float low = sum[0] + __uint_as_float(own << 16);
-                    float high = sum[1] + __uint_as_float(own & 0xffff0000);
+                    float low = sums[j + i / 2][i % 2 * 2], high = sums[j + i / 2][i % 2 * 2 + 1];
                     if (Then == Then::AddResidual) {
                         low += __uint_as_float(there[i] << 16);
                         high += __uint_as_float(there[i] & 0xffff0000);
@@ -1469,6 +1475,13 @@ PRODUCT_KERNEL(linear_gelu_backward, false, Then::GeluBackward)
 constexpr int ClassifyThreads = 512;
 constexpr float Lowest = -1e30f; // stands for no logit yet, where −∞ would give ∞ − ∞
 
+// a = x from element first on.
+__device__ void fill(Pack& a, int first, float x) {
+#pragma unroll
+    for (int i = 0; i < Width; i++)
+        a.x[i] = i < first ? a.x[i] : x;
+}
+
 // A block a row, which waits in shared memory between its two passes if it fits there (keeps).
 KERNEL __launch_bounds__(ClassifyThreads) classify(floatX* logits, const int* targets, float* losses, float scale,
     int V, int Vp, int keeps) {
@@ -1482,20 +1495,20 @@ KERNEL __launch_bounds__(ClassifyThreads) classify(floatX* logits, const int* ta
     asm volatile("cp.async.wait_all;" ::: "memory");
     for (int c = threadIdx.x * Width; c < V; c += ClassifyThreads * Width) {
         Pack x = load(kept + c);
+        if (c + Width > V)
+            fill(x, V - c, Lowest);
         float new_max = own_max;
 #pragma unroll
-        for (int i = 0; i < Width; i++) {
-            x.x[i] = c + i < V ? x.x[i] : Lowest;
+        for (int i = 0; i < Width; i++)
             new_max = fmaxf(new_max, x.x[i]);
-        }
-        own *= __expf(own_max - new_max);
+        own *= exp2_approximate((own_max - new_max) * Log2E);
 #pragma unroll
         for (int i = 0; i < Width; i++)
-            own += __expf(x.x[i] - new_max);
+            own += exp2_approximate((x.x[i] - new_max) * Log2E);
         own_max = new_max;
     }
     float max = warp_max(own_max);
-    own = warp_sum(own * __expf(own_max - max));
+    own = warp_sum(own * exp2_approximate((own_max - max) * Log2E));
     if (threadIdx.x % Warp == 0) {
         maxima[threadIdx.x / Warp] = max;
         sums[threadIdx.x / Warp] = own;
@@ -1505,7 +1518,7 @@ KERNEL __launch_bounds__(ClassifyThreads) classify(floatX* logits, const int* ta
         max = fmaxf(max, maxima[i]);
     float total = 0;
     for (int i = 0; i < ClassifyThreads / Warp; i++)
-        total += sums[i] * __expf(maxima[i] - max);
+        total += sums[i] * exp2_approximate((maxima[i] - max) * Log2E);
     if (threadIdx.x == 0)
         losses[blockIdx.x] = logf(total) + max - picked;
     if (scale == 0)
@@ -1515,9 +1528,13 @@ KERNEL __launch_bounds__(ClassifyThreads) classify(floatX* logits, const int* ta
         Pack x = c < V ? load(kept + c) : Pack{};
 #pragma unroll
         for (int i = 0; i < Width; i++)
-            x.x[i] = c + i < V ? __expf(x.x[i] - max) * factor - (c + i == target ? scale : 0) : 0;
+            x.x[i] = exp2_approximate((x.x[i] - max) * Log2E) * factor;
+        if (c + Width > V)
+            fill(x, V - c, 0);
         store(row + c, x);
     }
+    if (target / Width % ClassifyThreads == threadIdx.x)
+        row[target] = exp2_approximate((picked - max) * Log2E) * factor - scale;
 }
 
 // ---- Optimizer
