@@ -11,7 +11,7 @@ namespace Gpt2;
 /// work goes to one stream; nothing depends on timing, so the same calls give the same bits.</summary>
 public sealed unsafe class Cuda : IDevice {
     const int StagingBytes = 32 << 20, WorkspaceBytes = 32 << 20, ScratchBytes = 64 << 20;
-    const int LargestColumns = 8192, LargestHead = 256;
+    const int LargestColumns = 5120, LargestHead = 256;
 
     readonly int device, multiprocessors, largestShared;
     readonly bool verbose, hopper;
@@ -333,12 +333,13 @@ public sealed unsafe class Cuda : IDevice {
     public void LayerNormBackward(
         Tensor dy, Tensor x, Tensor w, Tensor statistics, Tensor dx, Tensor dw, Tensor db, Tensor dbias) {
         var (rows, C, sums) = (x.AllRows, x.Columns, dbias.Address == 0 ? 2 : 3);
-        const int blocksPerMultiprocessor = 4, shared = 56 << 10;
+        const int warpsOfBlock = 20, mostGroups = 15, together = 2;
         var row = C * sums * sizeof(float);
-        var warps = Math.Clamp(shared / row, 1, 8);
-        var blocks = Math.Min(Blocks(rows, warps),
-            Math.Min(blocksPerMultiprocessor * multiprocessors, ScratchBytes / row));
-        Launch(layerNormBackward, (blocks, 1, 1), 32 * warps, warps * row, 0, 4.0 * x.Bytes,
+        var across = Blocks(C, 32 * Width);
+        var groups = Math.Clamp(warpsOfBlock / across, 1, mostGroups);
+        var blocks = Math.Min(Blocks(rows, groups * together),
+            Math.Min(multiprocessors, ScratchBytes / row));
+        Launch(layerNormBackward, (blocks, 1, 1), 32 * across * groups, row, 0, 4.0 * x.Bytes,
             dy, x, w, statistics, dx, scratch, rows, C, sums);
         Launch(addRowSums, (1, Blocks(C, AddColumns), sums), SumColumns, 0, 0, (double)blocks * row,
             scratch, blocks, C, db, dw, dbias);

@@ -25,6 +25,11 @@ struct Pack {
     float x[Width];
 };
 
+// As they are in memory.
+struct alignas(16) Eight {
+    floatX x[Width];
+};
+
 __device__ Pack load(const float* from) {
     Pack pack;
     *(float4*)pack.x = *(const float4*)from;
@@ -224,72 +229,73 @@ KERNEL layer_norm(const floatX* x, const floatX* w, const floatX* b, floatX* y, 
         statistics[row] = make_float2(mean, rstd);
 }
 
-// A warp takes every so many rows, and holds its own sums for db, dw and (if sums is 3) dbias in shared memory; partial
-// (sums, blocks, C) gets those of the blocks.
-KERNEL layer_norm_backward(const floatX* dy, const floatX* x, const floatX* w, const float2* statistics, floatX* dx,
-    float* partial, int rows, int C, int sums) {
-    constexpr int Together = 2; // rows, for which a warp turns to its sums once
-    int warps = blockDim.x / Warp, warp = threadIdx.x / Warp, lane = threadIdx.x % Warp;
-    float *db = (float*)shared + sums * warp * C, *dw = db + C, *dbias = dw + C;
-    for (int c = lane * Width; c < sums * C; c += Warp * Width)
-        store(db + c, Pack{});
-    __syncwarp();
-    int first = (blockIdx.x * warps + warp) * Together;
-    for (; first < rows; first += gridDim.x * warps * Together) {
-        float mean[Together], rstd[Together], mean_g[Together] = {}, mean_gz[Together] = {};
-        int64_t at[Together];
+constexpr int NormBackwardThreads = 640;
+
+// The warps of a block form groups as wide as a row; a thread has eight columns, and their sums for db, dw and (if sums
+// is 3) dbias over the rows that its group takes. partial (sums, blocks, C) gets those of the blocks.
+KERNEL __launch_bounds__(NormBackwardThreads) layer_norm_backward(const floatX* dy, const floatX* x, const floatX* w,
+    const float2* statistics, floatX* dx, float* partial, int rows, int C, int sums) {
+    constexpr int Together = 2; // rows
+    __shared__ float2 parts[2][Together][NormBackwardThreads / Warp];
+    int across = (C + Warp * Width - 1) / (Warp * Width), warp = threadIdx.x / Warp, group = warp / across;
+    int groups = blockDim.x / Warp / across, c = threadIdx.x % (across * Warp) * Width, turn = 0;
+    bool inside = c < C;
+    Eight weights = *(const Eight*)(w + (inside ? c : 0));
+    Pack db = {}, dw = {}, dbias = {};
+    int first = (blockIdx.x * groups + group) * Together;
+    for (; first < rows; first += gridDim.x * groups * Together, turn ^= 1) {
+        Eight own_x[Together], own_dy[Together] = {}, own_dx[Together];
+        float2 of_row[Together];
 #pragma unroll
         for (int r = 0; r < Together; r++) {
             int row = min(first + r, rows - 1);
-            mean[r] = statistics[row].x;
-            rstd[r] = statistics[row].y;
-            at[r] = (int64_t)row * C;
+            int64_t at = (int64_t)row * C + (inside ? c : 0);
+            own_x[r] = *(const Eight*)(x + at);
+            own_dx[r] = *(const Eight*)(dx + at);
+            if (inside && first + r < rows)
+                own_dy[r] = *(const Eight*)(dy + at);
+            of_row[r] = statistics[row];
         }
         // With g = dy·w and the normalized input z: dx = rstd·(g − mean(g) − z·mean(g·z)).
-        for (int c = lane * Width; c < C; c += Warp * Width) {
-            Pack own_sum = {}, scaled_sum = {}, weight = load(w + c);
-#pragma unroll
-            for (int r = 0; r < Together; r++) {
-                Pack z = normalize(load(x + at[r] + c), mean[r], rstd[r]), own = load(dy + at[r] + c), g = own * weight;
-                mean_g[r] += sum(g);
-                mean_gz[r] += sum(g * z);
-                if (first + r < rows) {
-                    own_sum = own_sum + own;
-                    scaled_sum = scaled_sum + own * z;
-                }
-            }
-            store(db + c, load(db + c) + own_sum);
-            store(dw + c, load(dw + c) + scaled_sum);
-        }
 #pragma unroll
         for (int r = 0; r < Together; r++) {
-            mean_g[r] = warp_sum(mean_g[r]) / C;
-            mean_gz[r] = warp_sum(mean_gz[r]) / C;
+            Pack z = normalize(load(own_x[r].x), of_row[r].x, of_row[r].y), own = load(own_dy[r].x), g = own * load(weights.x);
+            db = db + own;
+            dw = dw + own * z;
+            float2 means = {warp_sum(sum(g)), warp_sum(sum(g * z))};
+            if (threadIdx.x % Warp == 0)
+                parts[turn][r][warp] = means;
         }
-        for (int c = lane * Width; c < C; c += Warp * Width) {
-            Pack result_sum = {}, weight = load(w + c);
+        asm volatile("bar.sync %0, %1;" ::"r"(1 + group), "r"(across * Warp) : "memory");
 #pragma unroll
-            for (int r = 0; r < Together; r++) {
-                Pack z = normalize(load(x + at[r] + c), mean[r], rstd[r]), g = load(dy + at[r] + c) * weight;
-                Pack result = load(dx + at[r] + c);
-#pragma unroll
-                for (int i = 0; i < Width; i++)
-                    result.x[i] += rstd[r] * (g.x[i] - mean_g[r] - z.x[i] * mean_gz[r]);
-                if (first + r < rows) {
-                    store(dx + at[r] + c, result);
-                    result_sum = result_sum + result;
-                }
+        for (int r = 0; r < Together; r++) {
+            float mean_g = 0, mean_gz = 0, rstd = of_row[r].y;
+            for (int i = 0; i < across; i++) {
+                mean_g += parts[turn][r][group * across + i].x / C;
+                mean_gz += parts[turn][r][group * across + i].y / C;
             }
-            if (sums == 3)
-                store(dbias + c, load(dbias + c) + result_sum);
+            Pack z = normalize(load(own_x[r].x), of_row[r].x, rstd), g = load(own_dy[r].x) * load(weights.x);
+            Pack result = load(own_dx[r].x);
+#pragma unroll
+            for (int i = 0; i < Width; i++)
+                result.x[i] += rstd * (g.x[i] - mean_g - z.x[i] * mean_gz);
+            if (inside && first + r < rows) {
+                store(dx + (int64_t)(first + r) * C + c, result);
+                dbias = dbias + result;
+            }
         }
     }
-    __syncthreads();
-    for (int c = threadIdx.x; c < sums * C; c += blockDim.x) {
-        float total = 0;
-        for (int i = 0; i < warps; i++)
-            total += ((float*)shared)[sums * i * C + c];
-        partial[((int64_t)(c / C) * gridDim.x + blockIdx.x) * C + c % C] = total;
+    // The groups' sums, one after the other.
+    float* total = (float*)shared;
+    for (int i = 0; i < groups; i++) {
+        __syncthreads();
+        Pack own[3] = {db, dw, dbias};
+#pragma unroll
+        for (int k = 0; k < 3; k++) {
+            float* at = i < groups - 1 ? total + k * C + c : partial + ((int64_t)k * gridDim.x + blockIdx.x) * C + c;
+            if (group == i && inside && k < sums)
+                store(at, i == 0 ? own[k] : load(total + k * C + c) + own[k]);
+        }
     }
 }
 
