@@ -11,7 +11,7 @@ namespace Gpt2;
 /// work goes to one stream; nothing depends on timing, so the same calls give the same bits.</summary>
 public sealed unsafe class Cuda : IDevice {
     const int StagingBytes = 32 << 20, WorkspaceBytes = 32 << 20, ScratchBytes = 64 << 20;
-    const int LargestColumns = 5120, LargestHead = 256;
+    const int LargestColumns = 4096, LargestHead = 256;
 
     readonly int device, multiprocessors, largestShared;
     readonly bool verbose, hopper;
@@ -333,7 +333,7 @@ public sealed unsafe class Cuda : IDevice {
     public void LayerNormBackward(
         Tensor dy, Tensor x, Tensor w, Tensor statistics, Tensor dx, Tensor dw, Tensor db, Tensor dbias) {
         var (rows, C, sums) = (x.AllRows, x.Columns, dbias.Address == 0 ? 2 : 3);
-        const int warpsOfBlock = 20, mostGroups = 15, together = 2;
+        const int warpsOfBlock = 16, mostGroups = 15, together = 2;
         var row = C * sums * sizeof(float);
         var across = Blocks(C, 32 * Width);
         var groups = Math.Clamp(warpsOfBlock / across, 1, mostGroups);

@@ -229,7 +229,7 @@ KERNEL layer_norm(const floatX* x, const floatX* w, const floatX* b, floatX* y, 
         statistics[row] = make_float2(mean, rstd);
 }
 
-constexpr int NormBackwardThreads = 640;
+constexpr int NormBackwardThreads = 512;
 
 // The warps of a block form groups as wide as a row; a thread has eight columns, and their sums for db, dw and (if sums
 // is 3) dbias over the rows that its group takes. partial (sums, blocks, C) gets those of the blocks.
@@ -242,26 +242,35 @@ KERNEL __launch_bounds__(NormBackwardThreads) layer_norm_backward(const floatX* 
     bool inside = c < C;
     Eight weights = *(const Eight*)(w + (inside ? c : 0));
     Pack db = {}, dw = {}, dbias = {};
-    int first = (blockIdx.x * groups + group) * Together;
-    for (; first < rows; first += gridDim.x * groups * Together, turn ^= 1) {
-        Eight own_x[Together], own_dy[Together] = {}, own_dx[Together];
-        float2 of_row[Together];
+    int first = (blockIdx.x * groups + group) * Together, step = gridDim.x * groups * Together;
+    struct {
+        Eight x, dy, dx;
+        float2 statistics;
+    } own[Together], next[Together];
+    auto load_next = [&](int first) {
 #pragma unroll
         for (int r = 0; r < Together; r++) {
             int row = min(first + r, rows - 1);
             int64_t at = (int64_t)row * C + (inside ? c : 0);
-            own_x[r] = *(const Eight*)(x + at);
-            own_dx[r] = *(const Eight*)(dx + at);
-            if (inside && first + r < rows)
-                own_dy[r] = *(const Eight*)(dy + at);
-            of_row[r] = statistics[row];
+            next[r] = {*(const Eight*)(x + at), *(const Eight*)(dy + at), *(const Eight*)(dx + at), statistics[row]};
         }
+    };
+    load_next(first);
+    for (; first < rows; first += step, turn ^= 1) {
+#pragma unroll
+        for (int r = 0; r < Together; r++) {
+            own[r] = next[r];
+            if (!inside || first + r >= rows)
+                own[r].dy = {};
+        }
+        load_next(first + step);
         // With g = dy·w and the normalized input z: dx = rstd·(g − mean(g) − z·mean(g·z)).
 #pragma unroll
         for (int r = 0; r < Together; r++) {
-            Pack z = normalize(load(own_x[r].x), of_row[r].x, of_row[r].y), own = load(own_dy[r].x), g = own * load(weights.x);
-            db = db + own;
-            dw = dw + own * z;
+            Pack z = normalize(load(own[r].x.x), own[r].statistics.x, own[r].statistics.y), dout = load(own[r].dy.x);
+            Pack g = dout * load(weights.x);
+            db = db + dout;
+            dw = dw + dout * z;
             float2 means = {warp_sum(sum(g)), warp_sum(sum(g * z))};
             if (threadIdx.x % Warp == 0)
                 parts[turn][r][warp] = means;
@@ -269,13 +278,13 @@ KERNEL __launch_bounds__(NormBackwardThreads) layer_norm_backward(const floatX* 
         asm volatile("bar.sync %0, %1;" ::"r"(1 + group), "r"(across * Warp) : "memory");
 #pragma unroll
         for (int r = 0; r < Together; r++) {
-            float mean_g = 0, mean_gz = 0, rstd = of_row[r].y;
+            float mean_g = 0, mean_gz = 0, rstd = own[r].statistics.y;
             for (int i = 0; i < across; i++) {
                 mean_g += parts[turn][r][group * across + i].x / C;
                 mean_gz += parts[turn][r][group * across + i].y / C;
             }
-            Pack z = normalize(load(own_x[r].x), of_row[r].x, rstd), g = load(own_dy[r].x) * load(weights.x);
-            Pack result = load(own_dx[r].x);
+            Pack z = normalize(load(own[r].x.x), own[r].statistics.x, rstd), g = load(own[r].dy.x) * load(weights.x);
+            Pack result = load(own[r].dx.x);
 #pragma unroll
             for (int i = 0; i < Width; i++)
                 result.x[i] += rstd * (g.x[i] - mean_g - z.x[i] * mean_gz);
@@ -289,12 +298,12 @@ KERNEL __launch_bounds__(NormBackwardThreads) layer_norm_backward(const floatX* 
     float* total = (float*)shared;
     for (int i = 0; i < groups; i++) {
         __syncthreads();
-        Pack own[3] = {db, dw, dbias};
+        Pack all[3] = {db, dw, dbias};
 #pragma unroll
         for (int k = 0; k < 3; k++) {
             float* at = i < groups - 1 ? total + k * C + c : partial + ((int64_t)k * gridDim.x + blockIdx.x) * C + c;
             if (group == i && inside && k < sums)
-                store(at, i == 0 ? own[k] : load(total + k * C + c) + own[k]);
+                store(at, i == 0 ? all[k] : load(total + k * C + c) + all[k]);
         }
     }
 }
