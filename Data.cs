@@ -301,25 +301,29 @@ public sealed class TokenShard : IDisposable {
     public void Dispose() => file.Dispose();
 }
 
-/// <summary>Batches of (B, T) tokens from shards, in order or shuffled, as llm.c draws them.</summary>
+/// <summary>Batches of (B, T) tokens from shards, in order or shuffled, as llm.c draws them: samples of ranks·B·T tokens,
+/// of which each rank takes B·T.</summary>
 public sealed class TokenLoader : IDisposable {
     readonly TokenShard[] shards;
-    readonly int vocabulary;
+    readonly int B, T, vocabulary, rank, ranks;
     readonly Mt19937 random;
     readonly int[] shardOrder;
     readonly ushort[] buffer;
     int[] sampleOrder = [];
+    int taken; // tokens of the sample, by all ranks
 
     /// <summary>Opens all shards that a pattern names.</summary>
     /// <exception cref="Gpt2Exception">There are none, or one is not a shard or shorter than a batch.</exception>
-    public TokenLoader(string pattern, int B, int T, int vocabulary, bool shuffle, uint seed = 42) {
+    public TokenLoader(
+        string pattern, int B, int T, int vocabulary, bool shuffle, uint seed = 42, int rank = 0, int ranks = 1) {
+        (this.B, this.T, this.vocabulary, this.rank, this.ranks) = (B, T, vocabulary, rank, ranks);
         shards = [.. Files.Glob(pattern).Select(path => new TokenShard(path))];
         if (shards.Length == 0)
             throw new Gpt2Exception($"{pattern}: expected token shards, found none; run make data or gpt2 tokenize");
-        (BatchTokens, this.vocabulary, Shuffles, random) = (B * T, vocabulary, shuffle, new Mt19937(seed));
+        (SampleTokens, Shuffles, random) = (ranks * B * T, shuffle, new Mt19937(seed));
         shardOrder = [.. Enumerable.Range(0, shards.Length)];
-        buffer = new ushort[BatchTokens + 1];
-        Batches = shards.Sum(shard => (long)shard.Batches(BatchTokens));
+        buffer = new ushort[T + 1];
+        Batches = shards.Sum(shard => (long)shard.Batches(SampleTokens));
         Reset();
     }
 
@@ -329,13 +333,13 @@ public sealed class TokenLoader : IDisposable {
     /// <summary>Tokens in all shards.</summary>
     public long Tokens => shards.Sum(shard => (long)shard.Count);
 
-    /// <summary>Batches in all shards: an epoch.</summary>
+    /// <summary>Batches of all ranks together in all shards: an epoch.</summary>
     public long Batches { get; }
 
-    /// <summary>Tokens in a batch.</summary>
-    public int BatchTokens { get; }
+    /// <summary>Tokens in a sample: a batch of all ranks, those that the run began with.</summary>
+    public int SampleTokens { get; private set; }
 
-    /// <summary>The shard being read, in this epoch's order, and the next batch in it.</summary>
+    /// <summary>The shard being read, in this epoch's order, and the next sample in it.</summary>
     public (int Shard, int Sample) Position { get; private set; }
 
     TokenShard Shard => shards[shardOrder[Position.Shard]];
@@ -348,24 +352,31 @@ public sealed class TokenLoader : IDisposable {
     }
 
     void Open(int shard) {
-        Position = (shard, 0);
-        sampleOrder = [.. Enumerable.Range(0, Shard.Batches(BatchTokens))];
+        (Position, taken) = ((shard, 0), 0);
+        sampleOrder = [.. Enumerable.Range(0, Shard.Batches(SampleTokens))];
         if (Shuffles)
             random.Permute(sampleOrder);
     }
 
-    /// <summary>Reads the next batch: B·T inputs, and as targets the token after each.</summary>
+    /// <summary>Reads this rank's part of the next batch: B·T inputs, and as targets the token after each.</summary>
     public void Next(Span<int> inputs, Span<int> targets) {
-        if (Position.Sample == sampleOrder.Length) {
-            if (Position.Shard + 1 < shards.Length)
-                Open(Position.Shard + 1);
-            else
-                Reset();
+        for (var row = 0; row < ranks * B; row++) {
+            if (Position.Sample == sampleOrder.Length) {
+                if (Position.Shard + 1 < shards.Length)
+                    Open(Position.Shard + 1);
+                else
+                    Reset();
+            }
+            if (row / B == rank) {
+                Shard.Read((long)sampleOrder[Position.Sample] * SampleTokens + taken, buffer, vocabulary);
+                var first = row % B * T;
+                for (var t = 0; t < T; t++)
+                    (inputs[first + t], targets[first + t]) = (buffer[t], buffer[t + 1]);
+            }
+            taken += T;
+            if (taken == SampleTokens)
+                (Position, taken) = ((Position.Shard, Position.Sample + 1), 0);
         }
-        Shard.Read((long)sampleOrder[Position.Sample] * BatchTokens, buffer, vocabulary);
-        Position = (Position.Shard, Position.Sample + 1);
-        for (var i = 0; i < BatchTokens; i++)
-            (inputs[i], targets[i]) = (buffer[i], buffer[i + 1]);
     }
 
     /// <summary>Writes the orders and the generator's state, if this loader shuffles.</summary>
@@ -379,21 +390,26 @@ public sealed class TokenLoader : IDisposable {
         to.Write(MemoryMarshal.AsBytes(random.Save().AsSpan()));
     }
 
-    /// <summary>Goes on from a position, with what <see cref="Save"/> wrote there.</summary>
-    public void Load(BinaryFile from, bool shuffled, (int Shard, int Sample) position) {
+    /// <summary>Goes on from a position, with what <see cref="Save"/> wrote there. The run keeps its samples, whatever the
+    /// number of ranks and their batches are now.</summary>
+    /// <param name="sampleTokens">0 if the file does not say; then they are as in a new run.</param>
+    public void Load(BinaryFile from, bool shuffled, (int Shard, int Sample) position, int sampleTokens = 0) {
+        if (sampleTokens < 0 || sampleTokens % T != 0)
+            throw from.Fail($"samples of whole sequences of {T} tokens", $"{sampleTokens} tokens");
+        SampleTokens = sampleTokens == 0 ? SampleTokens : sampleTokens;
         if (shuffled != Shuffles)
             throw from.Fail(Shuffles ? "a run that shuffles" : "a run with --no-shuffle", "the other kind");
         if (position.Shard < 0 || position.Shard >= shards.Length)
             throw from.Fail($"a position in {shards.Length} shards", $"shard {position.Shard}");
         if (Shuffles)
             ReadOrder(shardOrder, "shards");
-        Position = position;
-        sampleOrder = [.. Enumerable.Range(0, Shard.Batches(BatchTokens))];
+        (Position, taken) = (position, 0);
+        sampleOrder = [.. Enumerable.Range(0, Shard.Batches(SampleTokens))];
         if (position.Sample < 0 || position.Sample > sampleOrder.Length)
-            throw from.Fail($"at most {sampleOrder.Length} batches of {BatchTokens} tokens", $"{position.Sample}");
+            throw from.Fail($"at most {sampleOrder.Length} batches of {SampleTokens} tokens", $"{position.Sample}");
         if (!Shuffles)
             return;
-        ReadOrder(sampleOrder, $"batches of {BatchTokens} tokens");
+        ReadOrder(sampleOrder, $"batches of {SampleTokens} tokens");
         random.Load(from);
 
         void ReadOrder(int[] order, string what) {

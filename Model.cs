@@ -131,6 +131,38 @@ public interface IDevice : IDisposable {
     void AdamW(ReadOnlySpan<AdamWPart> parts, in AdamWStep step);
 }
 
+/// <summary>The processes that train together, a device each. What is summed is summed in one order, and all ranks have
+/// the same result. Tensors are worked on beside the device's own work: after what it was given before, and before what it
+/// is given after <see cref="Join"/>.</summary>
+public interface ICollective : IDisposable {
+    /// <summary>This process among them, from 0 on.</summary>
+    int Rank { get; }
+    /// <summary>How many they are.</summary>
+    int Size { get; }
+    /// <summary>Sums numbers over ranks, when all have come here.</summary>
+    void Sum(Span<double> values);
+    /// <summary>Sums each array over ranks.</summary>
+    void AllReduce(ReadOnlySpan<Tensor> arrays);
+    /// <summary>Sums each array over ranks, of which this rank gets its part, as <see cref="Config.Cuts"/> cuts it.</summary>
+    void ReduceScatter(ReadOnlySpan<Tensor> arrays, ReadOnlySpan<Tensor> parts);
+    /// <summary>Completes each array, of which each rank has its part.</summary>
+    void AllGather(ReadOnlySpan<Tensor> arrays);
+    /// <summary>Has the device's later work wait for all this.</summary>
+    void Join();
+}
+
+/// <summary>One process alone.</summary>
+public sealed class Alone : ICollective {
+    public int Rank => 0;
+    public int Size => 1;
+    public void Sum(Span<double> values) { }
+    public void AllReduce(ReadOnlySpan<Tensor> arrays) { }
+    public void ReduceScatter(ReadOnlySpan<Tensor> arrays, ReadOnlySpan<Tensor> parts) { }
+    public void AllGather(ReadOnlySpan<Tensor> arrays) { }
+    public void Join() { }
+    public void Dispose() { }
+}
+
 /// <summary>One of the 16 parameter tensors: its name in llm.c, its layers (1 where it is not per layer), and the shape
 /// of each layer's part; vectors have one row.</summary>
 public readonly record struct ParameterShape(string Name, int Layers, int Rows, int Columns) {
@@ -140,6 +172,9 @@ public readonly record struct ParameterShape(string Name, int Layers, int Rows, 
     /// <summary>Number of elements, all layers together.</summary>
     public long Count => (long)Layers * Rows * Columns;
 }
+
+/// <summary>Elements [First, First + Count) of a parameter tensor, of which the first has this index among all.</summary>
+public readonly record struct Cut(int Tensor, long First, long Count, long Index);
 
 /// <summary>The sizes of a GPT-2 model.</summary>
 /// <param name="MaxT">Longest sequence.</param>
@@ -162,6 +197,20 @@ public sealed record Config(int MaxT, int V, int Vp, int L, int NH, int C) {
         new("fcw", L, 4 * C, C), new("fcb", L, 1, 4 * C), new("fcprojw", L, C, 4 * C), new("fcprojb", L, 1, C),
         new("lnfw", 1, 1, C), new("lnfb", 1, 1, C),
     ];
+
+    /// <summary>A rank's part of the parameters, in the order of checkpoints: of every tensor's every layer the elements
+    /// [rank·n/ranks, (rank + 1)·n/ranks); all 16 tensors as they are for one rank.</summary>
+    public IEnumerable<Cut> Cuts(int rank, int ranks) {
+        var index = 0L;
+        foreach (var (i, shape) in Parameters.Index()) {
+            var layers = ranks == 1 ? 1 : shape.Layers;
+            var n = shape.Count / layers;
+            for (var l = 0; l < layers; l++, index += n) {
+                var (first, end) = (n * rank / ranks, n * (rank + 1) / ranks);
+                yield return new(i, l * n + first, end - first, index + first);
+            }
+        }
+    }
 
     /// <summary>Number of parameters, the padding of wte included.</summary>
     public long ParameterCount => Parameters.Sum(shape => shape.Count);
@@ -208,23 +257,40 @@ public sealed record Config(int MaxT, int V, int Vp, int L, int NH, int C) {
     }
 }
 
-/// <summary>All 16 parameter tensors, or their gradients or moments, in one piece of memory.</summary>
+/// <summary>All 16 parameter tensors, or their gradients or moments, or a rank's part of them, in one piece of memory.
+/// </summary>
 public sealed class Parameters {
     readonly Tensor[] tensors;
 
-    public Parameters(Config config, DataType type, nint address) {
-        All = new Tensor(address, 1, checked((int)(config.ParameterCount / config.C)), config.C, type);
-        tensors = [.. config.Parameters.Select(shape => {
-            var tensor = new Tensor(address, shape.Layers, shape.Rows, shape.Columns, type);
-            address += (nint)tensor.Bytes;
+    public Parameters(Config config, DataType type, nint address, int rank = 0, int ranks = 1) {
+        var start = address;
+        Cuts = [.. config.Cuts(rank, ranks)];
+        tensors = [.. Cuts.Select(cut => {
+            var shape = config.Parameters[cut.Tensor];
+            var tensor = ranks == 1 ? new Tensor(address, shape.Layers, shape.Rows, shape.Columns, type)
+                : new Tensor(address, 1, 1, (int)cut.Count, type);
+            const int alignment = 32; // of a part, as kernels take eight elements at a time
+            address += (nint)(ranks == 1 ? tensor.Bytes : (tensor.Bytes + alignment - 1) / alignment * alignment);
             return tensor;
         })];
+        var columns = ranks == 1 ? config.C : 8;
+        All = new Tensor(start, 1, (int)((address - start) / columns / Tensor.SizeOf(type)), columns, type);
     }
 
-    /// <summary>The tensors in the order of checkpoints, each (layers, rows, columns).</summary>
+    /// <summary>A rank's part, where the whole has it.</summary>
+    public Parameters(Config config, Parameters whole, int rank, int ranks) {
+        Cuts = [.. config.Cuts(rank, ranks)];
+        tensors = [.. Cuts.Select(cut => whole.Tensors[cut.Tensor].Flat(cut.First, (int)cut.Count))];
+        All = whole.All;
+    }
+
+    /// <summary>What the tensors are of all parameters.</summary>
+    public Cut[] Cuts { get; }
+
+    /// <summary>The tensors in the order of checkpoints, each (layers, rows, columns), or flat parts of a layer's.</summary>
     public ReadOnlySpan<Tensor> Tensors => tensors;
 
-    /// <summary>Everything as one array of rows of C.</summary>
+    /// <summary>Everything as one array.</summary>
     public Tensor All { get; }
 
     public Tensor Wte => tensors[0];
@@ -306,19 +372,24 @@ public sealed class Activations {
 public sealed class Model {
     readonly Activations activations;
     readonly Activations? cache;
-    readonly int recompute;
+    readonly int recompute, rank, ranks;
 
     /// <summary>Allocates a model for batches of (B, T) tokens, whose weights are all zero.</summary>
+    /// <param name="rank">Of so many ranks, the one whose part of the parameters this process updates.</param>
     /// <exception cref="Gpt2Exception">The device has too little memory.</exception>
-    public Model(Config config, IDevice device, int B, int T, Purpose purpose, int recompute = 0) {
+    public Model(Config config, IDevice device, int B, int T, Purpose purpose, int recompute = 0, int rank = 0,
+        int ranks = 1) {
         (Config, Device, this.B, this.T, this.recompute) = (config, device, B, T, recompute);
-        Memory = Plan(config, device.Precision, B, T, purpose, recompute);
+        (this.rank, this.ranks) = (rank, ranks);
+        Memory = Plan(B, purpose, recompute);
         CheckMemory(purpose);
-        Weights = AllocateParameters(device.Precision);
-        Master = device.Precision == DataType.Fp32 || purpose != Purpose.Train ? Weights : AllocateParameters();
-        Gradients = purpose == Purpose.Train ? AllocateParameters() : null;
+        Weights = Allocate(device.Precision, 0, 1);
+        Gradients = purpose == Purpose.Train ? Allocate(DataType.Fp32, 0, 1) : null;
+        GradientParts = ranks == 1 ? Gradients : AllocateParts();
+        Master = purpose != Purpose.Train || device.Precision == DataType.Fp32 && ranks == 1 ? Weights
+            : device.Precision == DataType.Fp32 ? new Parameters(config, Weights, rank, ranks) : AllocateParts();
         Activations Place(Func<nint, Activations> layout) => layout(device.Allocate(layout(0).Bytes));
-        activations = Place(address => Layout(config, device.Precision, B, T, purpose, recompute, address));
+        activations = Place(address => Layout(B, purpose, recompute, address));
         cache = purpose == Purpose.Evaluate ? null
             : Place(address => Cache(config, device.Precision, config.MaxT, address));
         (Tokens, Targets, Losses) = (new int[B * T], new int[B * T], new float[B * T]);
@@ -330,11 +401,18 @@ public sealed class Model {
     public int T { get; }
     public Parameters Weights { get; }
 
-    /// <summary>The weights in fp32, which training updates: the weights themselves unless those are bf16.</summary>
+    /// <summary>The weights in fp32 that this rank updates: the weights themselves unless those are bf16.</summary>
     public Parameters Master { get; }
 
     /// <summary>Sums of the gradients of every backward pass since the last update; only in training.</summary>
     public Parameters? Gradients { get; }
+
+    /// <summary>The sums over ranks for the part that this rank updates: the gradients themselves for one rank.</summary>
+    public Parameters? GradientParts { get; }
+
+    /// <summary>Called in the backward pass when the gradients of a layer are complete, and with −1 for those outside of
+    /// layers in the end.</summary>
+    public Action<int>? Completed { get; set; }
 
     /// <summary>The batch: tokens and the one after each, (B, T).</summary>
     public int[] Tokens { get; }
@@ -348,15 +426,15 @@ public sealed class Model {
 
     // ---- Memory
 
-    static (string Name, long Bytes)[] Plan(
-        Config config, DataType type, int B, int T, Purpose purpose, int recompute) {
-        var (weights, fp32) = (config.ParameterCount * Tensor.SizeOf(type), config.ParameterCount * sizeof(float));
-        var training = purpose == Purpose.Train ? 1 : 0;
+    (string Name, long Bytes)[] Plan(int B, Purpose purpose, int recompute) {
+        var (type, training) = (Device.Precision, purpose == Purpose.Train ? 1 : 0);
+        var (whole, part) = (Config.ParameterCount, new Parameters(Config, DataType.Fp32, 0, rank, ranks).All.Bytes);
         (string, long)[] all = [
-            ("parameters", weights), ("master weights", training * (type == DataType.Fp32 ? 0 : fp32)),
-            ("gradients", training * fp32), ("moments", training * 2 * fp32),
-            ("activations", Layout(config, type, B, T, purpose, recompute, 0).Bytes),
-            ("keys and values", purpose == Purpose.Evaluate ? 0 : Cache(config, type, config.MaxT, 0).Bytes),
+            ("parameters", whole * Tensor.SizeOf(type)),
+            ("master weights", training * (type == DataType.Fp32 ? 0 : part)),
+            ("gradients", training * (whole * sizeof(float) + (ranks == 1 ? 0 : part))),
+            ("moments", training * 2 * part), ("activations", Layout(B, purpose, recompute, 0).Bytes),
+            ("keys and values", purpose == Purpose.Evaluate ? 0 : Cache(Config, type, Config.MaxT, 0).Bytes),
         ];
         return [.. all.Where(part => part.Item2 > 0)];
     }
@@ -372,7 +450,7 @@ public sealed class Model {
             var tooMany = B + 1;
             while (tooMany - low > 1) {
                 var batch = low + (tooMany - low) / 2;
-                var bytes = Plan(Config, Device.Precision, batch, T, purpose, level).Sum(part => part.Bytes);
+                var bytes = Plan(batch, purpose, level).Sum(part => part.Bytes);
                 (low, tooMany) = bytes <= available ? (batch, tooMany) : (low, batch);
             }
             if (low > 0)
@@ -383,16 +461,18 @@ public sealed class Model {
             (fits.Count > 0 ? $"; {string.Join(", or ", fits)} fits" : ""));
     }
 
-    static Activations Layout(Config config, DataType type, int B, int T, Purpose purpose, int recompute,
-        nint address) => new(config, type, B, T, T, purpose, recompute, address);
+    Activations Layout(int B, Purpose purpose, int recompute, nint address) =>
+        new(Config, Device.Precision, B, T, T, purpose, recompute, address);
 
     /// <summary>The activations of generating, with room for the keys and values of a full context.</summary>
     static Activations Cache(Config config, DataType type, int T, nint address) =>
         new(config, type, 1, T, config.MaxT, Purpose.Generate, 0, address);
 
-    /// <summary>Memory of the device for something of the parameters' shapes.</summary>
-    public Parameters AllocateParameters(DataType type = DataType.Fp32) =>
-        new(Config, type, Device.Allocate(Config.ParameterCount * Tensor.SizeOf(type)));
+    /// <summary>Memory of the device for something in fp32 of the part of the parameters that this rank updates.</summary>
+    public Parameters AllocateParts() => Allocate(DataType.Fp32, rank, ranks);
+
+    Parameters Allocate(DataType type, int rank, int ranks) => new(Config, type,
+        Device.Allocate(new Parameters(Config, type, 0, rank, ranks).All.Bytes), rank, ranks);
 
     // ---- Forward and backward
 
@@ -484,8 +564,10 @@ public sealed class Model {
             Device.LinearBackward(a.DQkv, x.Ln1, w.Qkvw, a.DBranch, dw.Qkvw);
             Device.LayerNormBackward(
                 a.DBranch, residual, w.Ln1w, x.Ln1Statistics, a.DResidual, dw.Ln1w, dw.Ln1b, dbias);
+            Completed?.Invoke(l);
         }
         Device.EmbedBackward(Tokens, a.DResidual, g.Wte, g.Wpe);
+        Completed?.Invoke(-1);
     }
 
     // ---- Generation
@@ -523,9 +605,9 @@ public sealed class Model {
                     random.Normal(values, shape.Name.EndsWith("projw") ? 0.02f / MathF.Sqrt(2 * Config.L) : 0.02f);
                 else
                     Array.Fill(values, shape.Name is "ln1w" or "ln2w" or "lnfw" ? 1 : 0);
-                var to = Master.Tensors[i][l].Flat(0, count);
+                var (tensor, first) = (i, (long)l * shape.Rows * shape.Columns);
                 writing.Wait();
-                writing = Task.Run(() => Device.Write(to, values)); // while the next are drawn
+                writing = Task.Run(() => Set(tensor, first, values)); // while the next are drawn
             }
         }
         writing.Wait();
@@ -538,20 +620,44 @@ public sealed class Model {
         if (file == null)
             Initialize(seed);
         else
-            Read(file, file.Header[1] == 5 ? DataType.Bf16 : DataType.Fp32, Master);
-        if (Master != Weights)
+            ReadWeights(file);
+        if (Master != Weights && ranks == 1)
             Device.Round(Master.All, Weights.All);
     }
 
-    /// <summary>Reads all 16 tensors.</summary>
-    public void Read(BinaryFile file, DataType type, Parameters to) {
-        foreach (var part in to.All.Chunks()) {
-            var values = new float[part.Count];
-            if (type == DataType.Bf16)
-                file.ReadBFloat16(values);
-            else
-                file.Read(values.AsSpan());
-            Device.Write(part, values);
+    void ReadWeights(BinaryFile file) {
+        foreach (var (i, tensor) in Weights.Tensors.ToArray().Index()) {
+            var first = 0L;
+            foreach (var part in tensor.Chunks()) {
+                var values = new float[part.Count];
+                if (file.Header[1] == 5)
+                    file.ReadBFloat16(values);
+                else
+                    file.Read(values.AsSpan());
+                Set(i, first, values);
+                first += part.Count;
+            }
+        }
+    }
+
+    /// <summary>Writes weights of a tensor from an element on: to the master weights, from which they are rounded later,
+    /// or to the weights and this rank's master weights.</summary>
+    void Set(int tensor, long first, float[] values) {
+        if (ranks == 1) {
+            Device.Write(Master.Tensors[tensor].Flat(first, values.Length), values);
+        } else {
+            Device.Write(Weights.Tensors[tensor].Flat(first, values.Length), values);
+            SetParts(Master, tensor, first, values);
+        }
+    }
+
+    /// <summary>Writes what there is to write of a tensor's elements from one on to parts of the parameters.</summary>
+    public void SetParts(Parameters to, int tensor, long first, ReadOnlySpan<float> values) {
+        foreach (var (part, cut) in to.Cuts.Index()) {
+            var begin = Math.Max(cut.First, first);
+            var count = (int)(Math.Min(cut.First + cut.Count, first + values.Length) - begin);
+            if (cut.Tensor == tensor && count > 0)
+                Device.Write(to.Tensors[part].Flat(begin - cut.First, count), values.Slice((int)(begin - first), count));
         }
     }
 
@@ -561,9 +667,9 @@ public sealed class Model {
         Write(to, Weights);
     }
 
-    /// <summary>Writes all 16 tensors.</summary>
+    /// <summary>Writes all 16 tensors, or the parts of them.</summary>
     public void Write(Stream to, Parameters from) {
-        foreach (var part in from.All.Chunks()) {
+        foreach (var part in from.Tensors.ToArray().SelectMany(tensor => tensor.Chunks())) {
             var values = new float[part.Count];
             Device.Read(part, values);
             if (part.Type == DataType.Bf16) {

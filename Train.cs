@@ -17,9 +17,9 @@ public sealed record TrainOptions(
     string TrainData, string ValData, string? Init, string Out, int B, int T, int TotalBatch, int MaxSteps,
     float LearningRate, int Warmup, float FinalFraction, float WeightDecay, Schedule Schedule, int ValEvery,
     int ValBatches, int SampleEvery, int GenTokens, int CheckpointEvery, int Keep, bool Resume, int Recompute,
-    bool Overfit, bool Shuffle, uint Seed, float SkipOutliers = 0, string DefaultInit = "d6") {
-    /// <summary>Passes over B·T tokens whose gradients make one update.</summary>
-    public int MicroSteps => TotalBatch / (B * T);
+    bool Overfit, bool Shuffle, uint Seed, float SkipOutliers = 0, string DefaultInit = "d6", int Zero = 1) {
+    /// <summary>Passes over B·T tokens of each rank whose gradients make one update.</summary>
+    public int MicroSteps(int ranks) => TotalBatch / (ranks * B * T);
 
     /// <summary>The learning rate of the update that follows <paramref name="step"/> others.</summary>
     public float LearningRateAt(int step) {
@@ -38,8 +38,9 @@ public sealed record TrainOptions(
     }
 
     /// <exception cref="Gpt2Exception">A number does not fit the model or the others.</exception>
-    public void Check(Config config) {
-        CheckSizes(config, B, T, TotalBatch, Recompute);
+    public void Check(Config config, int ranks) {
+        CheckSizes(config, B, T, TotalBatch, Recompute, ranks);
+        Require(Zero is 0 or 1, "--zero", "0 or 1", Zero);
         Require(MaxSteps > 0, "--max-steps", "1 or more", MaxSteps);
         Require(LearningRate is > 0 and < float.PositiveInfinity, "--lr", "more than 0", LearningRate);
         Require(Warmup >= 0, "--warmup", "0 or more", Warmup);
@@ -56,30 +57,35 @@ public sealed record TrainOptions(
     }
 
     /// <exception cref="Gpt2Exception">Batch, sequence or what is computed anew do not fit the model.</exception>
-    public static void CheckSizes(Config config, int B, int T, int totalBatch, int recompute) {
+    public static void CheckSizes(Config config, int B, int T, int totalBatch, int recompute, int ranks = 1) {
         Require(B > 0, "--batch", "1 or more", B);
         Require(T > 0 && T <= config.MaxT, "--seq", $"1 to {config.MaxT}, the model's longest sequence", T);
-        var whole = totalBatch > 0 && totalBatch % ((long)B * T) == 0;
-        Require(whole, "--total-batch", $"a multiple of {B} x {T} tokens", totalBatch);
+        var whole = totalBatch > 0 && totalBatch % ((long)ranks * B * T) == 0;
+        var each = ranks == 1 ? "" : $" on each of {ranks} ranks";
+        Require(whole, "--total-batch", $"a multiple of {B} x {T} tokens{each}", totalBatch);
         Require(recompute is >= 0 and <= 2, "--recompute", "0, 1 or 2", recompute);
     }
 }
 
-/// <summary>The training loop: accumulation, clipping, AdamW, validation, samples, checkpoints and logs.</summary>
+/// <summary>The training loop: accumulation, clipping, AdamW, validation, samples, checkpoints and logs. Each rank runs
+/// it; the first prints, logs and samples.</summary>
 public sealed class Trainer : IDisposable {
     readonly TrainOptions options;
+    readonly ICollective ranks;
     readonly ILogger log;
     readonly TextWriter output;
     readonly Model model;
     readonly Optimizer optimizer;
     readonly TokenLoader train, val;
     readonly Checkpoints checkpoints;
-    readonly RunLog runLog;
-    readonly int firstStep;
+    readonly RunLog? runLog;
+    readonly int firstStep, microSteps;
 
     /// <summary>Opens the data, takes up a checkpoint or makes a new model, and says so.</summary>
     /// <param name="output">Takes the step lines and samples.</param>
-    public Trainer(TrainOptions options, IDevice device, TextWriter output, ILogger log) {
+    public Trainer(
+        TrainOptions options, IDevice device, TextWriter output, ILogger log, ICollective? collective = null) {
+        ranks = collective ?? new Alone();
         (this.options, this.output, this.log) = (options, output, log);
         checkpoints = new Checkpoints(options.Out);
         firstStep = checkpoints.Last ?? 0;
@@ -88,21 +94,30 @@ public sealed class Trainer : IDisposable {
         if (options.Resume && checkpoints.Last == null)
             log.ZLogInformation($"{options.Out}: no complete checkpoint to resume, starting from step 0");
         var (file, config) = checkpoints.Last == null ? Open(options.Init ?? options.DefaultInit) : Resume();
-        options.Check(config);
+        options.Check(config, ranks.Size);
+        microSteps = options.MicroSteps(ranks.Size);
         var shuffle = options.Shuffle && !options.Overfit;
-        train = new TokenLoader(options.TrainData, options.B, options.T, config.V, shuffle, options.Seed);
-        val = new TokenLoader(options.ValData, options.B, options.T, config.V, shuffle: false);
-        model = new Model(config, device, options.B, options.T, Purpose.Train, options.Recompute);
-        optimizer = new Optimizer(model);
+        TokenLoader Loader(string pattern, bool shuffle) =>
+            new(pattern, options.B, options.T, config.V, shuffle, options.Seed, ranks.Rank, ranks.Size);
+        (train, val) = (Loader(options.TrainData, shuffle), Loader(options.ValData, false));
+        var (part, parts) = options.Zero == 1 ? (ranks.Rank, ranks.Size) : (0, 1);
+        model = new Model(config, device, options.B, options.T, Purpose.Train, options.Recompute, part, parts);
+        optimizer = new Optimizer(model, ranks);
         model.Load(file, options.Seed);
         if (checkpoints.Last != null)
             checkpoints.LoadState(firstStep, model, optimizer, train);
+        Require(options.TotalBatch % train.SampleTokens == 0, "--total-batch",
+            $"a multiple of the {train.SampleTokens} tokens of this run's samples", options.TotalBatch);
+        Agree(); // that all have read the checkpoint, and looked for a run
+        if (ranks.Rank > 0)
+            return;
         runLog = new RunLog(options.Out, firstStep);
         Describe();
     }
 
     (BinaryFile? File, Config Config) Resume() {
-        checkpoints.Verify(firstStep);
+        if (ranks.Rank == 0)
+            checkpoints.Verify(firstStep);
         var (file, config) = Config.Open(checkpoints.ModelPath(firstStep));
         if (options.Init == null)
             return (file, config);
@@ -124,9 +139,10 @@ public sealed class Trainer : IDisposable {
         var (config, o) = (model.Config, options);
         log.ZLogInformation($"model   {config.Summary}; {config.ParameterCount / 1e6:F1} M parameters");
         log.ZLogInformation($"data    {o.TrainData}: {train.Tokens} tokens; {o.ValData}: {val.Tokens}");
-        log.ZLogInformation($"batch   {o.B} x {o.T} tokens x {o.MicroSteps} micro-steps = {o.TotalBatch} tokens");
-        log.ZLogInformation($"steps   {firstStep} to {o.MaxSteps}; {train.Batches / (double)o.MicroSteps:F1} an epoch");
-        log.ZLogInformation($"device  {model.Device.Name}");
+        var many = ranks.Size > 1 ? $" x {ranks.Size} ranks" : "";
+        log.ZLogInformation($"batch   {o.B} x {o.T} tokens x {microSteps} micro-steps{many} = {o.TotalBatch} tokens");
+        log.ZLogInformation($"steps   {firstStep} to {o.MaxSteps}; {train.Batches / (double)microSteps:F1} an epoch");
+        log.ZLogInformation($"device  {model.Device.Name}{many}");
         (string Name, long Bytes)[] memory = [.. model.Memory, ("workspace", model.Device.Workspace)];
         foreach (var (name, bytes) in memory.Append(("together", memory.Sum(part => part.Bytes))))
             log.ZLogInformation($"memory  {name,-16}{bytes / 1e6,9:F1} MB");
@@ -143,7 +159,7 @@ public sealed class Trainer : IDisposable {
         using var terminate = PosixSignalRegistration.Create(PosixSignal.SIGTERM, Stop);
         using var interrupt = PosixSignalRegistration.Create(PosixSignal.SIGINT, Stop);
         var (live, begin) = (!Console.IsOutputRedirected, Stopwatch.GetTimestamp());
-        var perToken = model.Config.FlopsPerToken(options.T) / model.Device.PeakFlops();
+        var perToken = model.Config.FlopsPerToken(options.T) / model.Device.PeakFlops() / ranks.Size;
         if (firstStep == 0 && options.ValEvery > 0)
             Validate(0);
         for (var (step, stopping) = (firstStep, false); step < options.MaxSteps && !stopping;) {
@@ -151,24 +167,27 @@ public sealed class Trainer : IDisposable {
             var (loss, norm, skipped) = Step(step);
             var seconds = Stopwatch.GetElapsedTime(start).TotalSeconds;
             var (rate, speed) = (options.LearningRateAt(step), options.TotalBatch / seconds);
-            runLog.Train(step++, loss, rate, norm);
+            runLog?.Train(step, loss, rate, norm);
+            step++;
             output.WriteLine($"{(live ? "\r\e[K" : "")}step {step,4}/{options.MaxSteps} | loss {loss:F6} | " +
                 $"norm {norm:F4} | lr {rate:0.00e+00} | {seconds * 1e3:F2} ms | " +
                 $"{speed * perToken:0.0%} MFU | {speed:F0} tok/s{(skipped ? " | outlier, not updated" : "")}");
             bool Due(int period) => step == options.MaxSteps || period > 0 && step % period == 0;
             if (Due(options.ValEvery))
                 Validate(step);
-            if (Due(options.SampleEvery) && options.GenTokens > 0)
+            if (Due(options.SampleEvery) && options.GenTokens > 0 && ranks.Rank == 0)
                 Sample();
-            stopping = stop; // read once: a signal after this waits for the next step
+            stopping = Agree(stop) > 0; // read once: a signal after this waits for the next step
             if (Due(options.CheckpointEvery) || stopping)
-                checkpoints.Save(step, model, optimizer, train, options.Keep);
+                checkpoints.Save(step, model, optimizer, train, options.Keep, ranks);
             if (live && step < options.MaxSteps && !stopping) {
                 var left = Stopwatch.GetElapsedTime(begin) / (step - firstStep) * (options.MaxSteps - step);
                 output.Write($"{(double)step / options.MaxSteps:0.0%} | loss {loss:F3} | {speed:F0} tok/s | " +
                     $"{left:d\\.hh\\:mm\\:ss} left");
             }
         }
+        if (ranks.Rank > 0)
+            return;
         if (stop)
             log.ZLogInformation($"stopped by a signal; --resume goes on from here");
         else if (firstStep >= options.MaxSteps)
@@ -180,30 +199,41 @@ public sealed class Trainer : IDisposable {
         if (options.Overfit)
             train.Reset();
         var loss = 0.0;
-        for (var micro = 0; micro < options.MicroSteps; micro++) {
+        for (var micro = 0; micro < microSteps; micro++) {
             train.Next(model.Tokens, model.Targets);
             model.Forward();
             model.Loss(1f / options.TotalBatch);
+            model.Completed = micro == microSteps - 1 && ranks.Size > 1 ? optimizer.Reduce : null;
             model.Backward();
-            loss += model.MeanLoss() / options.MicroSteps;
+            loss += model.MeanLoss() / microSteps / ranks.Size;
         }
+        loss = Agree(loss);
         var norm = optimizer.GradientNorm();
         if (!double.IsFinite(loss) || !float.IsFinite(norm))
             throw new Gpt2Exception($"step {step + 1}: expected a finite loss and gradient, found loss {loss} and " +
                 $"norm {norm}; nothing was updated, and the last checkpoint stands");
-        var skips = options.SkipOutliers > 0 && runLog.Deviation(loss, norm) > options.SkipOutliers;
+        var skips = options.SkipOutliers > 0 && Agree(runLog?.Deviation(loss, norm) ?? 0) > options.SkipOutliers;
         if (skips)
-            model.Device.Clear(model.Gradients!.All);
+            optimizer.Skip();
         else
             optimizer.Update(step + 1, options.LearningRateAt(step), options.WeightDecay, norm);
         return (loss, norm, skips);
     }
 
     void Validate(int step) {
-        var loss = Evaluate(model, val, options.ValBatches);
+        var loss = Agree(Evaluate(model, val, options.ValBatches) / ranks.Size);
         output.WriteLine($"val loss {loss:F6}");
-        runLog.Validation(step, loss);
+        runLog?.Validation(step, loss);
     }
+
+    /// <summary>The sum of every rank's number.</summary>
+    double Agree(double value = 0) {
+        Span<double> sum = [value];
+        ranks.Sum(sum);
+        return sum[0];
+    }
+
+    double Agree(bool value) => Agree(value ? 1 : 0);
 
     /// <summary>The mean loss over the first batches of a loader.</summary>
     public static double Evaluate(Model model, TokenLoader loader, long batches) {
@@ -263,20 +293,20 @@ public sealed class Trainer : IDisposable {
     }
 }
 
-/// <summary>AdamW over a model's parameters, with its moments.</summary>
+/// <summary>AdamW over a model's parameters, with its moments; over the part of one rank and then of all, if the model is
+/// cut into parts (ZeRO-1: Rajbhandari et al., 2020).</summary>
 public sealed class Optimizer {
     readonly Model model;
+    readonly ICollective ranks;
     readonly AdamWPart[] parts;
 
-    public Optimizer(Model model) {
-        this.model = model;
-        (M, V) = (model.AllocateParameters(), model.AllocateParameters());
-        var first = 0L;
-        parts = [.. model.Config.Parameters.Select((shape, i) => {
-            var part = new AdamWPart(first, shape.IsMatrix, model.Weights.Tensors[i], model.Master.Tensors[i],
-                model.Gradients!.Tensors[i], M.Tensors[i], V.Tensors[i]);
-            first += shape.Count;
-            return part;
+    public Optimizer(Model model, ICollective? collective = null) {
+        (this.model, ranks, M, V) = (model, collective ?? new Alone(), model.AllocateParts(), model.AllocateParts());
+        parts = [.. model.Master.Cuts.Select((cut, i) => {
+            var whole = model.Weights.Tensors[cut.Tensor];
+            return new AdamWPart(cut.Index, model.Config.Parameters[cut.Tensor].IsMatrix,
+                cut.Count == whole.Count ? whole : whole.Flat(cut.First, (int)cut.Count), model.Master.Tensors[i],
+                model.GradientParts!.Tensors[i], M.Tensors[i], V.Tensors[i]);
         })];
     }
 
@@ -287,20 +317,66 @@ public sealed class Optimizer {
     /// <summary>Seed of the next update's stochastic rounding.</summary>
     public uint RoundingSeed { get; set; } = 42;
 
+    bool IsCut => model.Gradients != model.GradientParts;
+
+    /// <summary>Sums a layer's gradients over ranks, or those outside of layers for −1: the norm and the update wait for
+    /// them.</summary>
+    public void Reduce(int layer) {
+        var (arrays, sums) = (new List<Tensor>(), new List<Tensor>());
+        foreach (var (i, cut) in model.Master.Cuts.Index()) {
+            var whole = model.Gradients!.Tensors[cut.Tensor];
+            var isInLayers = cut.Tensor is >= 2 and < 14;
+            var own = Math.Max(0, layer);
+            if (isInLayers == layer >= 0 && (!IsCut || cut.First / (whole.Count / whole.Depth) == own)) {
+                arrays.Add(whole[own]);
+                sums.Add(model.GradientParts!.Tensors[i]);
+            }
+        }
+        if (IsCut)
+            ranks.ReduceScatter(CollectionsMarshal.AsSpan(arrays), CollectionsMarshal.AsSpan(sums));
+        else
+            ranks.AllReduce(CollectionsMarshal.AsSpan(arrays));
+    }
+
     /// <summary>The norm of all gradients together.</summary>
-    public float GradientNorm() => (float)Math.Sqrt(model.Device.SumOfSquares(model.Gradients!.All));
+    public float GradientNorm() {
+        ranks.Join();
+        Span<double> squares = [model.Device.SumOfSquares(model.GradientParts!.All)];
+        if (IsCut)
+            ranks.Sum(squares);
+        return (float)Math.Sqrt(squares[0]);
+    }
 
     /// <summary>Clips the gradients from the given norm to 1, and makes an update; the first has number 1.</summary>
     public void Update(int number, float rate, float decay, float norm) {
         const float clip = 1;
         var scale = norm > clip ? clip / norm : 1;
-        model.Device.AdamW(parts, new AdamWStep(number, rate, decay, scale, 0.9f, 0.95f, 1e-8f, RoundingSeed++));
+        var step = new AdamWStep(number, rate, decay, scale, 0.9f, 0.95f, 1e-8f, RoundingSeed++);
+        if (!IsCut) {
+            model.Device.AdamW(parts, step);
+            return;
+        }
+        // Tensor by tensor, so that one is gathered while the next are updated.
+        for (var tensor = 0; tensor < model.Weights.Tensors.Length; tensor++) {
+            var whole = model.Weights.Tensors[tensor];
+            model.Device.AdamW([.. parts.Where((_, i) => model.Master.Cuts[i].Tensor == tensor)], step);
+            ranks.AllGather([.. Enumerable.Range(0, whole.Depth).Select(l => whole[l])]);
+        }
+        model.Device.Clear(model.Gradients!.All);
+        ranks.Join();
+    }
+
+    /// <summary>Drops the gradients.</summary>
+    public void Skip() {
+        model.Device.Clear(model.GradientParts!.All);
+        model.Device.Clear(model.Gradients!.All);
     }
 }
 
 /// <summary>The checkpoints in an output folder: a model and a state file each, complete once DONE is there.</summary>
 public sealed class Checkpoints(string folder) {
     const int Magic = 20240527;
+    const int SampleTokens = 40; // where a state's header has them; llm.c leaves 0 there
 
     /// <summary>Whether the folder holds anything of a run.</summary>
     public bool HasRun => Steps("*").Length > 0 || File.Exists(Path.Combine(folder, "main.log")) &&
@@ -310,7 +386,8 @@ public sealed class Checkpoints(string folder) {
     public int? Last => Steps("DONE_*").Cast<int?>().LastOrDefault();
 
     public string ModelPath(int step) => Path.Combine(folder, $"model_{step:d8}.bin");
-    string StatePath(int step) => Path.Combine(folder, $"state_{step:d8}_00000.bin");
+    string StatePath(int step, int? rank) =>
+        Path.Combine(folder, $"state_{step:d8}_{(rank is { } r ? $"{r:d5}" : "*")}.bin");
     string DonePath(int step) => Path.Combine(folder, $"DONE_{step:d8}");
 
     int[] Steps(string pattern) => [.. Files.Glob(Path.Combine(folder, pattern))
@@ -327,52 +404,81 @@ public sealed class Checkpoints(string folder) {
         }
     }
 
-    /// <summary>Writes a checkpoint, DONE last, and removes all but the newest <paramref name="keep"/>.</summary>
-    public void Save(int step, Model model, Optimizer optimizer, TokenLoader loader, int keep) {
+    /// <summary>Writes a checkpoint: the first rank the model, each its part of the state. DONE comes last, and then all
+    /// but the newest <paramref name="keep"/> go.</summary>
+    public void Save(int step, Model model, Optimizer optimizer, TokenLoader loader, int keep, ICollective ranks) {
+        var parts = model.Gradients == model.GradientParts ? 1 : ranks.Size;
         var header = new int[BinaryFile.HeaderLength];
-        (header[0], header[1], header[2], header[5], header[10]) = (Magic, 1, 1, loader.Shuffles ? 1 : 0, step);
+        (header[0], header[1], header[2], header[3]) = (Magic, 1, parts, ranks.Rank);
+        (header[5], header[10], header[SampleTokens]) = (loader.Shuffles ? 1 : 0, step, loader.SampleTokens);
         (header[4], header[20], header[22]) =
             (model.Master == model.Weights ? 0 : 1, (int)optimizer.RoundingSeed, (int)optimizer.RoundingSeed - 1);
         (header[30], header[32]) = loader.Position;
-        Files.Write(ModelPath(step), model.Save);
-        Files.Write(StatePath(step), to => {
-            to.Write(MemoryMarshal.AsBytes(header.AsSpan()));
-            model.Write(to, optimizer.M);
-            model.Write(to, optimizer.V);
-            if (model.Master != model.Weights)
-                model.Write(to, model.Master);
-            using var writer = new BinaryWriter(to, Encoding.UTF8, leaveOpen: true);
-            loader.Save(writer);
-        });
-        var list = $"{Files.Describe(ModelPath(step))}\n{Files.Describe(StatePath(step))}\n";
+        if (ranks.Rank == 0)
+            Files.Write(ModelPath(step), model.Save);
+        if (ranks.Rank < parts) {
+            Files.Write(StatePath(step, ranks.Rank), to => {
+                to.Write(MemoryMarshal.AsBytes(header.AsSpan()));
+                model.Write(to, optimizer.M);
+                model.Write(to, optimizer.V);
+                if (model.Master != model.Weights)
+                    model.Write(to, model.Master);
+                using var writer = new BinaryWriter(to, Encoding.UTF8, leaveOpen: true);
+                loader.Save(writer);
+            });
+        }
+        ranks.Sum([]);
+        if (ranks.Rank > 0)
+            return;
+        string[] files = [ModelPath(step), .. Enumerable.Range(0, parts).Select(rank => StatePath(step, rank))];
+        var list = string.Concat(files.Select(file => Files.Describe(file) + "\n"));
         Files.Write(DonePath(step), to => to.Write(Encoding.UTF8.GetBytes(list)));
         var kept = Steps("DONE_*").TakeLast(keep).ToArray();
         foreach (var old in Steps("*").Except(kept)) {
             // DONE first: nobody must find it without its files.
             File.Delete(DonePath(old));
             File.Delete(ModelPath(old));
-            File.Delete(StatePath(old));
+            foreach (var state in Files.Glob(StatePath(old, null)))
+                File.Delete(state);
         }
     }
 
-    /// <summary>Reads the moments and the loader's position of a checkpoint.</summary>
+    /// <summary>Reads the moments and the loader's position of a checkpoint, whose ranks may have been others.</summary>
     public void LoadState(int step, Model model, Optimizer optimizer, TokenLoader loader) {
-        using var file = new BinaryFile(StatePath(step), "a training state", Magic, 1);
-        var header = file.Header;
-        file.Check("number of ranks", 2, header[2] == 1, "1");
-        file.Check("rank", 3, header[3] == 0, "0");
-        file.Check("master weights", 4, header[4] is 0 or 1, "0 or 1");
-        file.Check("shuffling", 5, header[5] is 0 or 1, "0 or 1");
-        file.Check("upper half of the shard index", 31, header[31] == 0, "0");
-        file.Check("upper half of the sample index", 33, header[33] == 0, "0");
-        file.Check("step", 10, header[10] == step, $"{step} as its name says");
-        optimizer.RoundingSeed = (uint)header[20];
-        model.Read(file, DataType.Fp32, optimizer.M);
-        model.Read(file, DataType.Fp32, optimizer.V);
-        if (header[4] == 1)
-            model.Read(file, DataType.Fp32, model.Master);
-        loader.Load(file, header[5] == 1, (header[30], header[32]));
-        file.CheckEnd();
+        var parts = 1;
+        for (var part = 0; part < parts; part++) {
+            using var file = new BinaryFile(StatePath(step, part), "a training state", Magic, 1);
+            var header = file.Header;
+            const int mostRanks = 1 << 16;
+            if (part == 0)
+                parts = header[2];
+            file.Check("number of ranks", 2, header[2] == parts && parts is >= 1 and <= mostRanks,
+                part == 0 ? $"1 to {mostRanks}" : $"{parts} as in the first rank's");
+            file.Check("rank", 3, header[3] == part, $"{part}");
+            file.Check("master weights", 4, header[4] is 0 or 1, "0 or 1");
+            file.Check("shuffling", 5, header[5] is 0 or 1, "0 or 1");
+            file.Check("upper half of the shard index", 31, header[31] == 0, "0");
+            file.Check("upper half of the sample index", 33, header[33] == 0, "0");
+            file.Check("step", 10, header[10] == step, $"{step} as its name says");
+            optimizer.RoundingSeed = (uint)header[20];
+            Read(optimizer.M);
+            Read(optimizer.V);
+            if (header[4] == 1)
+                Read(model.Master);
+            loader.Load(file, header[5] == 1, (header[30], header[32]), header[SampleTokens]);
+            file.CheckEnd();
+
+            void Read(Parameters to) {
+                foreach (var cut in model.Config.Cuts(part, parts)) {
+                    const int most = 1 << 20;
+                    for (long done = 0; done < cut.Count; done += most) {
+                        var values = new float[Math.Min(most, cut.Count - done)];
+                        file.Read(values.AsSpan());
+                        model.SetParts(to, cut.Tensor, cut.First + done, values);
+                    }
+                }
+            }
+        }
     }
 }
 

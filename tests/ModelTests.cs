@@ -124,7 +124,7 @@ public abstract class ModelTests(DeviceUnderTest deviceUnderTest) : IDisposable 
     }
 
     /// <summary>Requires two checkpoints' tensors to be near, but for the noise that golden.py tells of.</summary>
-    static async Task CompareWeights(string found, string expected) {
+    internal static async Task CompareWeights(string found, string expected) {
         var (left, config) = Config.Open(found);
         var (right, sameConfig) = Config.Open(expected);
         using var _ = left;

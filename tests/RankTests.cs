@@ -1,0 +1,222 @@
+using System.Globalization;
+using System.Text.RegularExpressions;
+using Microsoft.Extensions.Logging.Abstractions;
+using static Gpt2.Tests.Support;
+
+namespace Gpt2.Tests;
+
+/// <summary>Ranks as threads, each with a CPU of its own; arrays are fp32 in this process's memory.</summary>
+sealed class ThreadRanks : ICollective {
+    /// <summary>What the ranks share.</summary>
+    sealed class Meeting(int size) {
+        public readonly Barrier Barrier = new(size);
+        public readonly Tensor[][] Arrays = new Tensor[size][];
+        public readonly double[][] Numbers = new double[size][];
+        public readonly CancellationTokenSource Lost = new();
+    }
+
+    readonly Meeting meeting;
+
+    ThreadRanks(Meeting meeting, int rank) => (this.meeting, Rank) = (meeting, rank);
+
+    /// <summary>Runs every rank to its end; the first error ends all.</summary>
+    public static void Run(int size, Action<ICollective> body) {
+        var meeting = new Meeting(size);
+        Exception? first = null;
+        var threads = Enumerable.Range(0, size).Select(rank => new Thread(() => {
+            try {
+                body(new ThreadRanks(meeting, rank));
+            } catch (Exception e) {
+                Interlocked.CompareExchange(ref first, e, null);
+                meeting.Lost.Cancel();
+            }
+        })).ToArray();
+        Array.ForEach(threads, thread => thread.Start());
+        Array.ForEach(threads, thread => thread.Join());
+        if (first != null)
+            throw new Gpt2Exception(first.Message);
+    }
+
+    public int Rank { get; }
+    public int Size => meeting.Arrays.Length;
+
+    void Meet() => meeting.Barrier.SignalAndWait(meeting.Lost.Token);
+
+    public void Sum(Span<double> values) {
+        meeting.Numbers[Rank] = values.ToArray();
+        Meet();
+        values.Clear();
+        foreach (var numbers in meeting.Numbers) {
+            for (var i = 0; i < values.Length; i++)
+                values[i] += numbers[i];
+        }
+        Meet();
+    }
+
+    static unsafe Span<float> Floats(Tensor x) => new((void*)x.Address, (int)x.Count);
+
+    (int First, int End) Part(Tensor x, int rank) => ((int)(x.Count * rank / Size), (int)(x.Count * (rank + 1) / Size));
+
+    public void AllReduce(ReadOnlySpan<Tensor> arrays) {
+        meeting.Arrays[Rank] = arrays.ToArray();
+        Meet();
+        var sums = new float[arrays.Length][];
+        for (var a = 0; a < arrays.Length; a++)
+            sums[a] = SumOver(a, 0, (int)arrays[a].Count);
+        Meet();
+        for (var a = 0; a < arrays.Length; a++)
+            sums[a].CopyTo(Floats(arrays[a]));
+        Meet();
+    }
+
+    public void ReduceScatter(ReadOnlySpan<Tensor> arrays, ReadOnlySpan<Tensor> parts) {
+        meeting.Arrays[Rank] = arrays.ToArray();
+        Meet();
+        for (var a = 0; a < arrays.Length; a++) {
+            var (first, end) = Part(arrays[a], Rank);
+            SumOver(a, first, end).CopyTo(Floats(parts[a]));
+        }
+        Meet();
+    }
+
+    float[] SumOver(int array, int first, int end) {
+        var sum = new float[end - first];
+        foreach (var arrays in meeting.Arrays) {
+            var values = Floats(arrays[array])[first..end];
+            for (var i = 0; i < sum.Length; i++)
+                sum[i] += values[i];
+        }
+        return sum;
+    }
+
+    public void AllGather(ReadOnlySpan<Tensor> arrays) {
+        meeting.Arrays[Rank] = arrays.ToArray();
+        Meet();
+        for (var a = 0; a < arrays.Length; a++) {
+            for (var rank = 0; rank < Size; rank++) {
+                var (first, end) = Part(arrays[a], rank);
+                if (rank != Rank)
+                    Floats(meeting.Arrays[rank][a])[first..end].CopyTo(Floats(arrays[a])[first..end]);
+            }
+        }
+        Meet();
+    }
+
+    public void Join() { }
+    public void Dispose() { }
+}
+
+/// <summary>Training by several ranks beside training by one with the same tokens an update.</summary>
+public sealed class RankTests {
+    // So odd that no tensor can be cut evenly.
+    static readonly Config Odd = new(MaxT: 8, V: 29, Vp: 31, L: 2, NH: 3, C: 15);
+
+    const int Sequences = 12;
+
+    static TemporaryFolder Inputs() {
+        var folder = new TemporaryFolder();
+        using var cpu = new Cpu();
+        var model = new Model(Odd, cpu, 1, 1, Purpose.Train);
+        model.Load(null, 3);
+        Files.Write(folder["model.bin"], model.Save);
+        foreach (var (i, name) in ((string[])["train_1", "train_2", "val"]).Index()) {
+            var tokens = Tokens(i, 500 + 200 * i, Odd.V).Select(token => (ushort)token).ToArray();
+            WriteShard(folder[$"{name}.bin"], tokens);
+        }
+        return folder;
+    }
+
+    /// <summary>Trains, and gives the losses, norms and validation losses that were printed.</summary>
+    static double[] Train(TemporaryFolder folder, string name, int ranks, int B, int zero, int steps = 6,
+        bool resume = false, bool shuffle = true, int totalSequences = Sequences) {
+        using var output = new StringWriter(CultureInfo.InvariantCulture);
+        ThreadRanks.Run(ranks, collective => {
+            using var cpu = new Cpu(1);
+            var options = new TrainOptions(folder["train_*.bin"], folder["val.bin"], resume ? null : folder["model.bin"],
+                folder[name], B, Odd.MaxT, totalSequences * Odd.MaxT, steps, LearningRate: 1e-2f, Warmup: 2,
+                FinalFraction: 1, WeightDecay: 0.1f, Schedule.Constant, ValEvery: 2, ValBatches: 3, SampleEvery: 0,
+                GenTokens: 4, CheckpointEvery: 0, Keep: 1, resume, Recompute: 0, Overfit: false, shuffle, Seed: 42,
+                Zero: zero);
+            var writer = collective.Rank == 0 ? output : TextWriter.Null;
+            using var trainer = new Trainer(options, cpu, writer, NullLogger.Instance, collective);
+            trainer.Run();
+        });
+        return [.. Regex.Matches(output.ToString(), @"(?:loss|norm) (\d+\.\d+)")
+            .Select(match => double.Parse(match.Groups[1].Value, CultureInfo.InvariantCulture))];
+    }
+
+    static async Task Near(double[] found, double[] expected) {
+        await Assert.That(found.Length).IsEqualTo(expected.Length);
+        for (var i = 0; i < found.Length; i++)
+            await Assert.That(Math.Abs(found[i] - expected[i])).IsLessThan(2e-4).Because($"number {i} is {found[i]}, not {expected[i]}");
+    }
+
+    [Test]
+    [Arguments(1, 1)]
+    [Arguments(2, 0)]
+    [Arguments(2, 1)]
+    [Arguments(3, 0)]
+    [Arguments(3, 1)]
+    [Arguments(4, 0)]
+    [Arguments(4, 1)]
+    public async Task RanksTrainAsOneDoes(int ranks, int zero) {
+        using var folder = Inputs();
+        var expected = Train(folder, "one", 1, Sequences, 0);
+        var found = Train(folder, "many", ranks, Sequences / ranks, zero);
+        await Assert.That(expected.Length).IsEqualTo(6 * 2 + 4);
+        await Near(found, expected);
+        await ModelTests.CompareWeights(folder["many/model_00000006.bin"], folder["one/model_00000006.bin"]);
+        var states = Directory.GetFiles(folder["many"], "state_*").Length;
+        await Assert.That(states).IsEqualTo(zero == 1 ? ranks : 1);
+    }
+
+    [Test]
+    [Arguments(2, 3, 1)]
+    [Arguments(2, 1, 0)]
+    [Arguments(4, 1, 1)]
+    public async Task MicroStepsOfRanksEqualOneBatch(int ranks, int B, int zero) {
+        using var folder = Inputs();
+        var expected = Train(folder, "one", 1, Sequences, 0, shuffle: false);
+        var found = Train(folder, "many", ranks, B, zero, shuffle: false);
+        // Validation takes other batches.
+        await Near(TrainingOf(found), TrainingOf(expected));
+        static double[] TrainingOf(double[] all) => [.. all.Skip(1).Take(4), .. all.Skip(6).Take(4)];
+    }
+
+    [Test]
+    [Arguments(1)]
+    [Arguments(0)]
+    public async Task ARunGoesOnWithAnyNumberOfRanks(int zero) {
+        using var folder = Inputs();
+        var expected = Train(folder, "whole", 4, 3, zero, steps: 8);
+        Train(folder, "parts", 4, 3, zero, steps: 2);
+        foreach (var (ranks, steps) in ((int, int)[])[(2, 4), (1, 6), (3, 7)]) {
+            var B = ranks == 3 ? 4 : 3;
+            Train(folder, "parts", ranks, B, zero, steps, resume: true);
+        }
+        var found = Train(folder, "parts", 4, 3, 1 - zero, steps: 8, resume: true);
+        await Near(found, expected[^3..]);
+        await ModelTests.CompareWeights(folder["parts/model_00000008.bin"], folder["whole/model_00000008.bin"]);
+    }
+
+    [Test]
+    public async Task ARunWhoseSamplesDoNotFitIsRefused() {
+        using var folder = Inputs();
+        Train(folder, "run", 2, 6, 1, steps: 1);
+        var error = Assert.Throws<Gpt2Exception>(() =>
+            Train(folder, "run", 1, 1, 1, steps: 2, resume: true, totalSequences: 7));
+        await Assert.That(error.Message).IsEqualTo("--total-batch: expected a multiple of the 96 tokens of this run's " +
+            "samples, found 56");
+    }
+
+    [Test]
+    public async Task RanksHaveOnlyTheirPartOfTheOptimizersState() {
+        using var cpu = new Cpu();
+        var config = Config.Of("d6")!;
+        long Bytes(int ranks) => new Model(config, cpu, 1, 8, Purpose.Train, 0, ranks - 1, ranks).Memory
+            .Single(part => part.Name == "moments").Bytes;
+        var (whole, part) = (Bytes(1), Bytes(4));
+        await Assert.That(whole).IsEqualTo(8 * config.ParameterCount);
+        await Assert.That(part).IsEqualTo(2 * config.ParameterCount);
+    }
+}
