@@ -42,6 +42,9 @@ public sealed class BinaryFile : IDisposable {
 
     public int[] Header { get; } = new int[HeaderLength];
 
+    /// <summary>Size in bytes.</summary>
+    public long Length => stream.Length;
+
     /// <summary>Requires a header field to be right.</summary>
     public void Check(string name, int index, bool right, string expected) {
         if (!right)

@@ -1,5 +1,9 @@
+using System.Collections.Concurrent;
 using System.Diagnostics;
+using System.Net;
+using System.Net.Sockets;
 using System.Runtime.InteropServices;
+using System.Security.Cryptography;
 using System.Text;
 using System.Text.RegularExpressions;
 using Microsoft.Extensions.Logging;
@@ -228,9 +232,8 @@ public sealed class Trainer : IDisposable {
 
     /// <summary>The sum of every rank's number.</summary>
     double Agree(double value = 0) {
-        Span<double> sum = [value];
-        ranks.Sum(sum);
-        return sum[0];
+        ranks.Sum(new Span<double>(ref value));
+        return value;
     }
 
     double Agree(bool value) => Agree(value ? 1 : 0);
@@ -341,10 +344,10 @@ public sealed class Optimizer {
     /// <summary>The norm of all gradients together.</summary>
     public float GradientNorm() {
         ranks.Join();
-        Span<double> squares = [model.Device.SumOfSquares(model.GradientParts!.All)];
+        var squares = model.Device.SumOfSquares(model.GradientParts!.All);
         if (IsCut)
-            ranks.Sum(squares);
-        return (float)Math.Sqrt(squares[0]);
+            ranks.Sum(new Span<double>(ref squares));
+        return (float)Math.Sqrt(squares);
     }
 
     /// <summary>Clips the gradients from the given norm to 1, and makes an update; the first has number 1.</summary>
@@ -352,13 +355,15 @@ public sealed class Optimizer {
         const float clip = 1;
         var scale = norm > clip ? clip / norm : 1;
         var step = new AdamWStep(number, rate, decay, scale, 0.9f, 0.95f, 1e-8f, RoundingSeed++);
-        if (!IsCut) {
+        if (IsCut)
+            UpdateParts(step);
+        else
             model.Device.AdamW(parts, step);
-            return;
-        }
-        // Tensor by tensor, so that one is gathered while the next are updated.
-        for (var tensor = 0; tensor < model.Weights.Tensors.Length; tensor++) {
-            var whole = model.Weights.Tensors[tensor];
+    }
+
+    /// <summary>Updates tensor by tensor, so that one is gathered while the next are updated.</summary>
+    void UpdateParts(AdamWStep step) {
+        foreach (var (tensor, whole) in model.Weights.Tensors.ToArray().Index()) {
             model.Device.AdamW([.. parts.Where((_, i) => model.Master.Cuts[i].Tensor == tensor)], step);
             ranks.AllGather([.. Enumerable.Range(0, whole.Depth).Select(l => whole[l])]);
         }
@@ -445,15 +450,11 @@ public sealed class Checkpoints(string folder) {
 
     /// <summary>Reads the moments and the loader's position of a checkpoint, whose ranks may have been others.</summary>
     public void LoadState(int step, Model model, Optimizer optimizer, TokenLoader loader) {
-        var parts = 1;
+        var parts = Math.Max(1, Files.Glob(StatePath(step, null)).Length);
         for (var part = 0; part < parts; part++) {
             using var file = new BinaryFile(StatePath(step, part), "a training state", Magic, 1);
             var header = file.Header;
-            const int mostRanks = 1 << 16;
-            if (part == 0)
-                parts = header[2];
-            file.Check("number of ranks", 2, header[2] == parts && parts is >= 1 and <= mostRanks,
-                part == 0 ? $"1 to {mostRanks}" : $"{parts} as in the first rank's");
+            file.Check("number of ranks", 2, header[2] == parts, $"{parts}, as there are states of this step,");
             file.Check("rank", 3, header[3] == part, $"{part}");
             file.Check("master weights", 4, header[4] is 0 or 1, "0 or 1");
             file.Check("shuffling", 5, header[5] is 0 or 1, "0 or 1");
@@ -461,6 +462,9 @@ public sealed class Checkpoints(string folder) {
             file.Check("upper half of the sample index", 33, header[33] == 0, "0");
             file.Check("step", 10, header[10] == step, $"{step} as its name says");
             optimizer.RoundingSeed = (uint)header[20];
+            // Without ZeRO-1, llm.c writes everything for every rank.
+            if (header[SampleTokens] == 0 && file.Length > (2 + header[4]) * sizeof(float) * model.Config.ParameterCount)
+                parts = 1;
             Read(optimizer.M);
             Read(optimizer.V);
             if (header[4] == 1)
@@ -636,5 +640,202 @@ public static class Benchmark {
     static double Median(IEnumerable<double> values) {
         double[] sorted = [.. values.Order()];
         return sorted[sorted.Length / 2];
+    }
+}
+
+/// <summary>The connections between a job's ranks, a star around the first. They carry what the hosts agree on, and tell
+/// when a rank is gone or silent.</summary>
+public sealed class Peers : IDisposable {
+    const int HelloBytes = 40; // the key's SHA-256, rank, size
+
+    readonly Link[] links; // to every other rank for the first, to the first for every other
+    readonly TimeSpan timeout;
+    readonly Action<string> lost;
+    readonly Timer heartbeat;
+    volatile bool closing;
+    int reported;
+
+    /// <summary>A connection, whose messages are read as they come: a length and so many bytes; none is a heartbeat.
+    /// </summary>
+    sealed record Link(int Rank, TcpClient Client) {
+        public BlockingCollection<byte[]> Messages { get; } = [];
+
+        public void Send(ReadOnlySpan<byte> message) {
+            lock (Client) {
+                Client.GetStream().Write(BitConverter.GetBytes(message.Length));
+                Client.GetStream().Write(message);
+            }
+        }
+
+        public byte[] Receive() {
+            var length = new byte[sizeof(int)];
+            Client.GetStream().ReadExactly(length);
+            var message = new byte[BitConverter.ToInt32(length)];
+            Client.GetStream().ReadExactly(message);
+            return message;
+        }
+    }
+
+    /// <summary>Meets the other ranks.</summary>
+    /// <param name="host">Of the first rank, which listens there: to this machine alone if it is 127.0.0.1.</param>
+    /// <param name="key">What every rank of the job knows; who does not is turned away.</param>
+    /// <param name="timeout">How long another may be silent.</param>
+    /// <param name="lost">Is told, once and on a thread of its own, which rank is gone, and must end the process.</param>
+    /// <exception cref="Gpt2Exception">A rank did not come in time.</exception>
+    public Peers(int rank, int size, string host, int port, string key, TimeSpan timeout, Action<string> lost) {
+        (Rank, Size, this.timeout, this.lost) = (rank, size, timeout, lost);
+        byte[] Hello(int rank) => [.. SHA256.HashData(Encoding.UTF8.GetBytes(key)),
+            .. BitConverter.GetBytes(rank), .. BitConverter.GetBytes(size)];
+        links = rank == 0 ? Gather(host, port, Hello) : [Reach(host, port, Hello(rank))];
+        foreach (var link in links)
+            new Thread(() => Listen(link)) { IsBackground = true }.Start();
+        heartbeat = new Timer(_ => Array.ForEach(links, Beat), null, TimeSpan.Zero, timeout / 8);
+    }
+
+    public int Rank { get; }
+    public int Size { get; }
+
+    /// <summary>Where the run is, for messages: "step 7".</summary>
+    public string Place { get; set; } = "the start";
+
+    Link[] Gather(string host, int port, Func<int, byte[]> hello) {
+        var found = new Link?[Size];
+        var listener = new TcpListener(host is "127.0.0.1" or "localhost" ? IPAddress.Loopback : IPAddress.Any, port);
+        try {
+            listener.Start();
+        } catch (SocketException e) {
+            throw new Gpt2Exception($"rank 0: expected port {port} to be free, found: {e.Message}");
+        }
+        using var _ = listener;
+        using var late = new CancellationTokenSource(timeout);
+        while (Array.IndexOf(found, null, 1) is var missing and > 0) {
+            try {
+                var client = listener.AcceptTcpClientAsync(late.Token).AsTask().GetAwaiter().GetResult();
+                (client.NoDelay, client.ReceiveTimeout) = (true, (int)timeout.TotalMilliseconds);
+                var said = new byte[HelloBytes];
+                client.GetStream().ReadExactly(said);
+                var rank = BitConverter.ToInt32(said, SHA256.HashSizeInBytes);
+                if (rank > 0 && rank < Size && found[rank] == null && hello(rank).AsSpan().SequenceEqual(said))
+                    found[rank] = new(rank, client);
+                else
+                    client.Dispose();
+            } catch (IOException) {
+                // Nobody of ours.
+            } catch (OperationCanceledException) {
+                throw new Gpt2Exception($"rank 0: expected rank {missing} of {Size} on port {port} within " +
+                    $"{timeout.TotalSeconds:F0} s, found {found.Count(link => link != null) + 1} ranks");
+            }
+        }
+        return [.. found.Skip(1).Select(link => link!)];
+    }
+
+    Link Reach(string host, int port, byte[] hello) {
+        var begin = Stopwatch.GetTimestamp();
+        while (true) {
+            var client = new TcpClient { NoDelay = true, ReceiveTimeout = (int)timeout.TotalMilliseconds };
+            try {
+                client.Connect(host, port);
+                client.GetStream().Write(hello);
+                return new(0, client);
+            } catch (SocketException e) {
+                client.Dispose();
+                if (Stopwatch.GetElapsedTime(begin) > timeout)
+                    throw new Gpt2Exception($"rank {Rank}: expected rank 0 on {host}:{port} within " +
+                        $"{timeout.TotalSeconds:F0} s, found: {e.Message}");
+                Thread.Sleep(50); // it may not listen yet
+            }
+        }
+    }
+
+    void Listen(Link link) {
+        try {
+            while (true) {
+                if (link.Receive() is { Length: > 0 } message)
+                    link.Messages.Add(message);
+            }
+        } catch (Exception e) when (e is IOException or SocketException or ObjectDisposedException or
+            InvalidOperationException) {
+            var isSilent = e.InnerException is SocketException { SocketErrorCode: SocketError.TimedOut };
+            Report(isSilent ? $"rank {link.Rank} has said nothing for {timeout.TotalSeconds:F0} s at {Place}"
+                : $"rank {link.Rank} was lost at {Place}: its connection ended");
+            Array.ForEach(links, other => other.Messages.CompleteAdding()); // nobody need wait for any of them now
+        }
+    }
+
+    void Beat(Link link) {
+        try {
+            link.Send([]);
+        } catch (Exception e) when (e is IOException or ObjectDisposedException or InvalidOperationException) {
+            // The thread that listens says so.
+        }
+    }
+
+    /// <summary>Says once why the job cannot go on.</summary>
+    public void Report(string why) {
+        if (!closing && Interlocked.Exchange(ref reported, 1) == 0)
+            lost(why);
+    }
+
+    byte[] Take(Link link) {
+        try {
+            if (link.Messages.TryTake(out var message, timeout))
+                return message;
+        } catch (InvalidOperationException) {
+            // Lost, as below.
+        }
+        throw new Gpt2Exception($"rank {Rank}: expected rank {link.Rank} at {Place}, found it " +
+            (link.Messages.IsCompleted ? "gone" : $"elsewhere for {timeout.TotalSeconds:F0} s"));
+    }
+
+    void Send(Link link, ReadOnlySpan<byte> message) {
+        try {
+            link.Send(message);
+        } catch (Exception e) when (e is IOException or ObjectDisposedException or InvalidOperationException) {
+            throw new Gpt2Exception($"rank {Rank}: expected rank {link.Rank} at {Place}, found it gone");
+        }
+    }
+
+    /// <summary>What the first rank says, once all have come here.</summary>
+    public byte[] Exchange(Func<byte[][], byte[]> combine, ReadOnlySpan<byte> own) {
+        byte[] answer;
+        if (Rank == 0) {
+            byte[][] all = [own.ToArray(), .. links.Select(Take)];
+            answer = combine(all);
+            foreach (var link in links)
+                Send(link, answer);
+        } else {
+            Send(links[0], own);
+            answer = Take(links[0]);
+        }
+        return answer;
+    }
+
+    /// <summary>Sums numbers over ranks, in the order of ranks, when all have come here.</summary>
+    public void Sum(Span<double> values) {
+        var count = values.Length;
+        var sums = Exchange(all => {
+            var sum = new double[count + 1]; // one more, for no message is empty
+            foreach (var numbers in all) {
+                for (var i = 0; i < count; i++)
+                    sum[i] += BitConverter.ToDouble(numbers, i * sizeof(double));
+            }
+            return MemoryMarshal.AsBytes(sum.AsSpan()).ToArray();
+        }, MemoryMarshal.AsBytes<double>([.. values, 0]));
+        MemoryMarshal.Cast<byte, double>(sums)[..count].CopyTo(values);
+    }
+
+    /// <summary>Parts from the others, once all have come here.</summary>
+    public void Leave() {
+        closing = Rank > 0; // the first may be gone as soon as it has answered
+        Exchange(all => {
+            closing = true;
+            return [1];
+        }, [1]);
+    }
+
+    public void Dispose() {
+        closing = true;
+        heartbeat.Dispose();
+        Array.ForEach(links, link => link.Client.Dispose());
     }
 }

@@ -302,8 +302,8 @@ public partial class BadInputTests {
                 CopyRun(folder);
                 Folders.WriteModel(folder["other.bin"], 32, 211, 1, 3, 48, 256);
             });
-        yield return new("resuming with another batch size", $"{Resume} -b 4", 1, $"{State} 47 95", CopyRun);
-        yield return new("resuming with another sequence length", $"{Resume} -t 20", 1, $"{State} 99 95", CopyRun);
+        yield return new("resuming with another batch size", $"{Resume} -b 3", 2, "--total-batch 42 63", CopyRun);
+        yield return new("resuming with another sequence length", $"{Resume} -t 20", 1, $"{State} 20 42", CopyRun);
         yield return new("resuming with --no-shuffle", $"{Resume} --no-shuffle", 1, $"{State} shuffle", CopyRun);
         yield return new("resuming with --overfit", $"{Resume} --overfit", 1, $"{State} shuffle", CopyRun);
         yield return new("resuming with more shards", $"{Resume} -i *a*n.bin", 1, $"{State} shards 2 1", folder => {

@@ -1,4 +1,7 @@
+using System.Collections.Concurrent;
 using System.Globalization;
+using System.Net;
+using System.Net.Sockets;
 using System.Text.RegularExpressions;
 using Microsoft.Extensions.Logging.Abstractions;
 using static Gpt2.Tests.Support;
@@ -218,5 +221,102 @@ public sealed class RankTests {
         var (whole, part) = (Bytes(1), Bytes(4));
         await Assert.That(whole).IsEqualTo(8 * config.ParameterCount);
         await Assert.That(part).IsEqualTo(2 * config.ParameterCount);
+    }
+}
+
+/// <summary>The connections between ranks, here between threads of one process.</summary>
+public sealed class PeersTests {
+    static int FreePort() {
+        using var listener = new TcpListener(IPAddress.Loopback, 0);
+        listener.Start();
+        return ((IPEndPoint)listener.LocalEndpoint).Port;
+    }
+
+    static readonly TimeSpan Long = TimeSpan.FromSeconds(30), Short = TimeSpan.FromSeconds(1);
+
+    static Task<Peers> Join(int rank, int size, int port, TimeSpan timeout, Action<string>? lost = null,
+        string key = "key") => Task.Factory.StartNew(() => new Peers(rank, size, "127.0.0.1", port, key, timeout,
+            lost ?? (_ => { })), TaskCreationOptions.LongRunning);
+
+    static async Task<Peers[]> All(int size, TimeSpan timeout, ConcurrentQueue<string>? lost = null) {
+        var port = FreePort();
+        return await Task.WhenAll(Enumerable.Range(0, size)
+            .Select(rank => Join(rank, size, port, timeout, why => lost?.Enqueue($"{rank}: {why}"))));
+    }
+
+    static Task OnEach(Peers[] all, Action<Peers> action) => Task.WhenAll(all.Select(peers =>
+        Task.Factory.StartNew(() => action(peers), TaskCreationOptions.LongRunning)));
+
+    [Test]
+    [Arguments(2)]
+    [Arguments(5)]
+    public async Task NumbersAreSummedOverRanks(int size) {
+        var lost = new ConcurrentQueue<string>();
+        var all = await All(size, Long, lost);
+        var found = new double[size][];
+        await OnEach(all, peers => {
+            for (var round = 1; round <= 50; round++) {
+                double[] values = [0.1 * (peers.Rank + round), round];
+                peers.Sum(values);
+                found[peers.Rank] = values;
+                peers.Sum([]);
+            }
+            peers.Leave();
+            peers.Dispose();
+        });
+        var expected = Enumerable.Range(0, size).Aggregate(0.0, (sum, rank) => sum + 0.1 * (rank + 50));
+        foreach (var values in found)
+            await Same(values, [expected, size * 50.0]);
+        await Assert.That(lost).IsEmpty();
+    }
+
+    [Test]
+    public async Task WhoDoesNotKnowTheKeyIsTurnedAway() {
+        var port = FreePort();
+        var first = Join(0, 2, port, Long);
+        var stranger = await Join(1, 2, port, Long, key: "another");
+        await Assert.That(() => stranger.Sum([])).Throws<Gpt2Exception>();
+        using (var client = new TcpClient("127.0.0.1", port))
+            client.GetStream().Write(new byte[3]);
+        var second = await Join(1, 2, port, Long);
+        Peers[] both = [await first, second];
+        await OnEach(both, peers => peers.Sum([]));
+        Array.ForEach([.. both, stranger], peers => peers.Dispose());
+    }
+
+    [Test]
+    public async Task ARankThatNeverComesIsNamed() {
+        var port = FreePort();
+        var first = Join(0, 3, port, Short);
+        using var second = await Join(1, 3, port, Short);
+        var error = await Assert.That(async () => await first).Throws<Gpt2Exception>();
+        await Assert.That(error!.Message).IsEqualTo($"rank 0: expected rank 2 of 3 on port {port} within 1 s, found 2 ranks");
+        error = await Assert.That(async () => await Join(2, 3, FreePort(), Short)).Throws<Gpt2Exception>();
+        await Assert.That(error!.Message).StartsWith("rank 2: expected rank 0 on 127.0.0.1:");
+    }
+
+    [Test]
+    [Arguments(0)]
+    [Arguments(2)]
+    public async Task ARankThatIsLostIsNamed(int gone) {
+        var lost = new ConcurrentQueue<string>();
+        var all = await All(3, Long, lost);
+        foreach (var peers in all)
+            peers.Place = "step 7";
+        all[gone].Dispose();
+        await Assert.That(() => all[1 - gone / 2].Sum([])).Throws<Gpt2Exception>();
+        while (lost.Count < (gone == 0 ? 2 : 1))
+            await Task.Delay(10);
+        await Assert.That(lost.First()).Contains($"rank {gone} was lost at step 7");
+        Array.ForEach(all, peers => peers.Dispose());
+    }
+
+    [Test]
+    public async Task ARankElsewhereIsNotWaitedForForever() {
+        // It lives, so that its heart beats, but never comes to where the others agree.
+        var all = await All(2, Short);
+        var error = Assert.Throws<Gpt2Exception>(() => all[0].Sum([]));
+        await Assert.That(error.Message).IsEqualTo("rank 0: expected rank 1 at the start, found it elsewhere for 1 s");
+        Array.ForEach(all, peers => peers.Dispose());
     }
 }
