@@ -1,9 +1,11 @@
+using System.Diagnostics;
 using System.Reflection;
 using System.Runtime.CompilerServices;
 using System.Runtime.InteropServices;
 using System.Text;
 using static Gpt2.CublasLt;
 using static Gpt2.Driver;
+using static Gpt2.NcclApi;
 
 namespace Gpt2;
 
@@ -26,16 +28,16 @@ public sealed unsafe class Cuda : IDevice {
     Profile? profile;
     int staged;
 
-    /// <summary>Opens the first GPU and loads the kernels.</summary>
+    /// <summary>Opens a GPU and loads the kernels.</summary>
     /// <param name="portable">Takes the kernels that any GPU runs, on a Hopper too.</param>
     /// <param name="verbose">Waits after each operation, so that a fault is reported where it happens.</param>
     /// <exception cref="Gpt2Exception">The driver, the GPU, kernels for it or cuBLASLt are missing.</exception>
-    public Cuda(DataType precision, bool portable = false, bool verbose = false) {
+    public Cuda(DataType precision, bool portable = false, bool verbose = false, int ordinal = 0) {
         (Precision, this.verbose) = (precision, verbose);
         using var fatbin = Fatbin(precision) ?? throw new Gpt2Exception(
             "--device cuda: expected a build with GPU kernels, found one without (make toolkit gets the compiler)");
         Initialize();
-        Check(cuDeviceGet(out device, 0), "opening the GPU");
+        Check(cuDeviceGet(out device, ordinal), $"opening GPU {ordinal}");
         var name = stackalloc byte[256];
         Check(cuDeviceGetName(name, 256, device), "reading the GPU's name");
         int Attribute(int attribute) {
@@ -103,6 +105,13 @@ public sealed unsafe class Cuda : IDevice {
         }
     }
 
+    /// <summary>How many GPUs there are.</summary>
+    public static int Count() {
+        Initialize();
+        Check(cuDeviceGetCount(out var count), "counting GPUs");
+        return count;
+    }
+
     static UnmanagedMemoryStream? Fatbin(DataType precision) => (UnmanagedMemoryStream?)
         typeof(Cuda).Assembly.GetManifestResourceStream($"Kernels.{precision.ToString().ToLowerInvariant()}.fatbin");
 
@@ -162,8 +171,11 @@ public sealed unsafe class Cuda : IDevice {
         cuDevicePrimaryCtxRelease(device);
     }
 
+    /// <summary>The stream of all work.</summary>
+    public nint Stream => stream;
+
     /// <summary>Makes the context this thread's.</summary>
-    void Enter() => Check(cuCtxSetCurrent(context), "entering the context");
+    public void Enter() => Check(cuCtxSetCurrent(context), "entering the context");
 
     /// <summary>The offset of some of the pinned memory and its counterpart on the GPU, which hold until it comes round
     /// to them again; what used them last is then done.</summary>
@@ -646,6 +658,129 @@ static class CudaEvent {
     }
 }
 
+/// <summary>NCCL (libnccl.so.2) among ranks with a GPU each, on a stream beside the device's.</summary>
+public sealed unsafe class Nccl : ICollective {
+    readonly Cuda device;
+    readonly Peers peers;
+    readonly nint communicator, stream, before, after;
+    readonly Timer watch;
+    long begun; // when what is under way was, or 0
+
+    /// <summary>Meets the other ranks in NCCL.</summary>
+    /// <param name="timeout">How long all this may wait for a rank.</param>
+    public Nccl(Cuda device, Peers peers, TimeSpan timeout) {
+        (this.device, this.peers) = (device, peers);
+        device.Enter();
+        try {
+            var id = new NcclId();
+            if (Rank == 0)
+                CheckNccl(ncclGetUniqueId(&id), "starting");
+            var bytes = MemoryMarshal.AsBytes(new Span<NcclId>(ref id));
+            peers.Exchange(all => all[0], bytes).CopyTo(bytes);
+            CheckNccl(ncclCommInitRank(out communicator, Size, id, Rank), "meeting the other ranks");
+        } catch (DllNotFoundException) {
+            throw new Gpt2Exception("--gpus: expected NCCL (libnccl.so.2, on the loader's path), found none");
+        }
+        const int nonBlocking = 1, highest = -100, withoutTiming = 2;
+        Check(cuStreamCreateWithPriority(out stream, nonBlocking, highest), "creating a stream");
+        Check(cuEventCreate(out before, withoutTiming), "creating an event");
+        Check(cuEventCreate(out after, withoutTiming), "creating an event");
+        watch = new Timer(_ => Watch(timeout), null, timeout / 8, timeout / 8);
+    }
+
+    public int Rank => peers.Rank;
+    public int Size => peers.Size;
+
+    public void Sum(Span<double> values) => peers.Sum(values);
+
+    public void AllReduce(ReadOnlySpan<Tensor> arrays) {
+        Begin();
+        foreach (var x in arrays)
+            CheckNccl(ncclAllReduce(x.Address, x.Address, (nuint)x.Count, Type(x), Sums, communicator, stream), "summing");
+        End();
+    }
+
+    public void ReduceScatter(ReadOnlySpan<Tensor> arrays, ReadOnlySpan<Tensor> parts) {
+        Begin();
+        for (var i = 0; i < arrays.Length; i++) {
+            var (x, to) = (arrays[i], parts[i].Address);
+            if (x.Count % Size == 0)
+                CheckNccl(ncclReduceScatter(x.Address, to, (nuint)parts[i].Count, Type(x), Sums, communicator, stream),
+                    "summing");
+            for (var rank = 0; rank < Size && x.Count % Size != 0; rank++) {
+                var (from, count) = Part(x, rank);
+                CheckNccl(ncclReduce(from, to, count, Type(x), Sums, rank, communicator, stream), "summing");
+            }
+        }
+        End();
+    }
+
+    public void AllGather(ReadOnlySpan<Tensor> arrays) {
+        Begin();
+        foreach (var x in arrays) {
+            var (own, equal) = Part(x, Rank);
+            if (x.Count % Size == 0)
+                CheckNccl(ncclAllGather(own, x.Address, equal, Type(x), communicator, stream), "gathering");
+            for (var rank = 0; rank < Size && x.Count % Size != 0; rank++) {
+                var (from, count) = Part(x, rank);
+                CheckNccl(ncclBroadcast(from, from, count, Type(x), rank, communicator, stream), "gathering");
+            }
+        }
+        End();
+    }
+
+    const int Sums = 0;
+
+    static int Type(Tensor x) => x.Type == DataType.Bf16 ? 9 : 7;
+
+    (nint Address, nuint Count) Part(Tensor x, int rank) {
+        var (first, end) = (x.Count * rank / Size, x.Count * (rank + 1) / Size);
+        return (x.Address + (nint)(first * x.ElementSize), (nuint)(end - first));
+    }
+
+    void Begin() {
+        device.Enter();
+        Check(cuEventRecord(before, device.Stream), "ordering streams");
+        Check(cuStreamWaitEvent(stream, before, 0), "ordering streams");
+        CheckNccl(ncclGroupStart(), "grouping");
+    }
+
+    void End() {
+        CheckNccl(ncclGroupEnd(), "grouping");
+        Check(cuEventRecord(after, stream), "ordering streams");
+        Volatile.Write(ref begun, Stopwatch.GetTimestamp());
+    }
+
+    public void Join() {
+        device.Enter();
+        Check(cuStreamWaitEvent(device.Stream, after, 0), "ordering streams");
+    }
+
+    /// <summary>Ends the job if NCCL has failed, or waits for a rank too long.</summary>
+    void Watch(TimeSpan timeout) {
+        var since = Volatile.Read(ref begun);
+        if (since == 0)
+            return;
+        device.Enter();
+        const int notReady = 600;
+        var state = cuEventQuery(after);
+        if (state == 0)
+            Interlocked.CompareExchange(ref begun, 0, since);
+        else if (state == notReady && Stopwatch.GetElapsedTime(since) > timeout)
+            peers.Report($"rank {Rank}: expected every rank in NCCL at {peers.Place} within " +
+                $"{timeout.TotalSeconds:F0} s, found one that did not come");
+        if (ncclCommGetAsyncError(communicator, out var error) == 0 && error is not 0 and not 7)
+            peers.Report($"rank {Rank}: NCCL at {peers.Place}: expected success, found {NcclError(error)}");
+    }
+
+    public void Dispose() {
+        watch.Dispose();
+        device.Enter();
+        ncclCommAbort(communicator);
+        cuStreamDestroy(stream);
+    }
+}
+
 /// <summary>A function of the loaded module.</summary>
 sealed class CudaKernel(string name, nint function) {
     public string Name => name;
@@ -799,6 +934,10 @@ static unsafe partial class Driver {
     [LibraryImport(Library)]
     public static partial int cuTensorMapEncodeTiled(nint map, int type, int rank, nint address, ulong* dimensions,
         ulong* strides, uint* box, uint* steps, int interleave, int swizzle, int promotion, int fill);
+    [LibraryImport(Library)]
+    public static partial int cuStreamCreateWithPriority(out nint stream, uint flags, int priority);
+    [LibraryImport(Library)] public static partial int cuStreamWaitEvent(nint stream, nint @event, uint flags);
+    [LibraryImport(Library)] public static partial int cuEventQuery(nint @event);
     [LibraryImport(Library)] public static partial int cuProfilerStart();
     [LibraryImport(Library)] public static partial int cuProfilerStop();
     [LibraryImport(Library)] public static partial int cuStreamCreate(out nint stream, uint flags);
@@ -869,6 +1008,52 @@ static unsafe partial class CublasLt {
         nuint workspaceBytes, nint stream);
 }
 
+/// <summary>NCCL, as far as we call it.</summary>
+static unsafe partial class NcclApi {
+    const string Library = "nccl";
+
+    static NcclApi() => Libraries.Register();
+
+    /// <summary>What names a communicator before there is one.</summary>
+    [StructLayout(LayoutKind.Sequential, Size = 128)]
+    public struct NcclId;
+
+    public static string NcclError(int status) => Marshal.PtrToStringUTF8(ncclGetErrorString(status)) ?? $"{status}";
+
+    /// <exception cref="Gpt2Exception">Not success: NCCL's name for it, and its last words.</exception>
+    public static void CheckNccl(int status, string doing) {
+        const int inProgress = 7;
+        if (status is not 0 and not inProgress)
+            throw new Gpt2Exception($"NCCL: {doing}: expected success, found {NcclError(status)} " +
+                $"({Marshal.PtrToStringUTF8(ncclGetLastError(0))})");
+    }
+
+    [LibraryImport(Library)] public static partial nint ncclGetErrorString(int status);
+    [LibraryImport(Library)] public static partial nint ncclGetLastError(nint communicator);
+    [LibraryImport(Library)] public static partial int ncclGetUniqueId(NcclId* id);
+    [LibraryImport(Library)]
+    public static partial int ncclCommInitRank(out nint communicator, int ranks, NcclId id, int rank);
+    [LibraryImport(Library)] public static partial int ncclCommGetAsyncError(nint communicator, out int error);
+    [LibraryImport(Library)] public static partial int ncclCommAbort(nint communicator);
+    [LibraryImport(Library)] public static partial int ncclGroupStart();
+    [LibraryImport(Library)] public static partial int ncclGroupEnd();
+    [LibraryImport(Library)]
+    public static partial int ncclAllReduce(
+        nint from, nint to, nuint count, int type, int operation, nint communicator, nint stream);
+    [LibraryImport(Library)]
+    public static partial int ncclReduceScatter(
+        nint from, nint to, nuint count, int type, int operation, nint communicator, nint stream);
+    [LibraryImport(Library)]
+    public static partial int ncclReduce(
+        nint from, nint to, nuint count, int type, int operation, int root, nint communicator, nint stream);
+    [LibraryImport(Library)]
+    public static partial int ncclAllGather(
+        nint from, nint to, nuint count, int type, nint communicator, nint stream);
+    [LibraryImport(Library)]
+    public static partial int ncclBroadcast(
+        nint from, nint to, nuint count, int type, int root, nint communicator, nint stream);
+}
+
 /// <summary>Where the libraries are that come with a driver or a toolkit.</summary>
 static class Libraries {
     static readonly Lazy<bool> registered = new(() => {
@@ -882,6 +1067,7 @@ static class Libraries {
         string[] files = name switch {
             "cuda" => ["libcuda.so.1"],
             "cublasLt" => ["libcublasLt.so.13", "libcublasLt.so.12"],
+            "nccl" => ["libnccl.so.2"],
             _ => [],
         };
         var home = Environment.GetEnvironmentVariable("CUDA_HOME") ?? "/usr/local/cuda";

@@ -1602,13 +1602,44 @@ __device__ float round_stochastically(float x, uint32_t random) {
 }
 
 // Every part in one launch: y is the part. The gradient is zero afterwards.
+// The next eight elements of so many, or those that are left; a rank's part may begin anywhere in a tensor.
+template <typename T>
+__device__ bool are_whole(const T* at, int64_t count) {
+    return count >= Width && (uintptr_t)at % 16 == 0;
+}
+
+template <typename T>
+__device__ Pack load_some(const T* from, int64_t count) {
+    if (are_whole(from, count))
+        return load(from);
+    Pack pack = {};
+#pragma unroll
+    for (int i = 0; i < Width; i++) {
+        if (i < count)
+            pack.x[i] = from[i];
+    }
+    return pack;
+}
+
+template <typename T>
+__device__ void store_some(T* to, int64_t count, Pack pack) {
+    if (are_whole(to, count))
+        return store(to, pack);
+#pragma unroll
+    for (int i = 0; i < Width; i++) {
+        if (i < count)
+            to[i] = pack.x[i];
+    }
+}
+
 KERNEL adamw(const AdamWPart* parts, float learning_rate, float weight_decay, float gradient_scale, float beta1,
     float beta2, float epsilon, float correction1, float correction2, uint32_t seed) {
     AdamWPart part = parts[blockIdx.y];
     float decay = part.decays ? learning_rate * weight_decay : 0;
     int64_t stride = (int64_t)gridDim.x * blockDim.x * Width;
     for (int64_t i = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * Width; i < part.count; i += stride) {
-        Pack dw = load(part.dw + i), m = load(part.m + i), v = load(part.v + i), w = load(part.master + i);
+        Pack dw = load(part.dw + i), m = load(part.m + i), v = load(part.v + i);
+        Pack w = load_some(part.master + i, part.count - i);
 #pragma unroll
         for (int j = 0; j < Width; j++) {
             float g = dw.x[j] * gradient_scale;
@@ -1620,7 +1651,7 @@ KERNEL adamw(const AdamWPart* parts, float learning_rate, float weight_decay, fl
         store(part.dw + i, Pack{});
         store(part.m + i, m);
         store(part.v + i, v);
-        store(part.master + i, w);
+        store_some(part.master + i, part.count - i, w);
 #ifndef FP32
 #pragma unroll
         for (int j = 0; j < Width; j += 2) {
@@ -1629,7 +1660,7 @@ KERNEL adamw(const AdamWPart* parts, float learning_rate, float weight_decay, fl
             w.x[j] = round_stochastically(w.x[j], random);
             w.x[j + 1] = round_stochastically(w.x[j + 1], random >> 16);
         }
-        store(part.w + i, w);
+        store_some(part.w + i, part.count - i, w);
 #endif
     }
 }

@@ -1,6 +1,14 @@
+using System.Collections;
+using System.IO.Hashing;
+using System.Net;
+using System.Net.Sockets;
+using System.Runtime.InteropServices;
+using System.Text;
+using System.Text.RegularExpressions;
 using ConsoleAppFramework;
 using Gpt2;
 using Microsoft.Extensions.Logging;
+using Microsoft.Extensions.Logging.Abstractions;
 using ZLogger;
 using static Gpt2.Gpt2Exception;
 
@@ -54,6 +62,9 @@ internal sealed class Commands {
     /// <param name="device">auto, cuda or cpu.</param>
     /// <param name="precision">Of weights and activations: bf16 or fp32. [bf16 on a GPU]</param>
     /// <param name="seed">Seed of weights, order and samples.</param>
+    /// <param name="gpus">GPUs of this machine to train on. [all; those of mpirun, srun or torchrun]</param>
+    /// <param name="zero">-z, Which ZeRO stage divides the optimizer's state among GPUs: 0 for none, or 1.</param>
+    /// <param name="timeout">Seconds that one GPU's process waits for another's.</param>
     /// <param name="verbose">Show where an error came from; wait for the GPU after each operation, to name it.</param>
     public int Train(string trainData = "data/*train_*.bin", string valData = "data/*val_*.bin", string? init = null,
         string @out = "log", int? batch = null, int? seq = null, int totalBatch = 0, int maxSteps = 300,
@@ -62,18 +73,29 @@ internal sealed class Commands {
         int valEvery = 50, int valBatches = 20, int sampleEvery = 0, int genTokens = 64, int checkpointEvery = 200,
         int keep = 2, bool resume = false, int recompute = 0, bool overfit = false, bool noShuffle = false,
         float skipOutliers = 0, DeviceKind device = DeviceKind.Auto, DataType? precision = null, uint seed = 42,
-        bool verbose = false) => Guard(verbose, () => {
+        int? gpus = null, int zero = 1, int timeout = 600, bool verbose = false) => Guard(verbose, () => {
+            Require(timeout is > 0 and <= 1_000_000, "--timeout", "1 to 1000000 seconds", timeout);
+            var job = Job.OfEnvironment();
+            if (job == null && Job.Gpus(gpus, device) is > 1 and var ranks)
+                return Job.Start(ranks);
             using var logs = LoggerFactory.Create(logging => logging.AddZLoggerConsole(options =>
                 options.LogToStandardErrorThreshold = LogLevel.Trace));
-            using var computer = Open(device, precision, verbose);
+            var others = job?.Meet(TimeSpan.FromSeconds(timeout));
+            using var computer = Open(device, precision, verbose, rank: job?.LocalRank ?? 0);
+            using ICollective collective = others == null ? new Alone() : computer is Cuda cuda
+                ? new Nccl(cuda, others, TimeSpan.FromSeconds(timeout))
+                : throw new Gpt2Exception($"--device: expected a GPU for each of {job!.Size} ranks, found a CPU");
             var (B, T) = Sizes(computer, batch, seq, (16, 1024), (4, 128));
-            totalBatch = totalBatch == 0 ? B * T : totalBatch;
+            totalBatch = totalBatch == 0 ? B * T * collective.Size : totalBatch;
             var options = new TrainOptions(trainData, valData, init, @out, B, T, totalBatch, maxSteps, lr,
                 warmup, finalLrFrac, weightDecay, schedule, valEvery, valBatches, sampleEvery, genTokens,
                 checkpointEvery, keep, resume, recompute, overfit, !noShuffle, seed, skipOutliers,
-                computer is Cpu ? "d6" : "d12");
-            using var trainer = new Trainer(options, computer, Console.Out, logs.CreateLogger("gpt2"));
-            trainer.Run();
+                computer is Cpu ? "d6" : "d12", zero);
+            var isFirst = collective.Rank == 0;
+            using var trainer = new Trainer(options, computer, isFirst ? Console.Out : TextWriter.Null,
+                isFirst ? logs.CreateLogger("gpt2") : NullLogger.Instance, collective);
+            trainer.Run(step => others?.Place = $"step {step}");
+            others?.Leave();
             return 0;
         });
 
@@ -221,11 +243,12 @@ internal sealed class Commands {
         });
 
     /// <summary>The device asked for; bf16 unless said otherwise on a GPU, and fp32 on the CPU.</summary>
-    static IDevice Open(DeviceKind device, DataType? precision, bool verbose, bool portable = false) {
+    static IDevice Open(
+        DeviceKind device, DataType? precision, bool verbose, bool portable = false, int rank = 0) {
         Require(Enum.IsDefined(device), "--device", "auto, cuda or cpu", device);
         Require(precision == null || Enum.IsDefined(precision.Value), "--precision", "bf16 or fp32", precision!);
         if (device == DeviceKind.Cuda || device == DeviceKind.Auto && Cuda.IsAvailable)
-            return new Cuda(precision ?? DataType.Bf16, portable, verbose);
+            return new Cuda(precision ?? DataType.Bf16, portable, verbose, rank == 0 ? 0 : rank % Cuda.Count());
         Require(precision != DataType.Bf16, "--precision", "fp32 on the CPU", "bf16");
         return new Cpu();
     }
@@ -256,8 +279,153 @@ internal sealed class Commands {
             return command();
         } catch (Exception e) {
             e = (e as AggregateException)?.InnerException ?? e;
-            Console.Error.WriteLine($"gpt2: {(verbose ? e : e.Message)}");
+            Job.Complain(verbose ? e.ToString() : e.Message);
             return (e as Gpt2Exception)?.ExitCode ?? 1;
         }
     }
+}
+
+/// <summary>This process among those that train together: started by ourselves, or by torchrun, mpirun or srun.</summary>
+internal sealed partial record Job(int Rank, int Size, int LocalRank, string Host, int Port, string Key) {
+    const string Own = "GPT2_JOB_KEY";
+    const int Terminate = 15, Kill = 9;
+
+    static Job? current;
+    static int complained;
+
+    static string? Variable(string name) => Environment.GetEnvironmentVariable(name) is { Length: > 0 } text ? text : null;
+
+    static int? Number(string name, int least = 0) => Variable(name) is not { } text ? null
+        : int.TryParse(text, out var number) && number >= least ? number
+        : throw new Gpt2Exception($"{name}: expected a number from {least} on, found '{text}'");
+
+    /// <summary>What the environment says; null for a process alone.</summary>
+    public static Job? OfEnvironment() {
+        var (rank, size, local) = (Number("RANK"), Number("WORLD_SIZE", 1), Number("LOCAL_RANK"));
+        var (port, host, id) = (Number("MASTER_PORT", 1), Variable("MASTER_ADDR"), Variable("TORCHELASTIC_RUN_ID"));
+        if (rank != null && id != null)
+            port++; // torchrun itself listens at the port
+        if (rank == null && Number("OMPI_COMM_WORLD_RANK") is { } ompi) {
+            (rank, size, local) = (ompi, Number("OMPI_COMM_WORLD_SIZE", 1), Number("OMPI_COMM_WORLD_LOCAL_RANK"));
+            id = Variable("PMIX_NAMESPACE") ?? Variable("OMPI_MCA_ess_base_jobid");
+            if (host == null && Number("OMPI_COMM_WORLD_LOCAL_SIZE") != size)
+                throw new Gpt2Exception("MASTER_ADDR: expected rank 0's host (mpirun -x MASTER_ADDR=...), found none");
+        } else if (rank == null && Number("SLURM_PROCID") is { } slurm) {
+            (rank, size, local) = (slurm, Number("SLURM_NTASKS", 1), Number("SLURM_LOCALID"));
+            id = Variable("SLURM_JOB_ID");
+            host ??= FirstHost(Variable("SLURM_STEP_NODELIST") ?? Variable("SLURM_JOB_NODELIST"));
+        }
+        if (rank == null || size is null or 1)
+            return null;
+        if (rank >= size)
+            throw new Gpt2Exception($"RANK: expected 0 to {size - 1}, found {rank}");
+        id ??= "";
+        const int firstPort = 20_000, ports = 10_000;
+        port ??= firstPort + (int)(XxHash3.HashToUInt64(Encoding.UTF8.GetBytes(id)) % ports);
+        current = new Job(rank.Value, size.Value, local ?? rank.Value, host ?? "127.0.0.1", port.Value,
+            Variable(Own) ?? id);
+        if (Variable(Own) != null) {
+            const int deathSignal = 1;
+            // Signals of the terminal reach the parent alone, which passes them on; the children end with it.
+            _ = setpgid(0, 0);
+            _ = prctl(deathSignal, Kill);
+        }
+        return current;
+    }
+
+    /// <summary>The first of Slurm's hosts: node[03-05,9],other is node03.</summary>
+    internal static string? FirstHost(string? list) =>
+        list == null ? null : FirstOfList().Replace(list, "$1$2", 1).Split(',')[0];
+
+    [GeneratedRegex(@"^([^,\[]*)\[(\d+)[^\]]*\]")]
+    private static partial Regex FirstOfList();
+
+    /// <summary>How many processes to start: as many as asked for, or as there are GPUs.</summary>
+    public static int Gpus(int? asked, DeviceKind device) {
+        Require(asked is null or > 0, "--gpus", "1 or more", asked ?? 0);
+        Require(device != DeviceKind.Cpu || asked is null or 1, "--gpus", "1 for the CPU", asked ?? 0);
+        if (asked == 1 || device is not (DeviceKind.Auto or DeviceKind.Cuda) ||
+            asked == null && device == DeviceKind.Auto && !Cuda.IsAvailable)
+            return 1;
+        var found = Cuda.Count();
+        // Several ranks on one GPU are good for tests alone.
+        var fits = asked == null || asked <= found || Variable("GPT2_SHARE_GPUS") != null;
+        Require(fits, "--gpus", $"at most {found}", asked ?? 0);
+        return asked ?? found;
+    }
+
+    /// <summary>Connects the ranks.</summary>
+    public Peers Meet(TimeSpan timeout) => new(Rank, Size, Host, Port, Key, timeout, why => {
+        // One rank is enough to say it.
+        if (Rank == 0 || Rank == 1 && why.Contains("rank 0 "))
+            Complain(why);
+        _exit(1); // at once: another thread may wait for a GPU that waits for the lost rank
+    });
+
+    /// <summary>Says on standard error why this process fails: once.</summary>
+    public static void Complain(string why) {
+        var prefix = current is { Rank: > 0 } && !why.StartsWith("rank ") ? $"rank {current.Rank}: " : "";
+        if (Interlocked.Exchange(ref complained, 1) == 0)
+            Console.Error.WriteLine($"gpt2: {prefix}{why}");
+    }
+
+    /// <summary>Starts this program once for each of so many GPUs, and waits for all. If one fails, all end.</summary>
+    public static int Start(int ranks) {
+        using var listener = new TcpListener(IPAddress.Loopback, 0);
+        listener.Start();
+        var port = ((IPEndPoint)listener.LocalEndpoint).Port;
+        listener.Stop();
+        var key = $"{Guid.NewGuid():N}";
+        string?[] arguments = [.. Environment.GetCommandLineArgs(), null];
+        var inherited = Environment.GetEnvironmentVariables().Cast<DictionaryEntry>().Select(e => $"{e.Key}={e.Value}");
+        var running = new Dictionary<int, int>(); // ranks by process
+        for (var rank = 0; rank < ranks; rank++) {
+            // NCCL takes one GPU of a host but once, so that ranks which share it say that they are on several.
+            string[] shared = Variable("GPT2_SHARE_GPUS") == null ? [] : [$"NCCL_HOSTID=rank {rank}"];
+            string?[] environment = [.. inherited, .. shared, $"RANK={rank}", $"LOCAL_RANK={rank}",
+                $"WORLD_SIZE={ranks}", "MASTER_ADDR=127.0.0.1", $"MASTER_PORT={port}", $"{Own}={key}", null];
+            if (posix_spawn(out var process, Environment.ProcessPath!, 0, 0, arguments, environment) is not 0 and var error)
+                throw new Gpt2Exception($"--gpus: expected {ranks} processes, found error {error} starting rank {rank}");
+            running[process] = rank;
+        }
+        void Send(int signal) {
+            lock (running) {
+                foreach (var process in running.Keys)
+                    _ = kill(process, signal);
+            }
+        }
+        void Pass(PosixSignalContext signal) {
+            signal.Cancel = true;
+            Send(Terminate);
+        }
+        using var terminate = PosixSignalRegistration.Create(PosixSignal.SIGTERM, Pass);
+        using var interrupt = PosixSignalRegistration.Create(PosixSignal.SIGINT, Pass);
+        const int patience = 10_000;
+        using var killer = new Timer(_ => Send(Kill));
+        var result = 0;
+        while (running.Count > 0) {
+            var process = waitpid(-1, out var status, 0);
+            if (!running.TryGetValue(process, out var rank))
+                continue;
+            lock (running)
+                running.Remove(process);
+            var (signal, code) = (status & 0x7f, status >> 8 & 0xff);
+            if (signal != 0)
+                Complain($"rank {rank} was ended by signal {signal}");
+            if (status != 0 && result == 0) {
+                result = signal != 0 ? 1 : code;
+                killer.Change(patience, Timeout.Infinite);
+            }
+        }
+        return result;
+    }
+
+    [LibraryImport("libc", StringMarshalling = StringMarshalling.Utf8)]
+    private static partial int posix_spawn(
+        out int process, string path, nint actions, nint attributes, string?[] arguments, string?[] environment);
+    [LibraryImport("libc")] private static partial int waitpid(int process, out int status, int options);
+    [LibraryImport("libc")] private static partial void _exit(int status);
+    [LibraryImport("libc")] private static partial int setpgid(int process, int group);
+    [LibraryImport("libc")] private static partial int prctl(int option, nint argument);
+    [LibraryImport("libc")] private static partial int kill(int process, int signal);
 }

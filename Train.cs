@@ -3,7 +3,6 @@ using System.Diagnostics;
 using System.Net;
 using System.Net.Sockets;
 using System.Runtime.InteropServices;
-using System.Security.Cryptography;
 using System.Text;
 using System.Text.RegularExpressions;
 using Microsoft.Extensions.Logging;
@@ -153,7 +152,8 @@ public sealed class Trainer : IDisposable {
     }
 
     /// <summary>Trains to the last step, or until a signal, and leaves a checkpoint.</summary>
-    public void Run() {
+    /// <param name="begins">Is told the number of each step that begins.</param>
+    public void Run(Action<int>? begins = null) {
         var stop = false;
         void Stop(PosixSignalContext signal) {
             // The first signal ends the run after its step; a second one ends the process as usual.
@@ -167,6 +167,7 @@ public sealed class Trainer : IDisposable {
         if (firstStep == 0 && options.ValEvery > 0)
             Validate(0);
         for (var (step, stopping) = (firstStep, false); step < options.MaxSteps && !stopping;) {
+            begins?.Invoke(step + 1);
             var start = Stopwatch.GetTimestamp();
             var (loss, norm, skipped) = Step(step);
             var seconds = Stopwatch.GetElapsedTime(start).TotalSeconds;
@@ -646,7 +647,7 @@ public static class Benchmark {
 /// <summary>The connections between a job's ranks, a star around the first. They carry what the hosts agree on, and tell
 /// when a rank is gone or silent.</summary>
 public sealed class Peers : IDisposable {
-    const int HelloBytes = 40; // the key's SHA-256, rank, size
+    const int KeyBytes = 64, HelloBytes = KeyBytes + 2 * sizeof(int); // the key, rank, size
 
     readonly Link[] links; // to every other rank for the first, to the first for every other
     readonly TimeSpan timeout;
@@ -684,7 +685,7 @@ public sealed class Peers : IDisposable {
     /// <exception cref="Gpt2Exception">A rank did not come in time.</exception>
     public Peers(int rank, int size, string host, int port, string key, TimeSpan timeout, Action<string> lost) {
         (Rank, Size, this.timeout, this.lost) = (rank, size, timeout, lost);
-        byte[] Hello(int rank) => [.. SHA256.HashData(Encoding.UTF8.GetBytes(key)),
+        byte[] Hello(int rank) => [.. Encoding.UTF8.GetBytes(key.PadRight(KeyBytes)).Take(KeyBytes),
             .. BitConverter.GetBytes(rank), .. BitConverter.GetBytes(size)];
         links = rank == 0 ? Gather(host, port, Hello) : [Reach(host, port, Hello(rank))];
         foreach (var link in links)
@@ -707,23 +708,24 @@ public sealed class Peers : IDisposable {
             throw new Gpt2Exception($"rank 0: expected port {port} to be free, found: {e.Message}");
         }
         using var _ = listener;
-        using var late = new CancellationTokenSource(timeout);
+        var begin = Stopwatch.GetTimestamp();
         while (Array.IndexOf(found, null, 1) is var missing and > 0) {
+            var left = timeout - Stopwatch.GetElapsedTime(begin);
+            if (left < TimeSpan.Zero || !listener.Server.Poll(left, SelectMode.SelectRead))
+                throw new Gpt2Exception($"rank 0: expected rank {missing} of {Size} on port {port} within " +
+                    $"{timeout.TotalSeconds:F0} s, found {found.Count(link => link != null) + 1} ranks");
             try {
-                var client = listener.AcceptTcpClientAsync(late.Token).AsTask().GetAwaiter().GetResult();
+                var client = listener.AcceptTcpClient();
                 (client.NoDelay, client.ReceiveTimeout) = (true, (int)timeout.TotalMilliseconds);
                 var said = new byte[HelloBytes];
                 client.GetStream().ReadExactly(said);
-                var rank = BitConverter.ToInt32(said, SHA256.HashSizeInBytes);
+                var rank = BitConverter.ToInt32(said, KeyBytes);
                 if (rank > 0 && rank < Size && found[rank] == null && hello(rank).AsSpan().SequenceEqual(said))
                     found[rank] = new(rank, client);
                 else
                     client.Dispose();
             } catch (IOException) {
                 // Nobody of ours.
-            } catch (OperationCanceledException) {
-                throw new Gpt2Exception($"rank 0: expected rank {missing} of {Size} on port {port} within " +
-                    $"{timeout.TotalSeconds:F0} s, found {found.Count(link => link != null) + 1} ranks");
             }
         }
         return [.. found.Skip(1).Select(link => link!)];

@@ -493,6 +493,25 @@ public sealed class GpuOperationTests(GpuUnderTest gpu) {
             }
         });
     }
+
+    [Test]
+    [Arguments(3, 13)]
+    [Arguments(8, 21)]
+    [Arguments(16, 1)]
+    public async Task AdamWOfAPartLeavesItsNeighboursAlone(int first, int count) {
+        const int all = 48, padded = 24;
+        var (device, type) = (gpu.Shared, gpu.Precision);
+        var before = Rounded(Floats(1, all), type);
+        var w = device.Upload(before, type);
+        Tensor Padded(ReadOnlySpan<float> values) =>
+            device.Upload([.. values, .. new float[padded - values.Length]]).Flat(0, count);
+        var master = type == DataType.Fp32 ? w.Flat(first, count) : Padded(before.AsSpan(first, count));
+        AdamWPart[] parts = [new(first, true, w.Flat(first, count), master, Padded(Floats(2, count)), Padded([]), Padded([]))];
+        device.AdamW(parts, new AdamWStep(1, 0.5f, 0.1f, 1, 0.9f, 0.95f, 1e-8f, Seed: 42));
+        var after = device.Download(w);
+        for (var i = 0; i < all; i++)
+            await Assert.That(after[i] == before[i]).IsEqualTo(i < first || i >= first + count).Because($"element {i}");
+    }
 }
 
 /// <summary>How weights in bf16 follow their masters: rounded up or down at random, so that they are right in the

@@ -226,7 +226,7 @@ public sealed class RankTests {
 
 /// <summary>The connections between ranks, here between threads of one process.</summary>
 public sealed class PeersTests {
-    static int FreePort() {
+    internal static int FreePort() {
         using var listener = new TcpListener(IPAddress.Loopback, 0);
         listener.Start();
         return ((IPEndPoint)listener.LocalEndpoint).Port;
@@ -318,5 +318,58 @@ public sealed class PeersTests {
         var error = Assert.Throws<Gpt2Exception>(() => all[0].Sum([]));
         await Assert.That(error.Message).IsEqualTo("rank 0: expected rank 1 at the start, found it elsewhere for 1 s");
         Array.ForEach(all, peers => peers.Dispose());
+    }
+}
+
+/// <summary>The binary among others, as far as that goes without a GPU.</summary>
+public sealed class JobTests {
+    const string Train = "train -i train_*.bin -j val.bin -b 1 -t 8 --device cpu";
+
+    static Task<Result> Run(TemporaryFolder folder, string environment, string arguments = "") =>
+        Gpt2Process.RunIn($"export {environment}; exec \"$@\"", folder.Path, $"{Train} {arguments}".Trim());
+
+    static async Task IsRefused(Result result, params string[] parts) {
+        await Assert.That(result.ExitCode).IsEqualTo(1).Because(result.ToString());
+        await Assert.That(result.Sentences).Count().IsEqualTo(1).Because(result.ToString());
+        foreach (var part in parts)
+            await Assert.That(result.Sentences[0]).Contains(part);
+    }
+
+    [Test]
+    [Arguments("RANK={0} WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT={1}")]
+    [Arguments("RANK={0} WORLD_SIZE=2 LOCAL_RANK={0} MASTER_ADDR=127.0.0.1 MASTER_PORT={1} TORCHELASTIC_RUN_ID=none")]
+    [Arguments("OMPI_COMM_WORLD_RANK={0} OMPI_COMM_WORLD_SIZE=2 OMPI_COMM_WORLD_LOCAL_RANK={0} " +
+        "OMPI_COMM_WORLD_LOCAL_SIZE=2 PMIX_NAMESPACE=job{1}")]
+    [Arguments("SLURM_PROCID={0} SLURM_NTASKS=2 SLURM_LOCALID={0} SLURM_JOB_ID={1} SLURM_STEP_NODELIST=localhost")]
+    public async Task RanksMeetHoweverTheyAreStarted(string environment) {
+        using var folder = new TemporaryFolder();
+        var port = PeersTests.FreePort();
+        var both = await Task.WhenAll(Enumerable.Range(0, 2)
+            .Select(rank => Run(folder, string.Format(environment, rank, port), "--timeout 20")));
+        // Each says that it has no GPU, or that the other is gone for that reason; the second not that the first is.
+        var sentences = both.SelectMany(result => result.Sentences).ToArray();
+        await Assert.That(sentences).Contains(sentence => sentence.Contains("expected a GPU for each of 2 ranks"));
+        foreach (var result in both)
+            await Assert.That(result.ExitCode).IsEqualTo(1).Because(result.ToString());
+    }
+
+    [Test]
+    public async Task ARankAloneGivesUp() {
+        using var folder = new TemporaryFolder();
+        var port = PeersTests.FreePort();
+        await IsRefused(await Run(folder, $"RANK=0 WORLD_SIZE=3 MASTER_PORT={port}", "--timeout 1"),
+            "rank 0: expected rank 1 of 3", $"{port}", "1 s");
+        await IsRefused(await Run(folder, $"SLURM_PROCID=2 SLURM_NTASKS=3 SLURM_JOB_NODELIST=127.0.0.[1-3],other " +
+            $"MASTER_PORT={port}", "--timeout 1"), "rank 2: expected rank 0 on 127.0.0.1", $"{port}");
+    }
+
+    [Test]
+    [Arguments("RANK=two WORLD_SIZE=2", "RANK two")]
+    [Arguments("RANK=2 WORLD_SIZE=2", "RANK 1 2")]
+    [Arguments("RANK=0 WORLD_SIZE=0", "WORLD_SIZE 1 0")]
+    [Arguments("OMPI_COMM_WORLD_RANK=0 OMPI_COMM_WORLD_SIZE=4 OMPI_COMM_WORLD_LOCAL_SIZE=2", "MASTER_ADDR")]
+    public async Task AWrongEnvironmentIsRefused(string environment, string parts) {
+        using var folder = new TemporaryFolder();
+        await IsRefused(await Run(folder, environment), parts.Split(' '));
     }
 }
