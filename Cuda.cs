@@ -696,7 +696,8 @@ public sealed unsafe class Nccl : ICollective {
     public void AllReduce(ReadOnlySpan<Tensor> arrays) {
         Begin();
         foreach (var x in arrays)
-            CheckNccl(ncclAllReduce(x.Address, x.Address, (nuint)x.Count, Type(x), Sums, communicator, stream), "summing");
+            CheckNccl(ncclAllReduce(x.Address, x.Address, (nuint)x.Count, Type(x), Sums, communicator, stream),
+                "summing");
         End();
     }
 

@@ -304,8 +304,8 @@ public sealed class TokenShard : IDisposable {
     public void Dispose() => file.Dispose();
 }
 
-/// <summary>Batches of (B, T) tokens from shards, in order or shuffled, as llm.c draws them: samples of ranks·B·T tokens,
-/// of which each rank takes B·T.</summary>
+/// <summary>Batches of (B, T) tokens from shards, in order or shuffled, as llm.c draws them: samples of ranks·B·T
+/// tokens, of which each rank takes B·T.</summary>
 public sealed class TokenLoader : IDisposable {
     readonly TokenShard[] shards;
     readonly int B, T, vocabulary, rank, ranks;
@@ -393,8 +393,8 @@ public sealed class TokenLoader : IDisposable {
         to.Write(MemoryMarshal.AsBytes(random.Save().AsSpan()));
     }
 
-    /// <summary>Goes on from a position, with what <see cref="Save"/> wrote there. The run keeps its samples, whatever the
-    /// number of ranks and their batches are now.</summary>
+    /// <summary>Goes on from a position, with what <see cref="Save"/> wrote there. The run keeps its samples, whatever
+    /// the number of ranks and their batches are now.</summary>
     /// <param name="sampleTokens">0 if the file does not say; then they are as in a new run.</param>
     public void Load(BinaryFile from, bool shuffled, (int Shard, int Sample) position, int sampleTokens = 0) {
         if (sampleTokens < 0 || sampleTokens % T != 0)

@@ -132,8 +132,8 @@ public interface IDevice : IDisposable {
 }
 
 /// <summary>The processes that train together, a device each. What is summed is summed in one order, and all ranks have
-/// the same result. Tensors are worked on beside the device's own work: after what it was given before, and before what it
-/// is given after <see cref="Join"/>.</summary>
+/// the same result. Tensors are worked on beside the device's own work: after what it was given before, and before what
+/// it is given after <see cref="Join"/>.</summary>
 public interface ICollective : IDisposable {
     /// <summary>This process among them, from 0 on.</summary>
     int Rank { get; }
@@ -143,7 +143,7 @@ public interface ICollective : IDisposable {
     void Sum(Span<double> values);
     /// <summary>Sums each array over ranks.</summary>
     void AllReduce(ReadOnlySpan<Tensor> arrays);
-    /// <summary>Sums each array over ranks, of which this rank gets its part, as <see cref="Config.Cuts"/> cuts it.</summary>
+    /// <summary>Sums each array over ranks, of which this rank gets its part (<see cref="Config.Cuts"/>).</summary>
     void ReduceScatter(ReadOnlySpan<Tensor> arrays, ReadOnlySpan<Tensor> parts);
     /// <summary>Completes each array, of which each rank has its part.</summary>
     void AllGather(ReadOnlySpan<Tensor> arrays);
@@ -173,7 +173,7 @@ public readonly record struct ParameterShape(string Name, int Layers, int Rows, 
     public long Count => (long)Layers * Rows * Columns;
 }
 
-/// <summary>Elements [First, First + Count) of a parameter tensor, of which the first has this index among all.</summary>
+/// <summary>Elements [First, First + Count) of a parameter tensor; the first's index is that among all.</summary>
 public readonly record struct Cut(int Tensor, long First, long Count, long Index);
 
 /// <summary>The sizes of a GPT-2 model.</summary>
@@ -198,7 +198,7 @@ public sealed record Config(int MaxT, int V, int Vp, int L, int NH, int C) {
         new("lnfw", 1, 1, C), new("lnfb", 1, 1, C),
     ];
 
-    /// <summary>A rank's part of the parameters, in the order of checkpoints: of every tensor's every layer the elements
+    /// <summary>A rank's part of the parameters, in the order of checkpoints: of every tensor's every layer elements
     /// [rank·n/ranks, (rank + 1)·n/ranks); all 16 tensors as they are for one rank.</summary>
     public IEnumerable<Cut> Cuts(int rank, int ranks) {
         var index = 0L;
@@ -287,7 +287,7 @@ public sealed class Parameters {
     /// <summary>What the tensors are of all parameters.</summary>
     public Cut[] Cuts { get; }
 
-    /// <summary>The tensors in the order of checkpoints, each (layers, rows, columns), or flat parts of a layer's.</summary>
+    /// <summary>The tensors in the order of checkpoints, (layers, rows, columns), or flat parts of layers'.</summary>
     public ReadOnlySpan<Tensor> Tensors => tensors;
 
     /// <summary>Everything as one array.</summary>
@@ -407,11 +407,11 @@ public sealed class Model {
     /// <summary>Sums of the gradients of every backward pass since the last update; only in training.</summary>
     public Parameters? Gradients { get; }
 
-    /// <summary>The sums over ranks for the part that this rank updates: the gradients themselves for one rank.</summary>
+    /// <summary>Their sums over ranks for the part that this rank updates; for one rank, themselves.</summary>
     public Parameters? GradientParts { get; }
 
-    /// <summary>Called in the backward pass when the gradients of a layer are complete, and with −1 for those outside of
-    /// layers in the end.</summary>
+    /// <summary>Called in the backward pass when a layer's gradients are complete, and with −1 in the end for those
+    /// outside of layers.</summary>
     public Action<int>? Completed { get; set; }
 
     /// <summary>The batch: tokens and the one after each, (B, T).</summary>
@@ -468,7 +468,7 @@ public sealed class Model {
     static Activations Cache(Config config, DataType type, int T, nint address) =>
         new(config, type, 1, T, config.MaxT, Purpose.Generate, 0, address);
 
-    /// <summary>Memory of the device for something in fp32 of the part of the parameters that this rank updates.</summary>
+    /// <summary>Memory of the device for a number in fp32 for each parameter that this rank updates.</summary>
     public Parameters AllocateParts() => Allocate(DataType.Fp32, rank, ranks);
 
     Parameters Allocate(DataType type, int rank, int ranks) => new(Config, type,
@@ -640,8 +640,8 @@ public sealed class Model {
         }
     }
 
-    /// <summary>Writes weights of a tensor from an element on: to the master weights, from which they are rounded later,
-    /// or to the weights and this rank's master weights.</summary>
+    /// <summary>Writes weights of a tensor from an element on: to the master weights, from which they are rounded
+    /// later, or to the weights and this rank's master weights.</summary>
     void Set(int tensor, long first, float[] values) {
         if (ranks == 1) {
             Device.Write(Master.Tensors[tensor].Flat(first, values.Length), values);
@@ -657,7 +657,8 @@ public sealed class Model {
             var begin = Math.Max(cut.First, first);
             var count = (int)(Math.Min(cut.First + cut.Count, first + values.Length) - begin);
             if (cut.Tensor == tensor && count > 0)
-                Device.Write(to.Tensors[part].Flat(begin - cut.First, count), values.Slice((int)(begin - first), count));
+                Device.Write(
+                    to.Tensors[part].Flat(begin - cut.First, count), values.Slice((int)(begin - first), count));
         }
     }
 

@@ -285,7 +285,7 @@ internal sealed class Commands {
     }
 }
 
-/// <summary>This process among those that train together: started by ourselves, or by torchrun, mpirun or srun.</summary>
+/// <summary>This process among those that train together, which we, torchrun, mpirun or srun started.</summary>
 internal sealed partial record Job(int Rank, int Size, int LocalRank, string Host, int Port, string Key) {
     const string Own = "GPT2_JOB_KEY";
     const int Terminate = 15, Kill = 9;
@@ -293,7 +293,8 @@ internal sealed partial record Job(int Rank, int Size, int LocalRank, string Hos
     static Job? current;
     static int complained;
 
-    static string? Variable(string name) => Environment.GetEnvironmentVariable(name) is { Length: > 0 } text ? text : null;
+    static string? Variable(string name) =>
+        Environment.GetEnvironmentVariable(name) is { Length: > 0 } text ? text : null;
 
     static int? Number(string name, int least = 0) => Variable(name) is not { } text ? null
         : int.TryParse(text, out var number) && number >= least ? number
@@ -384,8 +385,9 @@ internal sealed partial record Job(int Rank, int Size, int LocalRank, string Hos
             string[] shared = Variable("GPT2_SHARE_GPUS") == null ? [] : [$"NCCL_HOSTID=rank {rank}"];
             string?[] environment = [.. inherited, .. shared, $"RANK={rank}", $"LOCAL_RANK={rank}",
                 $"WORLD_SIZE={ranks}", "MASTER_ADDR=127.0.0.1", $"MASTER_PORT={port}", $"{Own}={key}", null];
-            if (posix_spawn(out var process, Environment.ProcessPath!, 0, 0, arguments, environment) is not 0 and var error)
-                throw new Gpt2Exception($"--gpus: expected {ranks} processes, found error {error} starting rank {rank}");
+            var error = posix_spawn(out var process, Environment.ProcessPath!, 0, 0, arguments, environment);
+            if (error != 0)
+                throw new Gpt2Exception($"--gpus: expected to start rank {rank}, found error {error}");
             running[process] = rank;
         }
         void Send(int signal) {

@@ -297,8 +297,8 @@ public sealed class Trainer : IDisposable {
     }
 }
 
-/// <summary>AdamW over a model's parameters, with its moments; over the part of one rank and then of all, if the model is
-/// cut into parts (ZeRO-1: Rajbhandari et al., 2020).</summary>
+/// <summary>AdamW over a model's parameters, with its moments. If the model is cut into parts (ZeRO-1: Rajbhandari et
+/// al., 2020), a rank updates its own and gathers the others'.</summary>
 public sealed class Optimizer {
     readonly Model model;
     readonly ICollective ranks;
@@ -323,8 +323,7 @@ public sealed class Optimizer {
 
     bool IsCut => model.Gradients != model.GradientParts;
 
-    /// <summary>Sums a layer's gradients over ranks, or those outside of layers for −1: the norm and the update wait for
-    /// them.</summary>
+    /// <summary>Sums a layer's gradients over ranks, or those outside of layers for −1; the norm waits.</summary>
     public void Reduce(int layer) {
         var (arrays, sums) = (new List<Tensor>(), new List<Tensor>());
         foreach (var (i, cut) in model.Master.Cuts.Index()) {
@@ -410,8 +409,8 @@ public sealed class Checkpoints(string folder) {
         }
     }
 
-    /// <summary>Writes a checkpoint: the first rank the model, each its part of the state. DONE comes last, and then all
-    /// but the newest <paramref name="keep"/> go.</summary>
+    /// <summary>Writes a checkpoint: the first rank the model, each its part of the state. DONE comes last, and then
+    /// all but the newest <paramref name="keep"/> go.</summary>
     public void Save(int step, Model model, Optimizer optimizer, TokenLoader loader, int keep, ICollective ranks) {
         var parts = model.Gradients == model.GradientParts ? 1 : ranks.Size;
         var header = new int[BinaryFile.HeaderLength];
@@ -449,7 +448,7 @@ public sealed class Checkpoints(string folder) {
         }
     }
 
-    /// <summary>Reads the moments and the loader's position of a checkpoint, whose ranks may have been others.</summary>
+    /// <summary>Reads the moments and the loader's position of a checkpoint of any number of ranks.</summary>
     public void LoadState(int step, Model model, Optimizer optimizer, TokenLoader loader) {
         var parts = Math.Max(1, Files.Glob(StatePath(step, null)).Length);
         for (var part = 0; part < parts; part++) {
@@ -464,7 +463,8 @@ public sealed class Checkpoints(string folder) {
             file.Check("step", 10, header[10] == step, $"{step} as its name says");
             optimizer.RoundingSeed = (uint)header[20];
             // Without ZeRO-1, llm.c writes everything for every rank.
-            if (header[SampleTokens] == 0 && file.Length > (2 + header[4]) * sizeof(float) * model.Config.ParameterCount)
+            var everything = (2 + header[4]) * sizeof(float) * model.Config.ParameterCount;
+            if (header[SampleTokens] == 0 && file.Length > everything)
                 parts = 1;
             Read(optimizer.M);
             Read(optimizer.V);
@@ -644,8 +644,8 @@ public static class Benchmark {
     }
 }
 
-/// <summary>The connections between a job's ranks, a star around the first. They carry what the hosts agree on, and tell
-/// when a rank is gone or silent.</summary>
+/// <summary>The connections between a job's ranks, a star around the first. They carry what the hosts agree on, and
+/// tell when a rank is gone or silent.</summary>
 public sealed class Peers : IDisposable {
     const int KeyBytes = 64, HelloBytes = KeyBytes + 2 * sizeof(int); // the key, rank, size
 
@@ -681,7 +681,7 @@ public sealed class Peers : IDisposable {
     /// <param name="host">Of the first rank, which listens there: to this machine alone if it is 127.0.0.1.</param>
     /// <param name="key">What every rank of the job knows; who does not is turned away.</param>
     /// <param name="timeout">How long another may be silent.</param>
-    /// <param name="lost">Is told, once and on a thread of its own, which rank is gone, and must end the process.</param>
+    /// <param name="lost">Is told once, on another thread, which rank is gone, and must end the process.</param>
     /// <exception cref="Gpt2Exception">A rank did not come in time.</exception>
     public Peers(int rank, int size, string host, int port, string key, TimeSpan timeout, Action<string> lost) {
         (Rank, Size, this.timeout, this.lost) = (rank, size, timeout, lost);

@@ -506,8 +506,9 @@ public sealed class GpuOperationTests(GpuUnderTest gpu) {
         Tensor Padded(ReadOnlySpan<float> values) =>
             device.Upload([.. values, .. new float[padded - values.Length]]).Flat(0, count);
         var master = type == DataType.Fp32 ? w.Flat(first, count) : Padded(before.AsSpan(first, count));
-        AdamWPart[] parts = [new(first, true, w.Flat(first, count), master, Padded(Floats(2, count)), Padded([]), Padded([]))];
-        device.AdamW(parts, new AdamWStep(1, 0.5f, 0.1f, 1, 0.9f, 0.95f, 1e-8f, Seed: 42));
+        var (dw, m, v) = (Padded(Floats(2, count)), Padded([]), Padded([]));
+        device.AdamW([new(first, true, w.Flat(first, count), master, dw, m, v)],
+            new AdamWStep(1, 0.5f, 0.1f, 1, 0.9f, 0.95f, 1e-8f, Seed: 42));
         var after = device.Download(w);
         for (var i = 0; i < all; i++)
             await Assert.That(after[i] == before[i]).IsEqualTo(i < first || i >= first + count).Because($"element {i}");

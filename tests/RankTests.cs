@@ -135,11 +135,11 @@ public sealed class RankTests {
         using var output = new StringWriter(CultureInfo.InvariantCulture);
         ThreadRanks.Run(ranks, collective => {
             using var cpu = new Cpu(1);
-            var options = new TrainOptions(folder["train_*.bin"], folder["val.bin"], resume ? null : folder["model.bin"],
-                folder[name], B, Odd.MaxT, totalSequences * Odd.MaxT, steps, LearningRate: 1e-2f, Warmup: 2,
-                FinalFraction: 1, WeightDecay: 0.1f, Schedule.Constant, ValEvery: 2, ValBatches: 3, SampleEvery: 0,
-                GenTokens: 4, CheckpointEvery: 0, Keep: 1, resume, Recompute: 0, Overfit: false, shuffle, Seed: 42,
-                Zero: zero);
+            var options = new TrainOptions(folder["train_*.bin"], folder["val.bin"],
+                resume ? null : folder["model.bin"], folder[name], B, Odd.MaxT, totalSequences * Odd.MaxT, steps,
+                LearningRate: 1e-2f, Warmup: 2, FinalFraction: 1, WeightDecay: 0.1f, Schedule.Constant, ValEvery: 2,
+                ValBatches: 3, SampleEvery: 0, GenTokens: 4, CheckpointEvery: 0, Keep: 1, resume, Recompute: 0,
+                Overfit: false, shuffle, Seed: 42, Zero: zero);
             var writer = collective.Rank == 0 ? output : TextWriter.Null;
             using var trainer = new Trainer(options, cpu, writer, NullLogger.Instance, collective);
             trainer.Run();
@@ -151,7 +151,7 @@ public sealed class RankTests {
     static async Task Near(double[] found, double[] expected) {
         await Assert.That(found.Length).IsEqualTo(expected.Length);
         for (var i = 0; i < found.Length; i++)
-            await Assert.That(Math.Abs(found[i] - expected[i])).IsLessThan(2e-4).Because($"number {i} is {found[i]}, not {expected[i]}");
+            await Assert.That(Math.Abs(found[i] - expected[i])).IsLessThan(2e-4).Because($"{i}: {found[i]}");
     }
 
     [Test]
@@ -208,8 +208,8 @@ public sealed class RankTests {
         Train(folder, "run", 2, 6, 1, steps: 1);
         var error = Assert.Throws<Gpt2Exception>(() =>
             Train(folder, "run", 1, 1, 1, steps: 2, resume: true, totalSequences: 7));
-        await Assert.That(error.Message).IsEqualTo("--total-batch: expected a multiple of the 96 tokens of this run's " +
-            "samples, found 56");
+        await Assert.That(error.Message).IsEqualTo(
+            "--total-batch: expected a multiple of the 96 tokens of this run's samples, found 56");
     }
 
     [Test]
@@ -290,7 +290,8 @@ public sealed class PeersTests {
         var first = Join(0, 3, port, Short);
         using var second = await Join(1, 3, port, Short);
         var error = await Assert.That(async () => await first).Throws<Gpt2Exception>();
-        await Assert.That(error!.Message).IsEqualTo($"rank 0: expected rank 2 of 3 on port {port} within 1 s, found 2 ranks");
+        await Assert.That(error!.Message).IsEqualTo(
+            $"rank 0: expected rank 2 of 3 on port {port} within 1 s, found 2 ranks");
         error = await Assert.That(async () => await Join(2, 3, FreePort(), Short)).Throws<Gpt2Exception>();
         await Assert.That(error!.Message).StartsWith("rank 2: expected rank 0 on 127.0.0.1:");
     }
