@@ -361,11 +361,12 @@ public sealed class Optimizer {
             model.Device.AdamW(parts, step);
     }
 
-    /// <summary>Updates tensor by tensor, so that one is gathered while the next are updated.</summary>
+    /// <summary>Updates a few tensors at a time, so that they are gathered while the next are updated.</summary>
     void UpdateParts(AdamWStep step) {
-        foreach (var (tensor, whole) in model.Weights.Tensors.ToArray().Index()) {
-            model.Device.AdamW([.. parts.Where((_, i) => model.Master.Cuts[i].Tensor == tensor)], step);
-            ranks.AllGather([.. Enumerable.Range(0, whole.Depth).Select(l => whole[l])]);
+        const int together = 4;
+        foreach (var (group, tensors) in model.Weights.Tensors.ToArray().Chunk(together).Index()) {
+            model.Device.AdamW([.. parts.Where((_, i) => model.Master.Cuts[i].Tensor / together == group)], step);
+            ranks.AllGather([.. tensors.SelectMany(x => Enumerable.Range(0, x.Depth), (x, layer) => x[layer])]);
         }
         model.Device.Clear(model.Gradients!.All);
         ranks.Join();
