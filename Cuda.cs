@@ -690,6 +690,7 @@ public sealed unsafe class Nccl : ICollective {
 
     public int Rank => peers.Rank;
     public int Size => peers.Size;
+    public string Place { set => peers.Place = value; }
 
     public void Sum(Span<double> values) => peers.Sum(values);
 

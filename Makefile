@@ -12,8 +12,8 @@ CUDA ?= $(HOME)/.cache/gpt2/cuda
 NVCC ?= $(or $(shell command -v nvcc >/dev/null && nvcc --version | sed -n 's/.*release \([0-9.]*\).*/\1/p' \
 	| sed '1i 12.4' | sort -CV && command -v nvcc),$(CUDA)/nvcc)
 
-# GPUs that the kernels are compiled for, by compute capability; native is this machine's.
-ARCH ?= 80 86 89 90a $(shell [ -x "$(NVCC)" ] && $(NVCC) --list-gpu-arch | sed -n 's/^compute_\(100\|120\)$$/\1/p')
+# GPUs that the kernels are compiled for, by compute capability (80 is for 86 and 89, too); native is this machine's.
+ARCH ?= 80 90a $(shell [ -x "$(NVCC)" ] && $(NVCC) --list-gpu-arch | sed -n 's/^compute_\(100\|120\)$$/\1/p')
 
 export DOTNET_NOLOGO := 1
 export DOTNET_CLI_TELEMETRY_OPTOUT := 1

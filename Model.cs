@@ -139,8 +139,15 @@ public interface ICollective : IDisposable {
     int Rank { get; }
     /// <summary>How many they are.</summary>
     int Size { get; }
+    /// <summary>Where the run is, for messages: "step 7".</summary>
+    string Place { set; }
     /// <summary>Sums numbers over ranks, when all have come here.</summary>
     void Sum(Span<double> values);
+    /// <summary>The same for one number.</summary>
+    double Sum(double value) {
+        Sum(new Span<double>(ref value));
+        return value;
+    }
     /// <summary>Sums each array over ranks.</summary>
     void AllReduce(ReadOnlySpan<Tensor> arrays);
     /// <summary>Sums each array over ranks, of which this rank gets its part (<see cref="Config.Cuts"/>).</summary>
@@ -155,6 +162,7 @@ public interface ICollective : IDisposable {
 public sealed class Alone : ICollective {
     public int Rank => 0;
     public int Size => 1;
+    public string Place { set { } }
     public void Sum(Span<double> values) { }
     public void AllReduce(ReadOnlySpan<Tensor> arrays) { }
     public void ReduceScatter(ReadOnlySpan<Tensor> arrays, ReadOnlySpan<Tensor> parts) { }

@@ -73,18 +73,10 @@ internal sealed class Commands {
         int valEvery = 50, int valBatches = 20, int sampleEvery = 0, int genTokens = 64, int checkpointEvery = 200,
         int keep = 2, bool resume = false, int recompute = 0, bool overfit = false, bool noShuffle = false,
         float skipOutliers = 0, DeviceKind device = DeviceKind.Auto, DataType? precision = null, uint seed = 42,
-        int? gpus = null, int zero = 1, int timeout = 600, bool verbose = false) => Guard(verbose, () => {
-            Require(timeout is > 0 and <= 1_000_000, "--timeout", "1 to 1000000 seconds", timeout);
-            var job = Job.OfEnvironment();
-            if (job == null && Job.Gpus(gpus, device) is > 1 and var ranks)
-                return Job.Start(ranks);
+        int? gpus = null, int zero = 1, int timeout = 600, bool verbose = false) =>
+        OnEachGpu(gpus, timeout, device, precision, verbose, (computer, collective) => {
             using var logs = LoggerFactory.Create(logging => logging.AddZLoggerConsole(options =>
                 options.LogToStandardErrorThreshold = LogLevel.Trace));
-            var others = job?.Meet(TimeSpan.FromSeconds(timeout));
-            using var computer = Open(device, precision, verbose, rank: job?.LocalRank ?? 0);
-            using ICollective collective = others == null ? new Alone() : computer is Cuda cuda
-                ? new Nccl(cuda, others, TimeSpan.FromSeconds(timeout))
-                : throw new Gpt2Exception($"--device: expected a GPU for each of {job!.Size} ranks, found a CPU");
             var (B, T) = Sizes(computer, batch, seq, (16, 1024), (4, 128));
             totalBatch = totalBatch == 0 ? B * T * collective.Size : totalBatch;
             var options = new TrainOptions(trainData, valData, init, @out, B, T, totalBatch, maxSteps, lr,
@@ -94,9 +86,7 @@ internal sealed class Commands {
             var isFirst = collective.Rank == 0;
             using var trainer = new Trainer(options, computer, isFirst ? Console.Out : TextWriter.Null,
                 isFirst ? logs.CreateLogger("gpt2") : NullLogger.Instance, collective);
-            trainer.Run(step => others?.Place = $"step {step}");
-            others?.Leave();
-            return 0;
+            trainer.Run();
         });
 
     /// <summary>Continues a text.</summary>
@@ -154,29 +144,35 @@ internal sealed class Commands {
     /// <param name="batch">-b, Sequences in a batch.</param>
     /// <param name="seq">-t, Tokens in a sequence. [the model's longest]</param>
     /// <param name="hellaswag">A multiple-choice file, such as hellaswag_val.bin.</param>
+    /// <param name="gpus">GPUs of this machine to use. [all; those of mpirun, srun or torchrun]</param>
+    /// <param name="timeout">Seconds that one GPU's process waits for another's.</param>
     /// <param name="device">auto, cuda or cpu.</param>
     /// <param name="precision">Of weights and activations: bf16 or fp32. [bf16 on a GPU]</param>
     /// <param name="verbose">Show where an error came from; wait for the GPU after each operation, to name it.</param>
     public int Eval(string init, string valData = "data/*val_*.bin", int valBatches = 0, int batch = 4, int seq = 0,
-        string? hellaswag = null, DeviceKind device = DeviceKind.Auto, DataType? precision = null,
-        bool verbose = false) => Guard(verbose, () => {
+        string? hellaswag = null, int? gpus = null, int timeout = 600, DeviceKind device = DeviceKind.Auto,
+        DataType? precision = null, bool verbose = false) =>
+        OnEachGpu(gpus, timeout, device, precision, verbose, (computer, ranks) => {
             var (file, config) = Config.Open(init);
             using var _ = file;
             Require(batch > 0, "--batch", "1 or more", batch);
             seq = seq == 0 ? config.MaxT : seq;
             Require(seq > 0 && seq <= config.MaxT, "--seq", $"1 to {config.MaxT}, the model's longest sequence", seq);
             Require(valBatches >= 0, "--val-batches", "0 or more", valBatches);
-            using var loader = new TokenLoader(valData, batch, seq, config.V, shuffle: false);
+            using var loader = new TokenLoader(
+                valData, batch, seq, config.V, shuffle: false, rank: ranks.Rank, ranks: ranks.Size);
             var questions = hellaswag == null ? [] : MultipleChoice.Read(hellaswag, config.V).ToArray();
-            using var computer = Open(device, precision, verbose);
             var model = new Model(config, computer, batch, seq, Purpose.Evaluate);
             model.Load(file);
             var batches = valBatches > 0 ? Math.Min(valBatches, loader.Batches) : loader.Batches;
-            var loss = Trainer.Evaluate(model, loader, batches);
-            Console.WriteLine($"loss {loss:F6} | perplexity {Math.Exp(loss):F3} | {batches * batch * seq} tokens");
-            if (questions.Length > 0)
-                Console.WriteLine($"accuracy {Trainer.Evaluate(model, questions):F4} | {questions.Length} examples");
-            return 0;
+            var loss = Trainer.Evaluate(model, loader, batches, ranks);
+            var tokens = batches * loader.SampleTokens;
+            var output = ranks.Rank == 0 ? Console.Out : TextWriter.Null;
+            output.WriteLine($"loss {loss:F6} | perplexity {Math.Exp(loss):F3} | {tokens} tokens");
+            if (questions.Length > 0) {
+                var accuracy = Trainer.Evaluate(model, questions, ranks);
+                output.WriteLine($"accuracy {accuracy:F4} | {questions.Length} examples");
+            }
         });
 
     /// <summary>Encodes text files as token shards PREFIX_val_000000.bin and PREFIX_train_000001.bin, ...</summary>
@@ -239,6 +235,24 @@ internal sealed class Commands {
             var (B, T) = Sizes(computer, batch, seq, (64, 1024), (4, 64));
             totalBatch ??= computer is Cpu ? B * T : 524_288;
             Benchmark.Run(init, B, T, totalBatch.Value, steps, recompute, computer, Console.Out);
+            return 0;
+        });
+
+    /// <summary>Does something on every GPU, in a process each, or on the device asked for.</summary>
+    static int OnEachGpu(int? gpus, int timeout, DeviceKind device, DataType? precision, bool verbose,
+        Action<IDevice, ICollective> action) => Guard(verbose, () => {
+            Require(timeout is > 0 and <= 1_000_000, "--timeout", "1 to 1000000 seconds", timeout);
+            var job = Job.OfEnvironment();
+            if (job == null && Job.Gpus(gpus, device) is > 1 and var ranks)
+                return Job.Start(ranks);
+            var patience = TimeSpan.FromSeconds(timeout);
+            var others = job?.Meet(patience);
+            using var computer = Open(device, precision, verbose, rank: job?.LocalRank ?? 0);
+            using ICollective collective = others == null ? new Alone()
+                : computer is Cuda cuda ? new Nccl(cuda, others, patience)
+                : throw new Gpt2Exception($"--device: expected a GPU for each of {others.Size} ranks, found a CPU");
+            action(computer, collective);
+            others?.Leave();
             return 0;
         });
 

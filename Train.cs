@@ -111,7 +111,7 @@ public sealed class Trainer : IDisposable {
             checkpoints.LoadState(firstStep, model, optimizer, train);
         Require(options.TotalBatch % train.SampleTokens == 0, "--total-batch",
             $"a multiple of the {train.SampleTokens} tokens of this run's samples", options.TotalBatch);
-        Agree(); // that all have read the checkpoint, and looked for a run
+        ranks.Sum(0); // that all have read the checkpoint, and looked for a run
         if (ranks.Rank > 0)
             return;
         runLog = new RunLog(options.Out, firstStep);
@@ -152,8 +152,7 @@ public sealed class Trainer : IDisposable {
     }
 
     /// <summary>Trains to the last step, or until a signal, and leaves a checkpoint.</summary>
-    /// <param name="begins">Is told the number of each step that begins.</param>
-    public void Run(Action<int>? begins = null) {
+    public void Run() {
         var stop = false;
         void Stop(PosixSignalContext signal) {
             // The first signal ends the run after its step; a second one ends the process as usual.
@@ -167,7 +166,7 @@ public sealed class Trainer : IDisposable {
         if (firstStep == 0 && options.ValEvery > 0)
             Validate(0);
         for (var (step, stopping) = (firstStep, false); step < options.MaxSteps && !stopping;) {
-            begins?.Invoke(step + 1);
+            ranks.Place = $"step {step + 1}";
             var start = Stopwatch.GetTimestamp();
             var (loss, norm, skipped) = Step(step);
             var seconds = Stopwatch.GetElapsedTime(start).TotalSeconds;
@@ -182,7 +181,7 @@ public sealed class Trainer : IDisposable {
                 Validate(step);
             if (Due(options.SampleEvery) && options.GenTokens > 0 && ranks.Rank == 0)
                 Sample();
-            stopping = Agree(stop) > 0; // read once: a signal after this waits for the next step
+            stopping = ranks.Sum(stop ? 1 : 0) > 0; // read once: a signal after this waits for the next step
             if (Due(options.CheckpointEvery) || stopping)
                 checkpoints.Save(step, model, optimizer, train, options.Keep, ranks);
             if (live && step < options.MaxSteps && !stopping) {
@@ -212,12 +211,12 @@ public sealed class Trainer : IDisposable {
             model.Backward();
             loss += model.MeanLoss() / microSteps / ranks.Size;
         }
-        loss = Agree(loss);
+        loss = ranks.Sum(loss);
         var norm = optimizer.GradientNorm();
         if (!double.IsFinite(loss) || !float.IsFinite(norm))
             throw new Gpt2Exception($"step {step + 1}: expected a finite loss and gradient, found loss {loss} and " +
                 $"norm {norm}; nothing was updated, and the last checkpoint stands");
-        var skips = options.SkipOutliers > 0 && Agree(runLog?.Deviation(loss, norm) ?? 0) > options.SkipOutliers;
+        var skips = options.SkipOutliers > 0 && ranks.Sum(runLog?.Deviation(loss, norm) ?? 0) > options.SkipOutliers;
         if (skips)
             optimizer.Skip();
         else
@@ -226,21 +225,13 @@ public sealed class Trainer : IDisposable {
     }
 
     void Validate(int step) {
-        var loss = Agree(Evaluate(model, val, options.ValBatches) / ranks.Size);
+        var loss = Evaluate(model, val, options.ValBatches, ranks);
         output.WriteLine($"val loss {loss:F6}");
         runLog?.Validation(step, loss);
     }
 
-    /// <summary>The sum of every rank's number.</summary>
-    double Agree(double value = 0) {
-        ranks.Sum(new Span<double>(ref value));
-        return value;
-    }
-
-    double Agree(bool value) => Agree(value ? 1 : 0);
-
     /// <summary>The mean loss over the first batches of a loader.</summary>
-    public static double Evaluate(Model model, TokenLoader loader, long batches) {
+    public static double Evaluate(Model model, TokenLoader loader, long batches, ICollective ranks) {
         batches = Math.Min(batches, loader.Batches);
         var loss = 0.0;
         loader.Reset();
@@ -248,13 +239,18 @@ public sealed class Trainer : IDisposable {
             loader.Next(model.Tokens, model.Targets);
             model.Forward();
             model.Loss();
-            loss += model.MeanLoss() / batches;
+            loss += model.MeanLoss() / batches / ranks.Size;
         }
-        return loss;
+        return ranks.Sum(loss);
     }
 
     /// <summary>The share of questions whose right completion has the lowest mean loss a token.</summary>
-    public static double Evaluate(Model model, MultipleChoice[] questions) {
+    public static double Evaluate(Model model, MultipleChoice[] questions, ICollective ranks) {
+        var own = questions.Where((_, i) => i % ranks.Size == ranks.Rank).ToArray();
+        return ranks.Sum(own.Length == 0 ? 0 : CountRight(model, own)) / questions.Length;
+    }
+
+    static int CountRight(Model model, MultipleChoice[] questions) {
         var (B, T) = (model.B, model.T);
         var rows = questions.SelectMany(q => q.Rows.Select(row => (Tokens: row, q.ContextLength))).ToArray();
         var longest = rows.Max(row => row.Tokens.Length);
@@ -280,7 +276,7 @@ public sealed class Trainer : IDisposable {
             right += own.IndexOf(own.Min()) == question.Label ? 1 : 0;
             first += own.Count;
         }
-        return (double)right / questions.Length;
+        return right;
     }
 
     void Sample() {
@@ -345,9 +341,7 @@ public sealed class Optimizer {
     public float GradientNorm() {
         ranks.Join();
         var squares = model.Device.SumOfSquares(model.GradientParts!.All);
-        if (IsCut)
-            ranks.Sum(new Span<double>(ref squares));
-        return (float)Math.Sqrt(squares);
+        return (float)Math.Sqrt(IsCut ? ranks.Sum(squares) : squares);
     }
 
     /// <summary>Clips the gradients from the given norm to 1, and makes an update; the first has number 1.</summary>

@@ -23,7 +23,7 @@ sealed record Result(int ExitCode, string Output, string Error) {
 /// <summary>The real binary at work: ./gpt2 in the repository's root, or what the environment's GPT2 names.</summary>
 sealed partial class Gpt2Process : IDisposable {
     /// <summary>Signals by their numbers on Linux.</summary>
-    public const int Interrupt = 2, Kill = 9, Terminate = 15;
+    public const int Interrupt = 2, Kill = 9, Terminate = 15, Stop = 19;
 
     readonly Process process;
     readonly Task<string> error;
@@ -76,9 +76,13 @@ sealed partial class Gpt2Process : IDisposable {
     /// <summary>The same for arguments in one line.</summary>
     public static Task<Result> Succeed(string folder, string arguments) => Succeed(folder, arguments.Split(' '));
 
-    /// <summary>Runs a line of bash in which "$@" is the binary and its arguments.</summary>
+    /// <summary>Starts a line of bash in which "$@" is the binary and its arguments.</summary>
+    public static Gpt2Process StartIn(string bash, string folder, string arguments) =>
+        new(folder, "bash", ["-c", bash, "bash", Binary, .. arguments.Split(' ')]);
+
+    /// <summary>Runs such a line to its end.</summary>
     public static async Task<Result> RunIn(string bash, string folder, string arguments) {
-        using var process = new Gpt2Process(folder, "bash", ["-c", bash, "bash", Binary, .. arguments.Split(' ')]);
+        using var process = StartIn(bash, folder, arguments);
         return await process.End();
     }
 
@@ -105,8 +109,12 @@ sealed partial class Gpt2Process : IDisposable {
         throw new InvalidOperationException($"there was no step {step}:\n{read}{await error}");
     }
 
-    /// <summary>Sends a signal.</summary>
-    public void Signal(int signal) => SendSignal(process.Id, signal);
+    /// <summary>Sends a signal, to it or another process.</summary>
+    public void Signal(int signal, int? to = null) => SendSignal(to ?? process.Id, signal);
+
+    /// <summary>The processes that it has started.</summary>
+    public int[] Children() => [.. File.ReadAllText($"/proc/{process.Id}/task/{process.Id}/children")
+        .Split(' ', StringSplitOptions.RemoveEmptyEntries).Select(int.Parse)];
 
     /// <summary>Waits for the end.</summary>
     /// <returns>What has not been read yet.</returns>

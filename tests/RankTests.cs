@@ -42,6 +42,7 @@ sealed class ThreadRanks : ICollective {
 
     public int Rank { get; }
     public int Size => meeting.Arrays.Length;
+    public string Place { set { } }
 
     void Meet() => meeting.Barrier.SignalAndWait(meeting.Lost.Token);
 
@@ -372,5 +373,160 @@ public sealed class JobTests {
     public async Task AWrongEnvironmentIsRefused(string environment, string parts) {
         using var folder = new TemporaryFolder();
         await IsRefused(await Run(folder, environment), parts.Split(' '));
+    }
+}
+
+/// <summary>Ranks with NCCL between them, which share one GPU.</summary>
+[Category("gpu"), RequiresGpu, NotInParallel("gpu")]
+public sealed class GpuRankTests {
+    static readonly Config Small = new(MaxT: 64, V: 300, Vp: 304, L: 2, NH: 2, C: 128);
+
+    const string Share = "export CUDA_VISIBLE_DEVICES=0 GPT2_SHARE_GPUS=1; exec \"$@\"";
+    const string Data = "train -i train_*.bin -j val.bin -o run -t 64 -d 768 -l 1e-2 -u 2 -k constant -m 2 -g 0";
+
+    static TemporaryFolder Inputs() {
+        var folder = new TemporaryFolder();
+        using var cpu = new Cpu();
+        var model = new Model(Small, cpu, 1, 1, Purpose.Train);
+        model.Load(null, 3);
+        Files.Write(folder["model.bin"], model.Save);
+        foreach (var (i, name) in ((string[])["train_1", "train_2", "val"]).Index()) {
+            var tokens = Tokens(i, 20_000 + 3_000 * i, Small.V).Select(token => (ushort)token).ToArray();
+            WriteShard(folder[$"{name}.bin"], tokens);
+        }
+        return folder;
+    }
+
+    static async Task<double[]> Train(TemporaryFolder folder, string arguments) {
+        var result = await Gpt2Process.RunIn(Share, folder.Path, $"{Data} {arguments}");
+        await Assert.That(result.ExitCode).IsEqualTo(0).Because(result.ToString());
+        return [.. Regex.Matches(result.Output, @"(?:loss|norm) (\d+\.\d+)")
+            .Select(match => double.Parse(match.Groups[1].Value, CultureInfo.InvariantCulture))];
+    }
+
+    static async Task Near(double[] found, double[] expected, double bound) {
+        await Assert.That(found.Length).IsEqualTo(expected.Length);
+        for (var i = 0; i < found.Length; i++)
+            await Assert.That(RelativeError(found[i], expected[i])).IsLessThan(bound).Because($"{i}: {found[i]}");
+    }
+
+    static double Bound(string precision) => precision == "fp32" ? 1e-4 : 2e-2;
+
+    [Test]
+    [Arguments(2, 0, "bf16")]
+    [Arguments(2, 1, "fp32")]
+    [Arguments(3, 1, "bf16")]
+    [Arguments(3, 1, "fp32")]
+    [Arguments(4, 0, "fp32")]
+    [Arguments(4, 1, "bf16")]
+    public async Task RanksTrainAsOneDoes(int ranks, int zero, string precision) {
+        using var folder = Inputs();
+        var common = $"-e model.bin -x 6 -v 3 -n 0 --precision {precision}";
+        var expected = await Train(folder, $"{common} --gpus 1 -b 12");
+        Directory.Delete(folder["run"], recursive: true);
+        var found = await Train(folder, $"{common} --gpus {ranks} -b {12 / ranks} -z {zero}");
+        await Assert.That(expected.Length).IsEqualTo(6 * 2 + 3);
+        await Near(found, expected, Bound(precision));
+    }
+
+    [Test]
+    [Arguments("bf16")]
+    [Arguments("fp32")]
+    public async Task ARunGoesOnWithAnyNumberOfRanks(string precision) {
+        using var folder = Inputs();
+        var common = $"-v 0 -n 0 -b 3 --precision {precision}";
+        var expected = await Train(folder, $"{common} -e model.bin -x 8 --gpus 4");
+        Directory.Delete(folder["run"], recursive: true);
+        await Train(folder, $"{common} -e model.bin -x 2 --gpus 4");
+        await Train(folder, $"{common} -x 4 -y --gpus 2");
+        await Train(folder, $"{common} -x 6 -y --gpus 1");
+        await Near(await Train(folder, $"{common} -x 8 -y --gpus 4"), expected[^5..], Bound(precision));
+    }
+
+    [Test]
+    public async Task TheStartTableTellsWhatARankHas() {
+        using var folder = Inputs();
+        async Task<double> Moments(int ranks) {
+            var result = await Gpt2Process.RunIn(Share, folder.Path,
+                $"{Data} -e model.bin -x 1 -v 0 -n 0 -b 3 -o run{ranks} --gpus {ranks}");
+            await Assert.That(result.ExitCode).IsEqualTo(0).Because(result.ToString());
+            return double.Parse(Regex.Match(result.Error, @"moments +(\d+\.\d+) MB").Groups[1].Value,
+                CultureInfo.InvariantCulture);
+        }
+        await Assert.That(RelativeError(4 * await Moments(4), await Moments(1))).IsLessThan(0.1);
+    }
+
+    /// <summary>Ends a run of four ranks in some way after some steps; none of its processes must be left.</summary>
+    static async Task<Result> EndAll(TemporaryFolder folder, string arguments, Action<Gpt2Process, int[]> end) {
+        using var run = Gpt2Process.StartIn(Share, folder.Path,
+            $"{Data} -e model.bin -x 100000 -v 0 -n 2 -b 3 --gpus 4 {arguments}");
+        await run.ReadToStep(5);
+        var children = run.Children();
+        await Assert.That(children.Length).IsEqualTo(4);
+        end(run, children);
+        var result = await run.End();
+        foreach (var child in children)
+            await Assert.That(Directory.Exists($"/proc/{child}")).IsFalse();
+        return result;
+    }
+
+    [Test]
+    [Arguments(0, 0)]
+    [Arguments(1, 30)]
+    [Arguments(2, 150)]
+    [Arguments(3, 7)]
+    public async Task ARankThatIsKilledEndsAllAndTheRunGoesOn(int rank, int milliseconds) {
+        using var folder = Inputs();
+        var result = await EndAll(folder, "", (run, children) => {
+            Thread.Sleep(milliseconds);
+            run.Signal(Gpt2Process.Kill, children[rank]);
+        });
+        await Assert.That(result.ExitCode).IsEqualTo(1).Because(result.ToString());
+        await Assert.That(result.Error).Contains($"rank {rank} was");
+        await Assert.That(result.Sentences.Length).IsLessThanOrEqualTo(3).Because(result.ToString());
+        await Train(folder, "-x 100 -y -v 0 -n 0 -b 3 --gpus 2");
+    }
+
+    [Test]
+    [Arguments(Gpt2Process.Terminate)]
+    [Arguments(Gpt2Process.Interrupt)]
+    public async Task ASignalToTheParentEndsInACheckpoint(int signal) {
+        using var folder = Inputs();
+        var result = await EndAll(folder, "", (run, _) => run.Signal(signal));
+        await Assert.That(result.ExitCode).IsEqualTo(0).Because(result.ToString());
+        await Assert.That(result.Error).Contains("--resume");
+    }
+
+    [Test]
+    public async Task AKilledParentTakesAllWithIt() {
+        using var folder = Inputs();
+        var result = await EndAll(folder, "", (run, children) => {
+            run.Signal(Gpt2Process.Kill);
+            for (var i = 0; i < 100 && children.Any(child => Directory.Exists($"/proc/{child}")); i++)
+                Thread.Sleep(100);
+        });
+        await Assert.That(result.ExitCode).IsNotEqualTo(0);
+    }
+
+    [Test]
+    public async Task ARankThatIsStuckIsNamedAfterTheTimeout() {
+        using var folder = Inputs();
+        var result = await EndAll(folder, "--timeout 3",
+            (run, children) => run.Signal(Gpt2Process.Stop, children[2]));
+        await Assert.That(result.ExitCode).IsEqualTo(1).Because(result.ToString());
+        await Assert.That(result.Error).Matches(@"rank 2 has said nothing for 3 s at step \d+");
+    }
+
+    [Test]
+    public async Task RanksOfMpirunJoin() {
+        using var folder = Inputs();
+        var result = await Gpt2Process.RunIn(
+            "command -v mpirun >/dev/null || exit 77; export CUDA_VISIBLE_DEVICES=0; " +
+            "mpirun --allow-run-as-root --oversubscribe -np 2 bash -c 'NCCL_HOSTID=$OMPI_COMM_WORLD_RANK exec \"$@\"' bash \"$@\"", folder.Path,
+            $"{Data} -e model.bin -x 3 -v 0 -n 0 -b 3");
+        if (result.ExitCode == 77)
+            Skip.Test("there is no mpirun");
+        await Assert.That(result.ExitCode).IsEqualTo(0).Because(result.ToString());
+        await Assert.That(result.Lines.Count(line => line.StartsWith("step"))).IsEqualTo(3);
     }
 }
