@@ -1017,8 +1017,9 @@ static unsafe partial class NcclApi {
     static NcclApi() => Libraries.Register();
 
     /// <summary>What names a communicator before there is one.</summary>
-    [StructLayout(LayoutKind.Sequential, Size = 128)]
-    public struct NcclId;
+    public struct NcclId {
+        public fixed byte Bytes[128];
+    }
 
     public static string NcclError(int status) => Marshal.PtrToStringUTF8(ncclGetErrorString(status)) ?? $"{status}";
 
