@@ -301,7 +301,7 @@ internal sealed class Commands {
 
 /// <summary>This process among those that train together, which we, torchrun, mpirun or srun started.</summary>
 internal sealed partial record Job(int Rank, int Size, int LocalRank, string Host, int Port, string Key) {
-    const string Own = "GPT2_JOB_KEY";
+    const string Own = "GPT2_JOB_KEY", Parent = "GPT2_PARENT";
     const int Terminate = 15, Kill = 9;
 
     static Job? current;
@@ -339,11 +339,13 @@ internal sealed partial record Job(int Rank, int Size, int LocalRank, string Hos
         port ??= firstPort + (int)(XxHash3.HashToUInt64(Encoding.UTF8.GetBytes(id)) % ports);
         current = new Job(rank.Value, size.Value, local ?? rank.Value, host ?? "127.0.0.1", port.Value,
             Variable(Own) ?? id);
-        if (Variable(Own) != null) {
+        if (Number(Parent) is { } parent) {
             const int deathSignal = 1;
             // Signals of the terminal reach the parent alone, which passes them on; the children end with it.
             _ = setpgid(0, 0);
             _ = prctl(deathSignal, Kill);
+            if (getppid() != parent)
+                _exit(1);
         }
         return current;
     }
@@ -398,7 +400,8 @@ internal sealed partial record Job(int Rank, int Size, int LocalRank, string Hos
             // NCCL takes one GPU of a host but once, so that ranks which share it say that they are on several.
             string[] shared = Variable("GPT2_SHARE_GPUS") == null ? [] : [$"NCCL_HOSTID=rank {rank}"];
             string?[] environment = [.. inherited, .. shared, $"RANK={rank}", $"LOCAL_RANK={rank}",
-                $"WORLD_SIZE={ranks}", "MASTER_ADDR=127.0.0.1", $"MASTER_PORT={port}", $"{Own}={key}", null];
+                $"WORLD_SIZE={ranks}", "MASTER_ADDR=127.0.0.1", $"MASTER_PORT={port}", $"{Own}={key}",
+                $"{Parent}={Environment.ProcessId}", null];
             var error = posix_spawn(out var process, Environment.ProcessPath!, 0, 0, arguments, environment);
             if (error != 0)
                 throw new Gpt2Exception($"--gpus: expected to start rank {rank}, found error {error}");
@@ -441,6 +444,7 @@ internal sealed partial record Job(int Rank, int Size, int LocalRank, string Hos
         out int process, string path, nint actions, nint attributes, string?[] arguments, string?[] environment);
     [LibraryImport("libc")] private static partial int waitpid(int process, out int status, int options);
     [LibraryImport("libc")] private static partial void _exit(int status);
+    [LibraryImport("libc")] private static partial int getppid();
     [LibraryImport("libc")] private static partial int setpgid(int process, int group);
     [LibraryImport("libc")] private static partial int prctl(int option, nint argument);
     [LibraryImport("libc")] private static partial int kill(int process, int signal);

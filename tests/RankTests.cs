@@ -376,6 +376,72 @@ public sealed class JobTests {
     }
 }
 
+/// <summary>The binary starting itself for each of three GPUs, which a driver of the tests pretends to have.</summary>
+public sealed class LaunchTests {
+    // Rank 2's GPU cannot be opened; rank 1 sleeps there, or dies.
+    const string Driver = """
+        #include <signal.h>
+        #include <stdlib.h>
+        #include <unistd.h>
+        int cuInit(unsigned flags) { return 0; }
+        int cuDriverGetVersion(int *version) { *version = 13000; return 0; }
+        int cuDeviceGetCount(int *count) { *count = 3; return 0; }
+        int cuGetErrorName(int status, char **text) { *text = "CUDA_ERROR_OF_THE_TESTS"; return 0; }
+        int cuGetErrorString(int status, char **text) { *text = "no such thing"; return 0; }
+        int cuDeviceGet(int *device, int ordinal) {
+            char *rank = getenv("RANK");
+            if (*rank == '1' && getenv("DIES")) kill(getpid(), SIGKILL);
+            if (*rank == '2' && !getenv("DIES") && !getenv("WAITS")) return 101;
+            sleep(60);
+            return 1;
+        }
+        """;
+
+    static async Task<Gpt2Process> Start(TemporaryFolder folder, string environment, string arguments) {
+        File.WriteAllText(folder["driver.c"], Driver);
+        await Gpt2Process.RunIn("gcc -shared -fPIC -o libcuda.so.1 driver.c", folder.Path, "");
+        return Gpt2Process.StartIn($"export LD_LIBRARY_PATH=$PWD {environment}; exec \"$@\"", folder.Path,
+            $"train -i {Golden("tokens_train.bin")} {arguments}");
+    }
+
+    [Test]
+    [Arguments("X=1", "rank 2: --device cuda: opening GPU 2: expected success, found CUDA_ERROR_OF_THE_TESTS")]
+    [Arguments("DIES=1", "rank 1 was")]
+    public async Task ARankThatFailsEndsAll(string environment, string sentence) {
+        using var folder = new TemporaryFolder();
+        using var run = await Start(folder, environment, "--gpus 3");
+        var result = await run.End();
+        await Assert.That(result.ExitCode).IsEqualTo(1).Because(result.ToString());
+        await Assert.That(result.Error).Contains($"gpt2: {sentence}");
+        await Assert.That(result.Error).DoesNotContain("   at ");
+    }
+
+    [Test]
+    public async Task WhereThereAreSeveralGpusAllAreTakenAndAKilledParentTakesItsChildrenWithIt() {
+        using var folder = new TemporaryFolder();
+        using var run = await Start(folder, "WAITS=1", "--device auto");
+        int[] children = [];
+        for (var i = 0; i < 200 && children.Length < 3; i++) {
+            await Task.Delay(50);
+            children = run.Children();
+        }
+        await Assert.That(children.Length).IsEqualTo(3);
+        run.Signal(Gpt2Process.Kill);
+        for (var i = 0; i < 200 && children.Any(child => Directory.Exists($"/proc/{child}")); i++)
+            await Task.Delay(50);
+        await Assert.That(children.Any(child => Directory.Exists($"/proc/{child}"))).IsFalse();
+    }
+
+    [Test]
+    public async Task MoreGpusThanThereAreAreRefused() {
+        using var folder = new TemporaryFolder();
+        using var run = await Start(folder, "X=1", "--gpus 4");
+        var result = await run.End();
+        await Assert.That(result.ExitCode).IsEqualTo(2);
+        await Assert.That(result.Error).IsEqualTo("gpt2: --gpus: expected at most 3, found 4\n");
+    }
+}
+
 /// <summary>Ranks with NCCL between them, which share one GPU.</summary>
 [Category("gpu"), RequiresGpu, NotInParallel("gpu")]
 public sealed class GpuRankTests {
