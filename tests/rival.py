@@ -4,11 +4,15 @@ speed that plain PyTorch gives: torch.compile, cuDNN's attention, autocast to bf
     python3 tests/rival.py --init d12 -b 64 -t 1024 -d 524288 -x 20                        its speed, on random tokens
     python3 tests/rival.py -x 300 -i 'data/*train_*.bin' -j 'data/*val_*.bin' --out FILE   its losses, one a line
 
+    torchrun --nproc-per-node 8 tests/rival.py --init d12                              on 8 GPUs, by DistributedDataParallel
+
 The last line has the median speed without the first 3 steps, and the most memory that tensors took at a time.
 """
 import argparse
+import contextlib
 import glob
 import math
+import os
 import time
 
 import numpy as np
@@ -17,6 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 MODELS = {"d6": (6, 6, 384), "d12": (12, 12, 768), "d24": (24, 16, 1024), "d36": (36, 20, 1280), "d48": (48, 25, 1600)}
 V, Vp, MAX_T = 50257, 50304, 1024
 OPTIONS = {"-e --init": "d12", "-b --batch": 64, "-t --seq": 1024, "-d --total-batch": 524288, "-x --max-steps": 20,
@@ -78,14 +83,16 @@ def permute(items, random):
 
 
 def samples(pattern, size, random=None):
-    """Yields size + 1 tokens at a time for ever: random ones, or the shards', which random puts into llm.c's order."""
+    """Yields size + 1 tokens at a time for ever: random ones, or the shards', which random puts into llm.c's order; of a
+    sample of all ranks, this rank's part."""
     while not pattern:
         yield torch.randint(V, (size + 1,), device="cuda")
     paths = sorted(glob.glob(pattern))
     while paths:
         for path in permute(paths, random):
             shard = np.memmap(path, np.uint16, "r", offset=1024)
-            for start in permute(list(range(0, len(shard) - size, size)), random):
+            for start in permute(list(range(0, len(shard) - RANKS * size, RANKS * size)), random):
+                start += RANK * size
                 tokens = torch.from_numpy(shard[start : start + size + 1].astype(np.int64))
                 yield tokens.pin_memory().to("cuda", non_blocking=True)  # not pinned, it would wait for an idle GPU
 
@@ -97,20 +104,22 @@ def learning_rate(step, o):
     return o.lr * (o.final_lr_frac + cosine * (1 - o.final_lr_frac))
 
 
-def train(model, o):
+def train(model, o, without_sync):
     groups = [{"params": [parameter for parameter in model.parameters() if parameter.dim() == 2]},
               {"params": [parameter for parameter in model.parameters() if parameter.dim() == 1], "weight_decay": 0}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, weight_decay=o.weight_decay, fused=True)
     size, seconds, losses = o.batch * o.seq, [], open(o.out, "w")
-    assert o.total_batch % size == 0, "--total-batch must be a multiple of --batch x --seq"
+    assert o.total_batch % (RANKS * size) == 0, "--total-batch must be a multiple of --batch x --seq x GPUs"
+    steps = o.total_batch // (RANKS * size)
     data, val_data = samples(o.train_data, size, np.random.RandomState(42)), samples(o.val_data, size)
     for step in range(o.max_steps):
         torch.cuda.synchronize()
         start, mean_loss = time.perf_counter(), 0
-        for _ in range(o.total_batch // size):
-            with torch.autocast("cuda", torch.bfloat16):
-                loss = model(next(data), o.seq) * size / o.total_batch
-            loss.backward()
+        for micro in range(steps):
+            with contextlib.nullcontext() if micro == steps - 1 else without_sync():
+                with torch.autocast("cuda", torch.bfloat16):
+                    loss = model(next(data), o.seq) / steps  # gradients are averaged over ranks
+                loss.backward()
             mean_loss += loss.detach()
         gradients = [parameter.grad for parameter in model.parameters()]
         norm = nn.utils.get_total_norm(gradients)
@@ -123,6 +132,8 @@ def train(model, o):
         seconds.append(time.perf_counter() - start)
         if step == 0:  # Linux keeps a process's start in hundredths of a second since boot
             first = time.clock_gettime(time.CLOCK_BOOTTIME) - int(open("/proc/self/stat").read().split()[21]) / 100
+        if RANK > 0:
+            continue
         print(f"step {step + 1:4}/{o.max_steps} | loss {mean_loss:.6f} | norm {norm:.4f} |",
               f"{seconds[-1] * 1e3:.2f} ms | {o.total_batch / seconds[-1]:.0f} tok/s", flush=True)
         print(f"{mean_loss:.6f}", file=losses, flush=True)
@@ -130,7 +141,8 @@ def train(model, o):
     if o.val_data:
         with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
             print(f"val loss {np.mean([model(next(val_data), o.seq).item() for _ in range(o.val_batches)]):.6f}")
-    print(f"pytorch {torch.__version__} {speed:.0f} tok/s, {memory:.1f} GB, {first:.1f} s to the first step")
+    if RANK == 0:
+        print(f"pytorch {torch.__version__} {speed:.0f} tok/s, {memory:.1f} GB, {first:.1f} s to the first step")
 
 
 def main():
@@ -138,11 +150,19 @@ def main():
     for names, default in OPTIONS.items():
         parser.add_argument(*names.split(), type=type(default), default=default)
     o = parser.parse_args()
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     with torch.device("cuda"):
         model = GPT2(*MODELS[o.init])
     initialize(model)
+    without_sync = contextlib.nullcontext
+    if RANKS > 1:
+        torch.distributed.init_process_group("nccl")
+        model = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+        without_sync = model.no_sync
     with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
-        train(torch.compile(model, mode=o.compile_mode), o)
+        train(torch.compile(model, mode=o.compile_mode), o, without_sync)
+    if RANKS > 1:
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
