@@ -432,6 +432,9 @@ public sealed class Checkpoints(string folder) {
             return;
         string[] files = [ModelPath(step), .. Enumerable.Range(0, parts).Select(rank => StatePath(step, rank))];
         var list = string.Concat(files.Select(file => Files.Describe(file) + "\n"));
+        // Those of more ranks, whose checkpoint of this step was not completed.
+        foreach (var stale in Files.Glob(StatePath(step, null)).Except(files))
+            File.Delete(stale);
         Files.Write(DonePath(step), to => to.Write(Encoding.UTF8.GetBytes(list)));
         var kept = Steps("DONE_*").TakeLast(keep).ToArray();
         foreach (var old in Steps("*").Except(kept)) {
@@ -445,11 +448,14 @@ public sealed class Checkpoints(string folder) {
 
     /// <summary>Reads the moments and the loader's position of a checkpoint of any number of ranks.</summary>
     public void LoadState(int step, Model model, Optimizer optimizer, TokenLoader loader) {
-        var parts = Math.Max(1, Files.Glob(StatePath(step, null)).Length);
-        for (var part = 0; part < parts; part++) {
+        var parts = 0;
+        for (var part = 0; part == 0 || part < parts; part++) {
             using var file = new BinaryFile(StatePath(step, part), "a training state", Magic, 1);
             var header = file.Header;
-            file.Check("number of ranks", 2, header[2] == parts, $"{parts}, as there are states of this step,");
+            parts = part == 0 ? header[2] : parts;
+            var there = Files.Glob(StatePath(step, null)).Length;
+            file.Check("number of ranks", 2, parts >= 1 && parts <= there && header[2] == parts,
+                part == 0 ? $"1 to {there}, the states of this step," : $"{parts}");
             file.Check("rank", 3, header[3] == part, $"{part}");
             file.Check("master weights", 4, header[4] is 0 or 1, "0 or 1");
             file.Check("shuffling", 5, header[5] is 0 or 1, "0 or 1");

@@ -204,6 +204,19 @@ public sealed class RankTests {
     }
 
     [Test]
+    public async Task StatesOfACheckpointThatWasNotCompletedDoNotCount() {
+        using var folder = Inputs();
+        Train(folder, "run", 4, 3, 1, steps: 4);
+        Train(folder, "other", 2, 6, 1, steps: 2);
+        foreach (var rank in (int[])[2, 3]) // as if four ranks had been killed while they wrote step 4
+            File.Copy(folder[$"run/state_00000004_0000{rank}.bin"], folder[$"other/state_00000004_0000{rank}.bin"]);
+        Train(folder, "other", 2, 6, 1, steps: 4, resume: true);
+        await Assert.That(Directory.GetFiles(folder["other"], "state_*").Length).IsEqualTo(2);
+        var found = Train(folder, "other", 3, 4, 1, steps: 5, resume: true);
+        await Near(found, Train(folder, "run", 4, 3, 1, steps: 5, resume: true));
+    }
+
+    [Test]
     public async Task ARunWhoseSamplesDoNotFitIsRefused() {
         using var folder = Inputs();
         Train(folder, "run", 2, 6, 1, steps: 1);
