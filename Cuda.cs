@@ -13,7 +13,7 @@ namespace Gpt2;
 /// work goes to one stream; nothing depends on timing, so the same calls give the same bits.</summary>
 public sealed unsafe class Cuda : IDevice {
     const int StagingBytes = 32 << 20, WorkspaceBytes = 32 << 20, ScratchBytes = 64 << 20;
-    const int LargestColumns = 4096, LargestHead = 256;
+    const int LargestColumns = 4096, LargestHead = 256; // of layer norm's backward pass: a block's width
 
     readonly int device, multiprocessors, largestShared;
     readonly bool verbose, hopper;
@@ -454,7 +454,7 @@ public sealed unsafe class Cuda : IDevice {
     /// <summary>Whether products of x and w are for the kernels that Hopper has for them: large ones, in rows that TMA
     /// can copy and with room for the sums of their columns.</summary>
     bool IsForHopper(Tensor x, Tensor w) => linear != null && x.AllRows >= 512 && x.Columns % Width == 0 &&
-        w.AllRows % Width == 0 && (long)x.AllRows / 64 * x.Columns * sizeof(float) < ScratchBytes;
+        w.AllRows % Width == 0 && (long)Blocks(x.AllRows, 64) * x.Columns * sizeof(float) <= ScratchBytes;
 
     /// <summary>c = a·b by one of those kernels; they say what the rest is for.</summary>
     void Multiply(string operation, CudaKernel kernel, Tensor a, Tensor b, Tensor c, Tensor residual, Tensor bias,
@@ -685,7 +685,13 @@ public sealed unsafe class Nccl : ICollective {
         Check(cuStreamCreateWithPriority(out stream, nonBlocking, highest), "creating a stream");
         Check(cuEventCreate(out before, withoutTiming), "creating an event");
         Check(cuEventCreate(out after, withoutTiming), "creating an event");
-        watch = new Timer(_ => Watch(timeout), null, timeout / 8, timeout / 8);
+        watch = new Timer(_ => {
+            try {
+                Watch(timeout);
+            } catch (Gpt2Exception e) {
+                peers.Report($"rank {Rank}: {e.Message}"); // or else a fault here would end in a stack trace
+            }
+        }, null, timeout / 8, timeout / 8);
     }
 
     public int Rank => peers.Rank;
@@ -710,8 +716,9 @@ public sealed unsafe class Nccl : ICollective {
                 CheckNccl(ncclReduceScatter(x.Address, to, (nuint)parts[i].Count, Type(x), Sums, communicator, stream),
                     "summing");
             for (var rank = 0; rank < Size && x.Count % Size != 0; rank++) {
-                var (from, count) = Part(x, rank);
-                CheckNccl(ncclReduce(from, to, count, Type(x), Sums, rank, communicator, stream), "summing");
+                var part = x.PartOf(rank, Size);
+                CheckNccl(ncclReduce(part.Address, to, (nuint)part.Count, Type(x), Sums, rank, communicator, stream),
+                    "summing");
             }
         }
         End();
@@ -720,12 +727,14 @@ public sealed unsafe class Nccl : ICollective {
     public void AllGather(ReadOnlySpan<Tensor> arrays) {
         Begin();
         foreach (var x in arrays) {
-            var (own, equal) = Part(x, Rank);
+            var own = x.PartOf(Rank, Size);
             if (x.Count % Size == 0)
-                CheckNccl(ncclAllGather(own, x.Address, equal, Type(x), communicator, stream), "gathering");
+                CheckNccl(ncclAllGather(own.Address, x.Address, (nuint)own.Count, Type(x), communicator, stream),
+                    "gathering");
             for (var rank = 0; rank < Size && x.Count % Size != 0; rank++) {
-                var (from, count) = Part(x, rank);
-                CheckNccl(ncclBroadcast(from, from, count, Type(x), rank, communicator, stream), "gathering");
+                var part = x.PartOf(rank, Size);
+                CheckNccl(ncclBroadcast(part.Address, part.Address, (nuint)part.Count, Type(x), rank, communicator,
+                    stream), "gathering");
             }
         }
         End();
@@ -734,11 +743,6 @@ public sealed unsafe class Nccl : ICollective {
     const int Sums = 0;
 
     static int Type(Tensor x) => x.Type == DataType.Bf16 ? 9 : 7;
-
-    (nint Address, nuint Count) Part(Tensor x, int rank) {
-        var (first, end) = (x.Count * rank / Size, x.Count * (rank + 1) / Size);
-        return (x.Address + (nint)(first * x.ElementSize), (nuint)(end - first));
-    }
 
     void Begin() {
         device.Enter();
@@ -776,9 +780,13 @@ public sealed unsafe class Nccl : ICollective {
     }
 
     public void Dispose() {
-        watch.Dispose();
+        using var watched = new ManualResetEvent(false);
+        watch.Dispose(watched);
+        watched.WaitOne();
         device.Enter();
         ncclCommAbort(communicator);
+        cuEventDestroy(before);
+        cuEventDestroy(after);
         cuStreamDestroy(stream);
     }
 }

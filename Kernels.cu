@@ -1247,23 +1247,22 @@ __device__ void place_of(int i, int down, int across, int& row, int& column) {
     column = first + within % columns;
 }
 
-// The products of eight elements each.
-__device__ uint4 multiply_pairs(uint4 a, uint4 b) {
-    auto multiply = [](uint32_t x, uint32_t y) {
-        __nv_bfloat162 both = __hmul2(*(__nv_bfloat162*)&x, *(__nv_bfloat162*)&y);
-        return *(uint32_t*)&both;
-    };
-    return make_uint4(multiply(a.x, b.x), multiply(a.y, b.y), multiply(a.z, b.z), multiply(a.w, b.w));
+// Products in bf16.
+__device__ Eight operator*(Eight a, Eight b) {
+#pragma unroll
+    for (int i = 0; i < Width; i += 2)
+        *(__nv_bfloat162*)(a.x + i) = __hmul2(*(__nv_bfloat162*)(a.x + i), *(__nv_bfloat162*)(b.x + i));
+    return a;
 }
 
-// x = f(x) for eight elements.
+// a = f(a), an element at a time.
 template <typename F>
-__device__ void apply(uint4& x, F f) {
-    Pack pack = load((floatX*)&x);
+__device__ void apply(Eight& a, F f) {
+    Pack pack = load(a.x);
 #pragma unroll
     for (int i = 0; i < Width; i++)
         pack.x[i] = f(pack.x[i]);
-    store((floatX*)&x, pack);
+    store(a.x, pack);
 }
 
 // GELU'(x) to some 11 bits.
@@ -1339,13 +1338,13 @@ __device__ void multiply(const CUtensorMap* a, const CUtensorMap* b, const CUten
         }
     } else if (warp >= Storers) {
         int warpgroup = (warp - Storers) / Chunks, part = (warp - Storers) % Chunks, rows;
-        uint32_t place = places + (warp - Storers) * 8192;
+        uint32_t place = places + (warp - Storers) * TileBytes;
         floatX* gelus;
-        uint4 kept[16]; // this thread's elements of the tile: every fourth row of eight columns
+        Eight kept[16]; // this thread's elements of the tile: every fourth row of eight columns
         free += 8 * warpgroup;
         filled += 8 * warpgroup;
         auto element = [&](int i) {
-            return (uint4*)__cvta_shared_to_generic(chunk(place, 4 * i + lane / 8, lane % 8));
+            return (Eight*)__cvta_shared_to_generic(chunk(place, 4 * i + lane / 8, lane % 8));
         };
         auto go_to_chunk = [&] {
             go_to_tile();
@@ -1356,14 +1355,15 @@ __device__ void multiply(const CUtensorMap* a, const CUtensorMap* b, const CUten
             if (Then == Then::GeluBackward) {
 #pragma unroll
                 for (int i = 0; i < 16; i++)
-                    kept[i] = 4 * i < rows ? __ldcs((const uint4*)(gelus + 4 * i * N)) : make_uint4(0, 0, 0, 0);
+                    *(uint4*)&kept[i] =
+                        4 * i < rows ? __ldcs((const uint4*)(gelus + 4 * i * N)) : make_uint4(0, 0, 0, 0);
             }
         };
         for (go_to_chunk(); tile < tiles; turn++) {
             if (Then == Then::AddResidual && elect()) {
-                mbarrier_expect(free, 8192);
+                mbarrier_expect(free, TileBytes);
                 load_box(place, residual, column, row, free, false);
-                load_box(place + 4096, residual, column, row + 32, free, false);
+                load_box(place + TileBytes / 2, residual, column, row + 32, free, false);
             }
             if (Then == Then::GeluBackward) {
 #pragma unroll
@@ -1374,13 +1374,13 @@ __device__ void multiply(const CUtensorMap* a, const CUtensorMap* b, const CUten
             if (Then == Then::GeluBackward) {
 #pragma unroll
                 for (int i = 0; i < 16; i++)
-                    *element(i) = kept[i] = multiply_pairs(*element(i), kept[i]);
+                    *element(i) = kept[i] = *element(i) * kept[i];
                 asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
                 __syncwarp();
             }
             if (elect()) {
                 store_box(c, column, row, place);
-                store_box(c, column, row + 32, place + 4096);
+                store_box(c, column, row + 32, place + TileBytes / 2);
                 asm volatile("cp.async.bulk.commit_group;" ::: "memory");
             }
             if (Then == Then::Gelu) {
@@ -1391,7 +1391,7 @@ __device__ void multiply(const CUtensorMap* a, const CUtensorMap* b, const CUten
                 Pack sums = {};
 #pragma unroll
                 for (int i = 0; i < 16; i++)
-                    sums = sums + load((floatX*)&kept[i]);
+                    sums = sums + load(kept[i].x);
                 sums = sum_lanes<8>(sums);
                 if (lane < 8 && rows > 0)
                     store(partial + (int64_t)(row / 64) * N + column + lane * Width, sums);
@@ -1411,7 +1411,7 @@ __device__ void multiply(const CUtensorMap* a, const CUtensorMap* b, const CUten
                 for (int i = 0; i < 16; i++) {
                     apply(kept[i], [](float x) { return x * gelu_gate(x); });
                     if (4 * i < rows)
-                        __stcs((uint4*)(gelus + 4 * i * N), kept[i]);
+                        __stcs((uint4*)(gelus + 4 * i * N), *(uint4*)&kept[i]);
                 }
                 go_to_chunk();
             }
@@ -1435,7 +1435,7 @@ __device__ void multiply(const CUtensorMap* a, const CUtensorMap* b, const CUten
                 wgmma_fence();
 #pragma unroll
                 for (int i = 0; i < Depth / 16; i++)
-                    wgmma<Transposed>(sums, descriptor(rows + warpgroup * 8192, i * 32), Transposed
+                    wgmma<Transposed>(sums, descriptor(rows + warpgroup * TileBytes, i * 32), Transposed
                         ? descriptor(columns, i * 32) : descriptor_of_columns(columns, i * 16 * 128));
                 wgmma_commit();
                 wgmma_wait(sums);
@@ -1445,7 +1445,7 @@ __device__ void multiply(const CUtensorMap* a, const CUtensorMap* b, const CUten
             mbarrier_wait(free + 8 * warpgroup, Then == Then::AddResidual ? turn : turn + 1);
 #pragma unroll
             for (int j = 0; j < ProductColumns / 8; j += 2) {
-                uint32_t to = places + (warpgroup * Chunks + j / 8) * 8192, there[4], result[4];
+                uint32_t to = places + (warpgroup * Chunks + j / 8) * TileBytes, there[4], result[4];
                 to = chunk(to, warp % 4 * 16 + lane % 16, j % 8 + lane / 16);
                 if (Then == Then::AddResidual)
                     ldmatrix(there, to);
@@ -1601,7 +1601,6 @@ __device__ float round_stochastically(float x, uint32_t random) {
     return __uint_as_float((__float_as_uint(x) + (random & 0xffff)) & 0xffff0000);
 }
 
-// Every part in one launch: y is the part. The gradient is zero afterwards.
 // The next eight elements of so many, or those that are left; a rank's part may begin anywhere in a tensor.
 template <typename T>
 __device__ bool are_whole(const T* at, int64_t count) {
@@ -1632,6 +1631,7 @@ __device__ void store_some(T* to, int64_t count, Pack pack) {
     }
 }
 
+// Every part in one launch: y is the part. The gradient is zero afterwards.
 KERNEL adamw(const AdamWPart* parts, float learning_rate, float weight_decay, float gradient_scale, float beta1,
     float beta2, float epsilon, float correction1, float correction2, uint32_t seed) {
     AdamWPart part = parts[blockIdx.y];

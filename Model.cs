@@ -30,6 +30,12 @@ public readonly record struct Tensor(
     /// <summary>Rows [first, first + count) of all depths together.</summary>
     public Tensor Slice(int first, int count) => Part((long)first * Columns, count, Columns);
 
+    /// <summary>One rank's part of all elements, as <see cref="Cut.Of"/> cuts them.</summary>
+    public Tensor PartOf(int rank, int ranks) {
+        var (first, count) = Cut.Of(Count, rank, ranks);
+        return Flat(first, (int)count);
+    }
+
     /// <summary>The flat part of <paramref name="count"/> elements from <paramref name="first"/> on.</summary>
     public Tensor Flat(long first, int count) => Part(first, 1, count);
 
@@ -182,7 +188,11 @@ public readonly record struct ParameterShape(string Name, int Layers, int Rows, 
 }
 
 /// <summary>Elements [First, First + Count) of a parameter tensor; the first's index is that among all.</summary>
-public readonly record struct Cut(int Tensor, long First, long Count, long Index);
+public readonly record struct Cut(int Tensor, long First, long Count, long Index) {
+    /// <summary>A rank's part of n elements: [rank·n/ranks, (rank + 1)·n/ranks), as llm.c's states have it.</summary>
+    public static (long First, long Count) Of(long n, int rank, int ranks) =>
+        (n * rank / ranks, n * (rank + 1) / ranks - n * rank / ranks);
+}
 
 /// <summary>The sizes of a GPT-2 model.</summary>
 /// <param name="MaxT">Longest sequence.</param>
@@ -206,16 +216,16 @@ public sealed record Config(int MaxT, int V, int Vp, int L, int NH, int C) {
         new("lnfw", 1, 1, C), new("lnfb", 1, 1, C),
     ];
 
-    /// <summary>A rank's part of the parameters, in the order of checkpoints: of every tensor's every layer elements
-    /// [rank·n/ranks, (rank + 1)·n/ranks); all 16 tensors as they are for one rank.</summary>
+    /// <summary>A rank's part of the parameters, in the order of checkpoints: its part of every tensor's every layer;
+    /// all 16 tensors as they are for one rank.</summary>
     public IEnumerable<Cut> Cuts(int rank, int ranks) {
         var index = 0L;
         foreach (var (i, shape) in Parameters.Index()) {
             var layers = ranks == 1 ? 1 : shape.Layers;
             var n = shape.Count / layers;
             for (var l = 0; l < layers; l++, index += n) {
-                var (first, end) = (n * rank / ranks, n * (rank + 1) / ranks);
-                yield return new(i, l * n + first, end - first, index + first);
+                var (first, count) = Cut.Of(n, rank, ranks);
+                yield return new(i, l * n + first, count, index + first);
             }
         }
     }
@@ -285,7 +295,7 @@ public sealed class Parameters {
         All = new Tensor(start, 1, (int)((address - start) / columns / Tensor.SizeOf(type)), columns, type);
     }
 
-    /// <summary>A rank's part, where the whole has it.</summary>
+    /// <summary>A rank's part, where the whole has it; All is the whole.</summary>
     public Parameters(Config config, Parameters whole, int rank, int ranks) {
         Cuts = [.. config.Cuts(rank, ranks)];
         tensors = [.. Cuts.Select(cut => whole.Tensors[cut.Tensor].Flat(cut.First, (int)cut.Count))];
@@ -417,6 +427,9 @@ public sealed class Model {
 
     /// <summary>Their sums over ranks for the part that this rank updates; for one rank, themselves.</summary>
     public Parameters? GradientParts { get; }
+
+    /// <summary>Whether this process updates a part of the parameters, and other ranks the rest.</summary>
+    public bool IsCut => ranks > 1;
 
     /// <summary>Called in the backward pass when a layer's gradients are complete, and with −1 in the end for those
     /// outside of layers.</summary>

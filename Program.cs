@@ -41,7 +41,7 @@ internal sealed class Commands {
     /// <param name="out">-o, Folder for checkpoints, main.log and loss.svg.</param>
     /// <param name="batch">-b, Sequences in a batch. [16; 4 on a CPU]</param>
     /// <param name="seq">-t, Tokens in a sequence. [1024; 128 on a CPU]</param>
-    /// <param name="totalBatch">-d, Tokens in an update, a multiple of batch x seq. [one batch]</param>
+    /// <param name="totalBatch">-d, Tokens in an update, a multiple of batch x seq x GPUs. [one batch on each]</param>
     /// <param name="maxSteps">-x, Updates in all.</param>
     /// <param name="lr">-l, Highest learning rate.</param>
     /// <param name="warmup">-u, Updates until the highest learning rate.</param>
@@ -240,9 +240,11 @@ internal sealed class Commands {
 
     /// <summary>Does something on every GPU, in a process each, or on the device asked for.</summary>
     static int OnEachGpu(int? gpus, int timeout, DeviceKind device, DataType? precision, bool verbose,
-        Action<IDevice, ICollective> action) => Guard(verbose, () => {
+        Action<IDevice, ICollective> action) {
+        Job? job = null;
+        return Guard(verbose, () => {
             Require(timeout is > 0 and <= 1_000_000, "--timeout", "1 to 1000000 seconds", timeout);
-            var job = Job.OfEnvironment();
+            job = Job.OfEnvironment();
             if (job == null && Job.Gpus(gpus, device) is > 1 and var ranks)
                 return Job.Start(ranks);
             var patience = TimeSpan.FromSeconds(timeout);
@@ -254,7 +256,8 @@ internal sealed class Commands {
             action(computer, collective);
             others?.Leave();
             return 0;
-        });
+        }, () => job is { Rank: > 0 } ? $"rank {job.Rank}: " : "");
+    }
 
     /// <summary>The device asked for; bf16 unless said otherwise on a GPU, and fp32 on the CPU.</summary>
     static IDevice Open(
@@ -262,6 +265,7 @@ internal sealed class Commands {
         Require(Enum.IsDefined(device), "--device", "auto, cuda or cpu", device);
         Require(precision == null || Enum.IsDefined(precision.Value), "--precision", "bf16 or fp32", precision!);
         if (device == DeviceKind.Cuda || device == DeviceKind.Auto && Cuda.IsAvailable)
+            // Where the launcher shows each rank its own GPU alone, every rank has the first.
             return new Cuda(precision ?? DataType.Bf16, portable, verbose, rank == 0 ? 0 : rank % Cuda.Count());
         Require(precision != DataType.Bf16, "--precision", "fp32 on the CPU", "bf16");
         return new Cpu();
@@ -288,12 +292,14 @@ internal sealed class Commands {
     }
 
     /// <summary>The one place that turns errors into a sentence and an exit status.</summary>
-    static int Guard(bool verbose, Func<int> command) {
+    /// <param name="speaker">Whose error it is, where there are several.</param>
+    static int Guard(bool verbose, Func<int> command, Func<string>? speaker = null) {
         try {
             return command();
         } catch (Exception e) {
             e = (e as AggregateException)?.InnerException ?? e;
-            Job.Complain(verbose ? e.ToString() : e.Message);
+            var who = e.Message.StartsWith("rank ") ? "" : speaker?.Invoke();
+            Console.Error.WriteLine($"gpt2: {who}{(verbose ? e : e.Message)}");
             return (e as Gpt2Exception)?.ExitCode ?? 1;
         }
     }
@@ -303,9 +309,6 @@ internal sealed class Commands {
 internal sealed partial record Job(int Rank, int Size, int LocalRank, string Host, int Port, string Key) {
     const string Own = "GPT2_JOB_KEY", Parent = "GPT2_PARENT";
     const int Terminate = 15, Kill = 9;
-
-    static Job? current;
-    static int complained;
 
     static string? Variable(string name) =>
         Environment.GetEnvironmentVariable(name) is { Length: > 0 } text ? text : null;
@@ -337,8 +340,6 @@ internal sealed partial record Job(int Rank, int Size, int LocalRank, string Hos
         id ??= "";
         const int firstPort = 20_000, ports = 10_000;
         port ??= firstPort + (int)(XxHash3.HashToUInt64(Encoding.UTF8.GetBytes(id)) % ports);
-        current = new Job(rank.Value, size.Value, local ?? rank.Value, host ?? "127.0.0.1", port.Value,
-            Variable(Own) ?? id);
         if (Number(Parent) is { } parent) {
             const int deathSignal = 1;
             // Signals of the terminal reach the parent alone, which passes them on; the children end with it.
@@ -347,7 +348,8 @@ internal sealed partial record Job(int Rank, int Size, int LocalRank, string Hos
             if (getppid() != parent)
                 _exit(1);
         }
-        return current;
+        return new Job(rank.Value, size.Value, local ?? rank.Value, host ?? "127.0.0.1", port.Value,
+            Variable(Own) ?? id);
     }
 
     /// <summary>The first of Slurm's hosts: node[03-05,9],other is node03.</summary>
@@ -375,16 +377,9 @@ internal sealed partial record Job(int Rank, int Size, int LocalRank, string Hos
     public Peers Meet(TimeSpan timeout) => new(Rank, Size, Host, Port, Key, timeout, why => {
         // One rank is enough to say it.
         if (Rank == 0 || Rank == 1 && why.Contains("rank 0 "))
-            Complain(why);
+            Console.Error.WriteLine($"gpt2: {why}");
         _exit(1); // at once: another thread may wait for a GPU that waits for the lost rank
     });
-
-    /// <summary>Says on standard error why this process fails: once.</summary>
-    public static void Complain(string why) {
-        var prefix = current is { Rank: > 0 } && !why.StartsWith("rank ") ? $"rank {current.Rank}: " : "";
-        if (Interlocked.Exchange(ref complained, 1) == 0)
-            Console.Error.WriteLine($"gpt2: {prefix}{why}");
-    }
 
     /// <summary>Starts this program once for each of so many GPUs, and waits for all. If one fails, all end.</summary>
     public static int Start(int ranks) {
@@ -424,13 +419,16 @@ internal sealed partial record Job(int Rank, int Size, int LocalRank, string Hos
         var result = 0;
         while (running.Count > 0) {
             var process = waitpid(-1, out var status, 0);
+            const int noChild = 10; // somebody above us has children reaped unseen, and their statuses with them
+            if (process < 0 && Marshal.GetLastPInvokeError() == noChild)
+                return 1;
             if (!running.TryGetValue(process, out var rank))
                 continue;
             lock (running)
                 running.Remove(process);
             var (signal, code) = (status & 0x7f, status >> 8 & 0xff);
-            if (signal != 0)
-                Complain($"rank {rank} was ended by signal {signal}");
+            if (signal != 0 && result == 0)
+                Console.Error.WriteLine($"gpt2: rank {rank} was ended by signal {signal}");
             if (status != 0 && result == 0) {
                 result = signal != 0 ? 1 : code;
                 killer.Change(patience, Timeout.Infinite);
@@ -442,7 +440,8 @@ internal sealed partial record Job(int Rank, int Size, int LocalRank, string Hos
     [LibraryImport("libc", StringMarshalling = StringMarshalling.Utf8)]
     private static partial int posix_spawn(
         out int process, string path, nint actions, nint attributes, string?[] arguments, string?[] environment);
-    [LibraryImport("libc")] private static partial int waitpid(int process, out int status, int options);
+    [LibraryImport("libc", SetLastError = true)]
+    private static partial int waitpid(int process, out int status, int options);
     [LibraryImport("libc")] private static partial void _exit(int status);
     [LibraryImport("libc")] private static partial int getppid();
     [LibraryImport("libc")] private static partial int setpgid(int process, int group);

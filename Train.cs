@@ -317,8 +317,6 @@ public sealed class Optimizer {
     /// <summary>Seed of the next update's stochastic rounding.</summary>
     public uint RoundingSeed { get; set; } = 42;
 
-    bool IsCut => model.Gradients != model.GradientParts;
-
     /// <summary>Sums a layer's gradients over ranks, or those outside of layers for −1; the norm waits.</summary>
     public void Reduce(int layer) {
         var (arrays, sums) = (new List<Tensor>(), new List<Tensor>());
@@ -326,12 +324,12 @@ public sealed class Optimizer {
             var whole = model.Gradients!.Tensors[cut.Tensor];
             var isInLayers = cut.Tensor is >= 2 and < 14;
             var own = Math.Max(0, layer);
-            if (isInLayers == layer >= 0 && (!IsCut || cut.First / (whole.Count / whole.Depth) == own)) {
+            if (isInLayers == layer >= 0 && (!model.IsCut || cut.First / (whole.Count / whole.Depth) == own)) {
                 arrays.Add(whole[own]);
                 sums.Add(model.GradientParts!.Tensors[i]);
             }
         }
-        if (IsCut)
+        if (model.IsCut)
             ranks.ReduceScatter(CollectionsMarshal.AsSpan(arrays), CollectionsMarshal.AsSpan(sums));
         else
             ranks.AllReduce(CollectionsMarshal.AsSpan(arrays));
@@ -341,7 +339,7 @@ public sealed class Optimizer {
     public float GradientNorm() {
         ranks.Join();
         var squares = model.Device.SumOfSquares(model.GradientParts!.All);
-        return (float)Math.Sqrt(IsCut ? ranks.Sum(squares) : squares);
+        return (float)Math.Sqrt(model.IsCut ? ranks.Sum(squares) : squares);
     }
 
     /// <summary>Clips the gradients from the given norm to 1, and makes an update; the first has number 1.</summary>
@@ -349,7 +347,7 @@ public sealed class Optimizer {
         const float clip = 1;
         var scale = norm > clip ? clip / norm : 1;
         var step = new AdamWStep(number, rate, decay, scale, 0.9f, 0.95f, 1e-8f, RoundingSeed++);
-        if (IsCut)
+        if (model.IsCut)
             UpdateParts(step);
         else
             model.Device.AdamW(parts, step);
@@ -407,7 +405,7 @@ public sealed class Checkpoints(string folder) {
     /// <summary>Writes a checkpoint: the first rank the model, each its part of the state. DONE comes last, and then
     /// all but the newest <paramref name="keep"/> go.</summary>
     public void Save(int step, Model model, Optimizer optimizer, TokenLoader loader, int keep, ICollective ranks) {
-        var parts = model.Gradients == model.GradientParts ? 1 : ranks.Size;
+        var parts = model.IsCut ? ranks.Size : 1;
         var header = new int[BinaryFile.HeaderLength];
         (header[0], header[1], header[2], header[3]) = (Magic, 1, parts, ranks.Rank);
         (header[5], header[10], header[SampleTokens]) = (loader.Shuffles ? 1 : 0, step, loader.SampleTokens);
@@ -715,18 +713,21 @@ public sealed class Peers : IDisposable {
             if (left < TimeSpan.Zero || !listener.Server.Poll(left, SelectMode.SelectRead))
                 throw new Gpt2Exception($"rank 0: expected rank {missing} of {Size} on port {port} within " +
                     $"{timeout.TotalSeconds:F0} s, found {found.Count(link => link != null) + 1} ranks");
+            const int patience = 5_000; // with a stranger who says nothing, while ours wait
+            var client = listener.AcceptTcpClient();
+            (client.NoDelay, client.ReceiveTimeout) = (true, patience);
+            var said = new byte[HelloBytes];
             try {
-                var client = listener.AcceptTcpClient();
-                (client.NoDelay, client.ReceiveTimeout) = (true, (int)timeout.TotalMilliseconds);
-                var said = new byte[HelloBytes];
                 client.GetStream().ReadExactly(said);
-                var rank = BitConverter.ToInt32(said, KeyBytes);
-                if (rank > 0 && rank < Size && found[rank] == null && hello(rank).AsSpan().SequenceEqual(said))
-                    found[rank] = new(rank, client);
-                else
-                    client.Dispose();
             } catch (IOException) {
-                // Nobody of ours.
+                // Nobody of ours, as below: its rank is 0.
+            }
+            var rank = BitConverter.ToInt32(said, KeyBytes);
+            if (rank > 0 && rank < Size && found[rank] == null && hello(rank).AsSpan().SequenceEqual(said)) {
+                client.ReceiveTimeout = (int)timeout.TotalMilliseconds;
+                found[rank] = new(rank, client);
+            } else {
+                client.Dispose();
             }
         }
         return [.. found.Skip(1).Select(link => link!)];
@@ -740,7 +741,7 @@ public sealed class Peers : IDisposable {
                 client.Connect(host, port);
                 client.GetStream().Write(hello);
                 return new(0, client);
-            } catch (SocketException e) {
+            } catch (Exception e) when (e is SocketException or IOException) {
                 client.Dispose();
                 if (Stopwatch.GetElapsedTime(begin) > timeout)
                     throw new Gpt2Exception($"rank {Rank}: expected rank 0 on {host}:{port} within " +
@@ -780,12 +781,8 @@ public sealed class Peers : IDisposable {
     }
 
     byte[] Take(Link link) {
-        try {
-            if (link.Messages.TryTake(out var message, timeout))
-                return message;
-        } catch (InvalidOperationException) {
-            // Lost, as below.
-        }
+        if (link.Messages.TryTake(out var message, timeout))
+            return message;
         throw new Gpt2Exception($"rank {Rank}: expected rank {link.Rank} at {Place}, found it " +
             (link.Messages.IsCompleted ? "gone" : $"elsewhere for {timeout.TotalSeconds:F0} s"));
     }

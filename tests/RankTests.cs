@@ -59,6 +59,7 @@ sealed class ThreadRanks : ICollective {
 
     static unsafe Span<float> Floats(Tensor x) => new((void*)x.Address, (int)x.Count);
 
+    // The rule of formats.md, written anew: the code under test must agree with it.
     (int First, int End) Part(Tensor x, int rank) => ((int)(x.Count * rank / Size), (int)(x.Count * (rank + 1) / Size));
 
     public void AllReduce(ReadOnlySpan<Tensor> arrays) {
@@ -117,18 +118,26 @@ public sealed class RankTests {
 
     const int Sequences = 12;
 
-    static TemporaryFolder Inputs() {
+    static TemporaryFolder Inputs() => Inputs(Odd, 500);
+
+    /// <summary>A folder with a random model.bin, train_1.bin, train_2.bin and val.bin, of so many random tokens and
+    /// more.</summary>
+    internal static TemporaryFolder Inputs(Config config, int count) {
         var folder = new TemporaryFolder();
         using var cpu = new Cpu();
-        var model = new Model(Odd, cpu, 1, 1, Purpose.Train);
+        var model = new Model(config, cpu, 1, 1, Purpose.Train);
         model.Load(null, 3);
         Files.Write(folder["model.bin"], model.Save);
         foreach (var (i, name) in ((string[])["train_1", "train_2", "val"]).Index()) {
-            var tokens = Tokens(i, 500 + 200 * i, Odd.V).Select(token => (ushort)token).ToArray();
+            var tokens = Tokens(i, count + count / 3 * i, config.V).Select(token => (ushort)token).ToArray();
             WriteShard(folder[$"{name}.bin"], tokens);
         }
         return folder;
     }
+
+    /// <summary>The losses, norms and validation losses that a run has printed.</summary>
+    internal static double[] Numbers(string output) => [.. Regex.Matches(output, @"(?:loss|norm) (\d+\.\d+)")
+        .Select(match => double.Parse(match.Groups[1].Value, CultureInfo.InvariantCulture))];
 
     /// <summary>Trains, and gives the losses, norms and validation losses that were printed.</summary>
     static double[] Train(TemporaryFolder folder, string name, int ranks, int B, int zero, int steps = 6,
@@ -145,8 +154,7 @@ public sealed class RankTests {
             using var trainer = new Trainer(options, cpu, writer, NullLogger.Instance, collective);
             trainer.Run();
         });
-        return [.. Regex.Matches(output.ToString(), @"(?:loss|norm) (\d+\.\d+)")
-            .Select(match => double.Parse(match.Groups[1].Value, CultureInfo.InvariantCulture))];
+        return Numbers(output.ToString());
     }
 
     static async Task Near(double[] found, double[] expected) {
@@ -463,24 +471,12 @@ public sealed class GpuRankTests {
     const string Share = "export CUDA_VISIBLE_DEVICES=0 GPT2_SHARE_GPUS=1; exec \"$@\"";
     const string Data = "train -i train_*.bin -j val.bin -o run -t 64 -d 768 -l 1e-2 -u 2 -k constant -m 2 -g 0";
 
-    static TemporaryFolder Inputs() {
-        var folder = new TemporaryFolder();
-        using var cpu = new Cpu();
-        var model = new Model(Small, cpu, 1, 1, Purpose.Train);
-        model.Load(null, 3);
-        Files.Write(folder["model.bin"], model.Save);
-        foreach (var (i, name) in ((string[])["train_1", "train_2", "val"]).Index()) {
-            var tokens = Tokens(i, 20_000 + 3_000 * i, Small.V).Select(token => (ushort)token).ToArray();
-            WriteShard(folder[$"{name}.bin"], tokens);
-        }
-        return folder;
-    }
+    static TemporaryFolder Inputs() => RankTests.Inputs(Small, 20_000);
 
     static async Task<double[]> Train(TemporaryFolder folder, string arguments) {
         var result = await Gpt2Process.RunIn(Share, folder.Path, $"{Data} {arguments}");
         await Assert.That(result.ExitCode).IsEqualTo(0).Because(result.ToString());
-        return [.. Regex.Matches(result.Output, @"(?:loss|norm) (\d+\.\d+)")
-            .Select(match => double.Parse(match.Groups[1].Value, CultureInfo.InvariantCulture))];
+        return RankTests.Numbers(result.Output);
     }
 
     static async Task Near(double[] found, double[] expected, double bound) {
@@ -601,8 +597,9 @@ public sealed class GpuRankTests {
         using var folder = Inputs();
         var result = await Gpt2Process.RunIn(
             "command -v mpirun >/dev/null || exit 77; export CUDA_VISIBLE_DEVICES=0; " +
-            "mpirun --allow-run-as-root --oversubscribe -np 2 bash -c 'NCCL_HOSTID=$OMPI_COMM_WORLD_RANK exec \"$@\"' bash \"$@\"", folder.Path,
-            $"{Data} -e model.bin -x 3 -v 0 -n 0 -b 3");
+            "mpirun --allow-run-as-root --oversubscribe -np 2 " +
+            "bash -c 'NCCL_HOSTID=$OMPI_COMM_WORLD_RANK exec \"$@\"' bash \"$@\"",
+            folder.Path, $"{Data} -e model.bin -x 3 -v 0 -n 0 -b 3");
         if (result.ExitCode == 77)
             Skip.Test("there is no mpirun");
         await Assert.That(result.ExitCode).IsEqualTo(0).Because(result.ToString());
