@@ -754,6 +754,7 @@ public sealed unsafe class Nccl : ICollective {
     void End() {
         CheckNccl(ncclGroupEnd(), "grouping");
         Check(cuEventRecord(after, stream), "ordering streams");
+        peers.Meetings++;
         Volatile.Write(ref begun, Stopwatch.GetTimestamp());
     }
 
@@ -762,7 +763,8 @@ public sealed unsafe class Nccl : ICollective {
         Check(cuStreamWaitEvent(device.Stream, after, 0), "ordering streams");
     }
 
-    /// <summary>Ends the job if NCCL has failed, or waits for a rank too long.</summary>
+    /// <summary>Ends the job if NCCL has failed, or waits too long: after the others' silence would have been noticed,
+    /// and for the first rank, which knows them all, before the others give up.</summary>
     void Watch(TimeSpan timeout) {
         var since = Volatile.Read(ref begun);
         if (since == 0)
@@ -772,9 +774,10 @@ public sealed unsafe class Nccl : ICollective {
         var state = cuEventQuery(after);
         if (state == 0)
             Interlocked.CompareExchange(ref begun, 0, since);
-        else if (state == notReady && Stopwatch.GetElapsedTime(since) > timeout)
-            peers.Report($"rank {Rank}: expected every rank in NCCL at {peers.Place} within " +
-                $"{timeout.TotalSeconds:F0} s, found one that did not come");
+        else if (state == notReady && Stopwatch.GetElapsedTime(since) > (Rank == 0 ? 1.25 : 1.5) * timeout)
+            peers.Report(peers.Absent is { } absent
+                ? $"rank {absent} did not come to NCCL at {peers.Place} in {timeout.TotalSeconds:F0} s"
+                : $"rank {Rank}: expected an end of NCCL at {peers.Place} in {timeout.TotalSeconds:F0} s, found none");
         if (ncclCommGetAsyncError(communicator, out var error) == 0 && error is not 0 and not 7)
             peers.Report($"rank {Rank}: NCCL at {peers.Place}: expected success, found {NcclError(error)}");
     }

@@ -375,8 +375,8 @@ internal sealed partial record Job(int Rank, int Size, int LocalRank, string Hos
 
     /// <summary>Connects the ranks.</summary>
     public Peers Meet(TimeSpan timeout) => new(Rank, Size, Host, Port, Key, timeout, why => {
-        // One rank is enough to say it.
-        if (Rank == 0 || Rank == 1 && why.Contains("rank 0 "))
+        // One rank is enough to say it: the first, that which knows it of itself, or the second of the first.
+        if (Rank == 0 || why.StartsWith($"rank {Rank}:") || Rank == 1 && why.StartsWith("rank 0 "))
             Console.Error.WriteLine($"gpt2: {why}");
         _exit(1); // at once: another thread may wait for a GPU that waits for the lost rank
     });
@@ -414,7 +414,7 @@ internal sealed partial record Job(int Rank, int Size, int LocalRank, string Hos
         }
         using var terminate = PosixSignalRegistration.Create(PosixSignal.SIGTERM, Pass);
         using var interrupt = PosixSignalRegistration.Create(PosixSignal.SIGINT, Pass);
-        const int patience = 10_000;
+        const int patience = 2_000; // with those who should have noticed by themselves
         using var killer = new Timer(_ => Send(Kill));
         var result = 0;
         while (running.Count > 0) {

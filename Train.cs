@@ -161,7 +161,8 @@ public sealed class Trainer : IDisposable {
         }
         using var terminate = PosixSignalRegistration.Create(PosixSignal.SIGTERM, Stop);
         using var interrupt = PosixSignalRegistration.Create(PosixSignal.SIGINT, Stop);
-        var (live, begin) = (!Console.IsOutputRedirected, Stopwatch.GetTimestamp());
+        // mpirun gives a terminal to its processes' standard output alone, and copies that to wherever its own goes.
+        var (live, begin) = (!Console.IsOutputRedirected && !Console.IsErrorRedirected, Stopwatch.GetTimestamp());
         var perToken = model.Config.FlopsPerToken(options.T) / model.Device.PeakFlops() / ranks.Size;
         if (firstStep == 0 && options.ValEvery > 0)
             Validate(0);
@@ -647,6 +648,7 @@ public static class Benchmark {
 /// tell when a rank is gone or silent.</summary>
 public sealed class Peers : IDisposable {
     const int KeyBytes = 64, HelloBytes = KeyBytes + 2 * sizeof(int); // the key, rank, size
+    const int End = -1; // in place of the meetings
 
     readonly Link[] links; // to every other rank for the first, to the first for every other
     readonly TimeSpan timeout;
@@ -655,22 +657,25 @@ public sealed class Peers : IDisposable {
     volatile bool closing;
     int reported;
 
-    /// <summary>A connection, whose messages are read as they come: a length and so many bytes; none is a heartbeat.
-    /// </summary>
+    /// <summary>A connection, whose messages are read as they come: a length, how far the sender is, and so many
+    /// bytes; none is a heartbeat.</summary>
     sealed record Link(int Rank, TcpClient Client) {
         public BlockingCollection<byte[]> Messages { get; } = [];
+        public int Meetings { get; private set; }
 
-        public void Send(ReadOnlySpan<byte> message) {
+        public void Send(ReadOnlySpan<byte> message, int meetings) {
             lock (Client) {
-                Client.GetStream().Write(BitConverter.GetBytes(message.Length));
+                int[] header = [message.Length, meetings];
+                Client.GetStream().Write(MemoryMarshal.AsBytes(header.AsSpan()));
                 Client.GetStream().Write(message);
             }
         }
 
         public byte[] Receive() {
-            var length = new byte[sizeof(int)];
-            Client.GetStream().ReadExactly(length);
-            var message = new byte[BitConverter.ToInt32(length)];
+            var header = new byte[2 * sizeof(int)];
+            Client.GetStream().ReadExactly(header);
+            Meetings = BitConverter.ToInt32(header, sizeof(int));
+            var message = new byte[BitConverter.ToInt32(header)];
             Client.GetStream().ReadExactly(message);
             return message;
         }
@@ -680,7 +685,8 @@ public sealed class Peers : IDisposable {
     /// <param name="host">Of the first rank, which listens there: to this machine alone if it is 127.0.0.1.</param>
     /// <param name="key">What every rank of the job knows; who does not is turned away.</param>
     /// <param name="timeout">How long another may be silent.</param>
-    /// <param name="lost">Is told once, on another thread, which rank is gone, and must end the process.</param>
+    /// <param name="lost">Is told once, on another thread, which rank is gone, or nothing if the first rank has said
+    /// it already; must end the process.</param>
     /// <exception cref="Gpt2Exception">A rank did not come in time.</exception>
     public Peers(int rank, int size, string host, int port, string key, TimeSpan timeout, Action<string> lost) {
         (Rank, Size, this.timeout, this.lost) = (rank, size, timeout, lost);
@@ -689,7 +695,7 @@ public sealed class Peers : IDisposable {
         links = rank == 0 ? Gather(host, port, Hello) : [Reach(host, port, Hello(rank))];
         foreach (var link in links)
             new Thread(() => Listen(link)) { IsBackground = true }.Start();
-        heartbeat = new Timer(_ => Array.ForEach(links, Beat), null, TimeSpan.Zero, timeout / 8);
+        heartbeat = new Timer(_ => Array.ForEach(links, link => Beat(link, Meetings)), null, TimeSpan.Zero, timeout / 8);
     }
 
     public int Rank { get; }
@@ -697,6 +703,13 @@ public sealed class Peers : IDisposable {
 
     /// <summary>Where the run is, for messages: "step 7".</summary>
     public string Place { get; set; } = "the start";
+
+    /// <summary>To how many meetings elsewhere, in NCCL, this rank has come.</summary>
+    public int Meetings { get; set; }
+
+    /// <summary>A rank that has not come to the last of them, by what the others have said; null if none is known.
+    /// </summary>
+    public int? Absent => Array.Find(links, link => link.Meetings < Meetings)?.Rank;
 
     Link[] Gather(string host, int port, Func<int, byte[]> hello) {
         var found = new Link?[Size];
@@ -754,7 +767,10 @@ public sealed class Peers : IDisposable {
     void Listen(Link link) {
         try {
             while (true) {
-                if (link.Receive() is { Length: > 0 } message)
+                var message = link.Receive();
+                if (link.Meetings == End)
+                    Report(""); // it has said why
+                else if (message.Length > 0)
                     link.Messages.Add(message);
             }
         } catch (Exception e) when (e is IOException or SocketException or ObjectDisposedException or
@@ -766,18 +782,21 @@ public sealed class Peers : IDisposable {
         }
     }
 
-    void Beat(Link link) {
+    void Beat(Link link, int meetings) {
         try {
-            link.Send([]);
+            link.Send([], meetings);
         } catch (Exception e) when (e is IOException or ObjectDisposedException or InvalidOperationException) {
             // The thread that listens says so.
         }
     }
 
-    /// <summary>Says once why the job cannot go on.</summary>
+    /// <summary>Says once why the job cannot go on; the first rank ends the others with it.</summary>
     public void Report(string why) {
-        if (!closing && Interlocked.Exchange(ref reported, 1) == 0)
-            lost(why);
+        if (closing || Interlocked.Exchange(ref reported, 1) != 0)
+            return;
+        if (Rank == 0)
+            Array.ForEach(links, link => Beat(link, End));
+        lost(why);
     }
 
     byte[] Take(Link link) {
@@ -789,7 +808,7 @@ public sealed class Peers : IDisposable {
 
     void Send(Link link, ReadOnlySpan<byte> message) {
         try {
-            link.Send(message);
+            link.Send(message, Meetings);
         } catch (Exception e) when (e is IOException or ObjectDisposedException or InvalidOperationException) {
             throw new Gpt2Exception($"rank {Rank}: expected rank {link.Rank} at {Place}, found it gone");
         }
