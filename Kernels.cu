@@ -1158,13 +1158,15 @@ FLASH_KERNEL(attention_backward_kv, 1, 2 * KeyRows<true>, flash_backward_kv, (co
 // ---- Products for Hopper, with what comes after them
 
 #if !defined(FP32) && defined(__CUDA_ARCH_FEAT_SM90_ALL)
-// c (M, N) = a·b + bias with a (M, K) and b (N, K) or, not transposed, (K, N). Blocks walk over tiles of c, 128 x 192;
-// two of them, a cluster, take tiles one below the other and share the tiles of b. Two warpgroups multiply 64 rows each
-// and leave the result in shared memory; for each 64 of its columns another warp stores it, and does what else there is
-// to do while the next tile is multiplied. A last warp has TMA fill a ring of tiles of a and b.
+// c (M, N) = a·b + bias with a (M, K) and b (N, K) or, not transposed, (K, N). Blocks work on tiles of c, 128 x 192; two
+// of them, a cluster, take the next two, one below the other, that none has taken, and share the tiles of b: so nothing
+// waits for blocks that begin late, because NCCL has their place. Two warpgroups multiply 64 rows each and leave the
+// result in shared memory; for each 64 of its columns another warp stores it, and does what else there is to do while
+// the next tile is multiplied. A last warp has TMA fill a ring of tiles of a and b.
 constexpr int ProductRows = 128, ProductColumns = 192, Depth = 64, Stages = 4, Chunks = ProductColumns / 64;
 constexpr int WidestBand = 16; // of tiles
 constexpr int StageBytes = (ProductRows + ProductColumns) * Depth * 2;
+constexpr int Turns = 2 * Stages; // more than the loader is ahead of those who store
 constexpr int Storers = 8, Loader = Storers + 2 * Chunks, ProductThreads = (Loader + 1) * Warp; // the warps that begin
 
 // What comes after: c += residual; gelu = GELU(c); c *= GELU'(gelu), and partial (M/64, N) = c's sums of every 64 rows.
@@ -1183,6 +1185,14 @@ __device__ void cluster_sync() {
 __device__ void mbarrier_arrive_at(uint32_t barrier, uint32_t rank) {
     asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
         "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(barrier), "r"(rank) : "memory");
+}
+
+// Writes a number into a block's shared memory and has it count at that block's barrier.
+__device__ void send(int x, uint32_t to, uint32_t barrier, uint32_t rank) {
+    asm volatile("{\n.reg .b32 there, signal;\nmapa.shared::cluster.u32 there, %1, %3;\n"
+        "mapa.shared::cluster.u32 signal, %2, %3;\n"
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [there], %0, [signal];\n}"
+        ::"r"(x), "r"(to), "r"(barrier), "r"(rank) : "memory");
 }
 
 // True in one lane of the warp.
@@ -1273,25 +1283,35 @@ __device__ float gelu_slope_approximate(float x) {
     return 0.5f + 0.5f * tanh + (1 - tanh * tanh) * (x * half_du);
 }
 
+// Pairs of tiles that clusters have come for, and zero again when the last has found none.
+__device__ int pairs_taken;
+
 template <bool Transposed, Then Then>
 __device__ void multiply(const CUtensorMap* a, const CUtensorMap* b, const CUtensorMap* c, const CUtensorMap* residual,
     const floatX* bias, floatX* gelu, float* partial, int M, int N, int K) {
-    __shared__ uint64_t barriers[2 * Stages + 4];
-    __shared__ alignas(16) floatX biases[2 * Stages][ProductColumns];
-    // Barriers of the stages, and of the places where the warpgroups leave their results.
+    __shared__ uint64_t barriers[2 * Stages + 4 + Turns];
+    __shared__ alignas(16) floatX biases[Turns][ProductColumns];
+    __shared__ int pairs[Turns];
+    // Barriers of the stages, of the places where the warpgroups leave their results, and of the pairs.
     uint32_t full = shared_address(barriers), empty = full + 8 * Stages, filled = empty + 8 * Stages;
-    uint32_t free = filled + 16;
+    uint32_t free = filled + 16, known = free + 16;
     uint32_t ring = first_tile(), places = ring + Stages * StageBytes, rank = cluster_rank();
     int warp = uniform(threadIdx.x / Warp), lane = threadIdx.x % Warp, depths = (K + Depth - 1) / Depth;
     int down = (M + 2 * ProductRows - 1) / (2 * ProductRows), across = (N + ProductColumns - 1) / ProductColumns;
-    int tile = blockIdx.x / 2, tiles = down * across, step = gridDim.x / 2, row, column;
-    uint32_t stage = 0, phase = 0, turn = 0; // of the tile among this block's
+    int all = down * across, own, row, column;
+    uint32_t stage = 0, phase = 0, turn = ~0u; // of the pair among this cluster's
     auto next_stage = [&] {
         stage = (stage + 1) % Stages;
         phase ^= stage == 0;
     };
+    auto next_pair = [&] {
+        turn++;
+        mbarrier_wait(known + 8 * (turn % Turns), turn / Turns);
+        own = pairs[turn % Turns];
+        return own < all;
+    };
     auto go_to_tile = [&] {
-        place_of(tile, down, across, row, column);
+        place_of(own, down, across, row, column);
         row = (2 * row + rank) * ProductRows;
         column *= ProductColumns;
     };
@@ -1304,21 +1324,42 @@ __device__ void multiply(const CUtensorMap* a, const CUtensorMap* b, const CUten
             mbarrier_init(filled + 8 * i, Storers / 2);
             mbarrier_init(free + 8 * i, Chunks);
         }
+        for (int i = 0; i < Turns; i++)
+            mbarrier_init(known + 8 * i, 1);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     cluster_sync();
     if (warp == Loader) {
-        for (; tile < tiles; tile += step, turn++) {
+        int taken;
+        auto take_pair = [&] {
+            if (rank == 0)
+                taken = atomicAdd(&pairs_taken, 1);
+        };
+        auto tell_pair = [&](uint32_t turn) {
+            uint32_t barrier = known + 8 * (turn % Turns);
+            mbarrier_expect(barrier, sizeof(int));
+            for (int i = 0; rank == 0 && i < 2; i++)
+                send(taken, shared_address(pairs + turn % Turns), barrier, i);
+            if (rank == 0 && taken == all + (int)gridDim.x / 2 - 1)
+                pairs_taken = 0;
+        };
+        if (elect()) {
+            take_pair();
+            tell_pair(0);
+        }
+        while (next_pair()) {
             go_to_tile();
             for (int k = 0; k < depths; k++, next_stage()) {
                 uint32_t rows = ring + stage * StageBytes, columns = rows + ProductRows * 128;
                 uint32_t barrier = full + 8 * stage;
                 mbarrier_wait(empty + 8 * stage, phase ^ 1);
                 if (elect()) {
+                    if (k == 0)
+                        take_pair();
                     int bytes = k == 0 && bias != nullptr ? min(ProductColumns, N - column) * 2 : 0;
                     mbarrier_expect(barrier, StageBytes + bytes);
                     if (bytes > 0)
-                        bulk_load(shared_address(biases[turn % (2 * Stages)]), bias + column, bytes, barrier);
+                        bulk_load(shared_address(biases[turn % Turns]), bias + column, bytes, barrier);
 #pragma unroll
                     for (int i = 0; i < ProductRows; i += 32)
                         load_box(rows + i * 128, a, k * Depth, row + i, barrier, false);
@@ -1332,6 +1373,8 @@ __device__ void multiply(const CUtensorMap* a, const CUtensorMap* b, const CUten
                         else
                             load_box(to, b, column + 2 * i, k * Depth + half, barrier, true);
                     }
+                    if (k == 0)
+                        tell_pair(turn + 1);
                 }
                 __syncwarp();
             }
@@ -1359,7 +1402,7 @@ __device__ void multiply(const CUtensorMap* a, const CUtensorMap* b, const CUten
                         4 * i < rows ? __ldcs((const uint4*)(gelus + 4 * i * N)) : make_uint4(0, 0, 0, 0);
             }
         };
-        for (go_to_chunk(); tile < tiles; turn++) {
+        for (next_pair(), go_to_chunk(); own < all;) {
             if (Then == Then::AddResidual && elect()) {
                 mbarrier_expect(free, TileBytes);
                 load_box(place, residual, column, row, free, false);
@@ -1396,7 +1439,7 @@ __device__ void multiply(const CUtensorMap* a, const CUtensorMap* b, const CUten
                 if (lane < 8 && rows > 0)
                     store(partial + (int64_t)(row / 64) * N + column + lane * Width, sums);
             }
-            tile += step;
+            next_pair();
             if (Then != Then::Gelu)
                 go_to_chunk();
             __syncwarp();
@@ -1418,13 +1461,13 @@ __device__ void multiply(const CUtensorMap* a, const CUtensorMap* b, const CUten
         }
     } else {
         int warpgroup = warp / 4;
-        for (; tile < tiles; tile += step, turn++) {
+        while (next_pair()) {
             ProductSums sums = {};
             if (Transposed && bias != nullptr) {
                 mbarrier_wait(full + 8 * stage, phase); // brings the biases, too
 #pragma unroll
                 for (int j = 0; j < ProductColumns / 8; j++) {
-                    uint32_t both = *(const uint32_t*)(biases[turn % (2 * Stages)] + j * 8 + lane % 4 * 2);
+                    uint32_t both = *(const uint32_t*)(biases[turn % Turns] + j * 8 + lane % 4 * 2);
                     sums[j][0] = sums[j][2] = __uint_as_float(both << 16);
                     sums[j][1] = sums[j][3] = __uint_as_float(both & 0xffff0000);
                 }
