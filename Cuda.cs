@@ -23,7 +23,8 @@ public sealed unsafe class Cuda : IDevice {
     readonly CudaKernel geluBackward, sumRowsPartially, addRowSums, attentionAny, attentionAnyBackwardQ;
     readonly CudaKernel attentionAnyBackwardKv, classify, sumOfSquares, adamW, round;
     readonly CudaKernel? product, attention, attentionBackwardQ, attentionBackwardKv;
-    readonly CudaKernel? linear, linearResidual, linearGelu, linearBackward, linearGeluBackward;
+    readonly CudaKernel? linear, linearResidual, linearGelu, linearBackward, linearGeluBackward, linearExponentials;
+    readonly CudaKernel? linearBackwardScaled, targetLogits, normalizeClasses;
     readonly Products? products;
     Profile? profile;
     int staged;
@@ -87,7 +88,9 @@ public sealed unsafe class Cuda : IDevice {
         if (hopper) {
             (linear, linearResidual) = (Kernel("linear"), Kernel("linear_residual"));
             (linearGelu, linearBackward) = (Kernel("linear_gelu"), Kernel("linear_backward"));
-            linearGeluBackward = Kernel("linear_gelu_backward");
+            (linearGeluBackward, linearExponentials) = (Kernel("linear_gelu_backward"), Kernel("linear_exponentials"));
+            (linearBackwardScaled, targetLogits) = (Kernel("linear_backward_scaled"), Kernel("target_logits"));
+            normalizeClasses = Kernel("normalize_classes");
         }
         maps = (nint)NativeMemory.AlignedAlloc(4 * 128, 64);
         products = new Products(stream, workspace, WorkspaceBytes);
@@ -369,14 +372,14 @@ public sealed unsafe class Cuda : IDevice {
         if (products == null)
             Multiply(x, C, 1, w, 1, C, y, b, residual, rows, OC, C);
         else if (IsForHopper(x, w))
-            Multiply(operation, residual.Address == 0 ? linear! : linearResidual!, x, w, y, residual, b, default);
+            Multiply(operation, residual.Address == 0 ? linear! : linearResidual!, x, w, y, residual, b);
         else
             Multiply(operation, w, true, x, false, y, OC, rows, C, b, residual);
     }
 
     public void LinearGelu(Tensor x, Tensor w, Tensor b, Tensor input, Tensor y) {
         if (IsForHopper(x, w)) {
-            Multiply(nameof(LinearGelu), linearGelu!, x, w, input, default, b, y);
+            Multiply(nameof(LinearGelu), linearGelu!, x, w, input, bias: b, gelu: y);
         } else {
             Linear(x, w, b, input);
             Gelu(input, y);
@@ -396,8 +399,8 @@ public sealed unsafe class Cuda : IDevice {
         if (products == null)
             Multiply(dy, OC, 1, w, C, 1, dx, default, default, rows, C, OC);
         else if (fused)
-            Multiply(operation, input.Address == 0 ? linearBackward! : linearGeluBackward!, dy, w, dx, default, default,
-                input);
+            Multiply(operation, input.Address == 0 ? linearBackward! : linearGeluBackward!, dy, w, dx, gelu: input,
+                partial: scratch);
         else
             Multiply(operation, w, false, dy, false, dx, C, rows, OC);
         if (fused && input.Address != 0)
@@ -457,14 +460,14 @@ public sealed unsafe class Cuda : IDevice {
         w.AllRows % Width == 0 && (long)Blocks(x.AllRows, 64) * x.Columns * sizeof(float) <= ScratchBytes;
 
     /// <summary>c = a·b by one of those kernels; they say what the rest is for.</summary>
-    void Multiply(string operation, CudaKernel kernel, Tensor a, Tensor b, Tensor c, Tensor residual, Tensor bias,
-        Tensor gelu) {
+    void Multiply(string operation, CudaKernel kernel, Tensor a, Tensor b, Tensor c, Tensor residual = default,
+        Tensor bias = default, Tensor gelu = default, nint ofRows = 0, nint partial = 0, int vocabulary = 0) {
         const int rows = 128, columns = 192, depth = 64, stages = 4, threads = 480, alignment = 1 << 10;
         const int shared = alignment + (stages * (rows + columns) * depth + rows * columns) * 2;
         var (M, N, K) = (a.AllRows, c.Columns, a.Columns);
         Launch($"{operation} {M} x {N} x {K}", kernel, (multiprocessors / 2 * 2, 1, 1), threads, shared,
             2.0 * M * N * K, 0, Map(0, a), Map(1, b), Map(2, c), residual.Address == 0 ? Map(2, c) : Map(3, residual),
-            bias, gelu, scratch, M, N, K);
+            bias, gelu, ofRows, partial, M, N, K, vocabulary);
     }
 
     /// <summary>Describes a matrix for TMA, which copies 32 rows of 64 columns at a time.</summary>
@@ -555,6 +558,29 @@ public sealed unsafe class Cuda : IDevice {
         var keeps = row <= largestShared - ownShared && Precision == DataType.Bf16;
         Launch(classify, (logits.AllRows, 1, 1), threads, keeps ? row : 0, 0, (gradientScale == 0 ? 1.0 : 2) *
             logits.Bytes, logits, Upload(targets), losses, gradientScale, vocabulary, logits.Columns, keeps ? 1 : 0);
+    }
+
+    public void LinearClassify(Tensor x, Tensor w, ReadOnlySpan<int> targets, int vocabulary, Tensor logits,
+        Tensor losses, float gradientScale, Tensor dx, Tensor dw) {
+        const string operation = nameof(LinearClassify);
+        const int rowsOfBlock = 32, threads = 256, chunk = 64;
+        var (rows, C, Vp, chunks) = (x.AllRows, x.Columns, w.AllRows, Blocks(w.AllRows, chunk));
+        if (gradientScale == 0 || !IsForHopper(x, w) || (chunks + 1L) * rows * sizeof(float) > ScratchBytes) {
+            IDevice.LinearClassify(this, x, w, targets, vocabulary, logits, losses, gradientScale, dx, dw);
+            return;
+        }
+        // In the scratch memory a number for each row, and each row's sums of the chunks of columns.
+        var (places, partial) = (Upload(targets), scratch + rows * sizeof(float));
+        Launch(targetLogits!, (Blocks(rows, threads / 32), 1, 1), threads, 0, 0, 2.0 * x.Bytes,
+            x, w, places, scratch, rows, C);
+        Multiply(operation, linearExponentials!, x, w, logits, ofRows: scratch, partial: partial,
+            vocabulary: vocabulary);
+        Launch(normalizeClasses!, (Blocks(rows, rowsOfBlock), 1, 1), threads, 0, 0,
+            2.0 * x.Bytes + (double)chunks * rows * sizeof(float),
+            partial, chunks, places, logits, x, dx, scratch, losses, gradientScale, rows, Vp, C);
+        // What is in dx until then is x, each row times what its exponentials must be multiplied with.
+        Multiply(operation, dx, false, logits, true, dw, C, Vp, rows, addend: dw);
+        Multiply(operation, linearBackwardScaled!, logits, w, dx, ofRows: scratch);
     }
 
     // ---- Optimizer

@@ -91,6 +91,13 @@ __device__ Pack normalize(Pack x, float mean, float rstd) {
     return x;
 }
 
+// a = x from element first on.
+__device__ void fill(Pack& a, int first, float x) {
+#pragma unroll
+    for (int i = 0; i < Width; i++)
+        a.x[i] = i < first ? a.x[i] : x;
+}
+
 __device__ uint32_t shared_address(const void* pointer) {
     return (uint32_t)__cvta_generic_to_shared(pointer);
 }
@@ -1169,8 +1176,11 @@ constexpr int StageBytes = (ProductRows + ProductColumns) * Depth * 2;
 constexpr int Turns = 2 * Stages; // more than the loader is ahead of those who store
 constexpr int Storers = 8, Loader = Storers + 2 * Chunks, ProductThreads = (Loader + 1) * Warp; // the warps that begin
 
-// What comes after: c += residual; gelu = GELU(c); c *= GELU'(gelu), and partial (M/64, N) = c's sums of every 64 rows.
-enum class Then { Nothing, AddResidual, Gelu, GeluBackward };
+// What comes after: c += residual; gelu = GELU(c); c *= GELU'(gelu), and partial (M/64, N) = c's sums of every 64 rows;
+// c = e^(c - of_rows - ClassShift) in the first V columns, else 0, and partial (N/64, M) = its sums of every 64 columns;
+// c *= of_rows.
+enum class Then { Nothing, AddResidual, Gelu, GeluBackward, Exponentials, ScaleRows };
+constexpr float ClassShift = 40, LargestClass = 112;
 
 __device__ uint32_t cluster_rank() {
     uint32_t rank;
@@ -1283,12 +1293,22 @@ __device__ float gelu_slope_approximate(float x) {
     return 0.5f + 0.5f * tanh + (1 - tanh * tanh) * (x * half_du);
 }
 
+// e^(x - ClassShift), with zeros from element first on.
+__device__ Pack exponentials(Pack x, int first) {
+#pragma unroll
+    for (int i = 0; i < Width; i++)
+        x.x[i] = exp2_approximate(fminf((x.x[i] - ClassShift) * Log2E, LargestClass));
+    if (first < Width)
+        fill(x, first, 0);
+    return x;
+}
+
 // Pairs of tiles that clusters have come for, and zero again when the last has found none.
 __device__ int pairs_taken;
 
 template <bool Transposed, Then Then>
 __device__ void multiply(const CUtensorMap* a, const CUtensorMap* b, const CUtensorMap* c, const CUtensorMap* residual,
-    const floatX* bias, floatX* gelu, float* partial, int M, int N, int K) {
+    const floatX* bias, floatX* gelu, const float* of_rows, float* partial, int M, int N, int K, int V) {
     __shared__ uint64_t barriers[2 * Stages + 4 + Turns];
     __shared__ alignas(16) floatX biases[Turns][ProductColumns];
     __shared__ int pairs[Turns];
@@ -1298,7 +1318,7 @@ __device__ void multiply(const CUtensorMap* a, const CUtensorMap* b, const CUten
     uint32_t ring = first_tile(), places = ring + Stages * StageBytes, rank = cluster_rank();
     int warp = uniform(threadIdx.x / Warp), lane = threadIdx.x % Warp, depths = (K + Depth - 1) / Depth;
     int down = (M + 2 * ProductRows - 1) / (2 * ProductRows), across = (N + ProductColumns - 1) / ProductColumns;
-    int all = down * across, own, row, column;
+    int all = down * across, pair_of_tiles, row, column;
     uint32_t stage = 0, phase = 0, turn = ~0u; // of the pair among this cluster's
     auto next_stage = [&] {
         stage = (stage + 1) % Stages;
@@ -1307,11 +1327,11 @@ __device__ void multiply(const CUtensorMap* a, const CUtensorMap* b, const CUten
     auto next_pair = [&] {
         turn++;
         mbarrier_wait(known + 8 * (turn % Turns), turn / Turns);
-        own = pairs[turn % Turns];
-        return own < all;
+        pair_of_tiles = pairs[turn % Turns];
+        return pair_of_tiles < all;
     };
     auto go_to_tile = [&] {
-        place_of(own, down, across, row, column);
+        place_of(pair_of_tiles, down, across, row, column);
         row = (2 * row + rank) * ProductRows;
         column *= ProductColumns;
     };
@@ -1382,66 +1402,76 @@ __device__ void multiply(const CUtensorMap* a, const CUtensorMap* b, const CUten
     } else if (warp >= Storers) {
         int warpgroup = (warp - Storers) / Chunks, part = (warp - Storers) % Chunks, rows;
         uint32_t place = places + (warp - Storers) * TileBytes;
-        floatX* gelus;
-        Eight kept[16]; // this thread's elements of the tile: every fourth row of eight columns
+        int64_t at; // of this thread's elements of the tile: eight columns of every fourth row
+        Eight slopes[16]; // GELU's, or what they are computed from
         free += 8 * warpgroup;
         filled += 8 * warpgroup;
-        auto element = [&](int i) {
-            return (Eight*)__cvta_shared_to_generic(chunk(place, 4 * i + lane / 8, lane % 8));
+        auto in_place = [&](int i) -> Eight& {
+            return *(Eight*)__cvta_shared_to_generic(chunk(place, 4 * i + lane / 8, lane % 8));
         };
         auto go_to_chunk = [&] {
             go_to_tile();
             row += warpgroup * 64;
             column += part * 64;
             rows = column + lane % 8 * Width < N ? M - row - lane / 8 : 0;
-            gelus = gelu + (int64_t)(row + lane / 8) * N + column + lane % 8 * Width;
-            if (Then == Then::GeluBackward) {
+            at = (int64_t)(row + lane / 8) * N + column + lane % 8 * Width;
 #pragma unroll
-                for (int i = 0; i < 16; i++)
-                    *(uint4*)&kept[i] =
-                        4 * i < rows ? __ldcs((const uint4*)(gelus + 4 * i * N)) : make_uint4(0, 0, 0, 0);
-            }
+            for (int i = 0; Then == Then::GeluBackward && i < 16; i++)
+                *(uint4*)&slopes[i] = 4 * i < rows ? __ldcs((const uint4*)(gelu + at + 4 * i * N)) : uint4{};
         };
-        for (next_pair(), go_to_chunk(); own < all;) {
+        for (next_pair(), go_to_chunk(); pair_of_tiles < all;) {
             if (Then == Then::AddResidual && elect()) {
                 mbarrier_expect(free, TileBytes);
                 load_box(place, residual, column, row, free, false);
                 load_box(place + TileBytes / 2, residual, column, row + 32, free, false);
             }
-            if (Then == Then::GeluBackward) {
 #pragma unroll
-                for (int i = 0; i < 16; i++)
-                    apply(kept[i], gelu_slope_approximate);
-            }
+            for (int i = 0; Then == Then::GeluBackward && i < 16; i++)
+                apply(slopes[i], gelu_slope_approximate);
             mbarrier_wait(filled, turn);
-            if (Then == Then::GeluBackward) {
+            Pack sums = {};
+#pragma unroll (Then == Then::Exponentials ? 4 : 16)
+            for (int i = 0; (Then == Then::GeluBackward || Then == Then::Exponentials) && i < 16; i++) {
+                Eight& x = in_place(i);
+                if (Then == Then::GeluBackward) {
+                    x = slopes[i] = x * slopes[i];
+                } else {
+                    Pack e = exponentials(load(x.x), V - column - lane % 8 * Width);
+                    store(x.x, e);
+                    float total = sum(e);
 #pragma unroll
-                for (int i = 0; i < 16; i++)
-                    *element(i) = kept[i] = *element(i) * kept[i];
-                asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-                __syncwarp();
+                    for (int other = 1; other < 8; other *= 2)
+                        total += __shfl_xor_sync(~0u, total, other);
+                    if (4 * i < rows && lane % 8 == 0)
+                        partial[(int64_t)(column / 64) * M + row + 4 * i + lane / 8] = total;
+                }
             }
+            if (Then == Then::GeluBackward || Then == Then::Exponentials)
+                asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+            __syncwarp();
             if (elect()) {
                 store_box(c, column, row, place);
                 store_box(c, column, row + 32, place + TileBytes / 2);
                 asm volatile("cp.async.bulk.commit_group;" ::: "memory");
             }
             if (Then == Then::Gelu) {
-#pragma unroll
-                for (int i = 0; i < 16; i++)
-                    kept[i] = *element(i);
+#pragma unroll 4
+                for (int i = 0; i < 16; i++) {
+                    Eight x = in_place(i);
+                    apply(x, [](float x) { return x * gelu_gate(x); });
+                    if (4 * i < rows)
+                        __stcs((uint4*)(gelu + at + 4 * i * N), *(uint4*)&x);
+                }
             } else if (Then == Then::GeluBackward) {
-                Pack sums = {};
 #pragma unroll
                 for (int i = 0; i < 16; i++)
-                    sums = sums + load(kept[i].x);
+                    sums = sums + load(slopes[i].x);
                 sums = sum_lanes<8>(sums);
                 if (lane < 8 && rows > 0)
                     store(partial + (int64_t)(row / 64) * N + column + lane * Width, sums);
             }
             next_pair();
-            if (Then != Then::Gelu)
-                go_to_chunk();
+            go_to_chunk();
             __syncwarp();
             if (elect()) {
                 asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
@@ -1449,20 +1479,18 @@ __device__ void multiply(const CUtensorMap* a, const CUtensorMap* b, const CUten
                     mbarrier_arrive(free);
             }
             __syncwarp();
-            if (Then == Then::Gelu) {
-#pragma unroll
-                for (int i = 0; i < 16; i++) {
-                    apply(kept[i], [](float x) { return x * gelu_gate(x); });
-                    if (4 * i < rows)
-                        __stcs((uint4*)(gelus + 4 * i * N), *(uint4*)&kept[i]);
-                }
-                go_to_chunk();
-            }
         }
     } else {
         int warpgroup = warp / 4;
         while (next_pair()) {
             ProductSums sums = {};
+            float of_row[2];
+            if (Then == Then::Exponentials || Then == Then::ScaleRows) {
+                go_to_tile();
+#pragma unroll
+                for (int i = 0; i < 2; i++)
+                    of_row[i] = of_rows[min(row + warpgroup * 64 + row_of(2 * i), M - 1)];
+            }
             if (Transposed && bias != nullptr) {
                 mbarrier_wait(full + 8 * stage, phase); // brings the biases, too
 #pragma unroll
@@ -1498,6 +1526,12 @@ __device__ void multiply(const CUtensorMap* a, const CUtensorMap* b, const CUten
                     if (Then == Then::AddResidual) {
                         low += __uint_as_float(there[i] << 16);
                         high += __uint_as_float(there[i] & 0xffff0000);
+                    } else if (Then == Then::Exponentials) {
+                        low -= of_row[i % 2];
+                        high -= of_row[i % 2];
+                    } else if (Then == Then::ScaleRows) {
+                        low *= of_row[i % 2];
+                        high *= of_row[i % 2];
                     }
                     result[i] = pair(low, high);
                 }
@@ -1516,9 +1550,9 @@ __device__ void multiply(const CUtensorMap* a, const CUtensorMap* b, const CUten
 #define PRODUCT_KERNEL(name, transposed, then) \
     KERNEL __cluster_dims__(2) __launch_bounds__(ProductThreads, 1) name(const __grid_constant__ CUtensorMap a, \
         const __grid_constant__ CUtensorMap b, const __grid_constant__ CUtensorMap c, \
-        const __grid_constant__ CUtensorMap residual, const floatX* bias, floatX* gelu, float* partial, \
-        int M, int N, int K) { \
-        multiply<transposed, then>(&a, &b, &c, &residual, bias, gelu, partial, M, N, K); \
+        const __grid_constant__ CUtensorMap residual, const floatX* bias, floatX* gelu, const float* of_rows, \
+        float* partial, int M, int N, int K, int V) { \
+        multiply<transposed, then>(&a, &b, &c, &residual, bias, gelu, of_rows, partial, M, N, K, V); \
     }
 
 PRODUCT_KERNEL(linear, true, Then::Nothing)
@@ -1526,19 +1560,65 @@ PRODUCT_KERNEL(linear_residual, true, Then::AddResidual)
 PRODUCT_KERNEL(linear_gelu, true, Then::Gelu)
 PRODUCT_KERNEL(linear_backward, false, Then::Nothing)
 PRODUCT_KERNEL(linear_gelu_backward, false, Then::GeluBackward)
+PRODUCT_KERNEL(linear_exponentials, true, Then::Exponentials)
+PRODUCT_KERNEL(linear_backward_scaled, false, Then::ScaleRows)
+
+// ---- Classifier for Hopper, inside of the products before and after it. The first leaves e = e^(logit - t - ClassShift),
+// where t is the logit of the row's target: so no maximum is needed, for e^-t is the loss's own scale, and losses up to
+// 115 do not overflow (larger ones, and the gradients of such logits, count as if they were there). The softmax's
+// division by Σ e is left to the products that follow: dlogits = (e - Σ e at the target)·factor, factor = scale/Σ e.
+
+// of_rows (rows) = the logit of each row's target; a warp a row.
+KERNEL target_logits(const floatX* x, const floatX* w, const int* targets, float* of_rows, int rows, int C) {
+    int64_t row = (int64_t)blockIdx.x * (blockDim.x / Warp) + threadIdx.x / Warp;
+    if (row >= rows)
+        return;
+    float own = 0;
+    for (int c = threadIdx.x % Warp * Width; c < C; c += Warp * Width)
+        own += sum(load(x + row * C + c) * load(w + (int64_t)targets[row] * C + c));
+    own = warp_sum(own);
+    if (threadIdx.x % Warp == 0)
+        of_rows[row] = own;
+}
+
+// losses (rows); e at the targets; of_rows = factor; scaled (rows, C) = x·factor. A block for 32 rows, whose sums of 64
+// columns each, partial (chunks, rows), are added up by eight threads a row.
+KERNEL normalize_classes(const float* partial, int chunks, const int* targets, floatX* e, const floatX* x,
+    floatX* scaled, float* of_rows, float* losses, float scale, int rows, int Vp, int C) {
+    constexpr int Parts = 8;
+    __shared__ float sums[Parts][Warp], factors[Warp];
+    int part = threadIdx.x / Warp, lane = threadIdx.x % Warp, first = blockIdx.x * Warp, row = first + lane;
+    float own = 0;
+#pragma unroll 8
+    for (int i = part; i < chunks; i += Parts)
+        own += row < rows ? partial[(int64_t)i * rows + row] : 0;
+    sums[part][lane] = own;
+    __syncthreads();
+    if (part == 0 && row < rows) {
+        float total = 0;
+        for (int i = 0; i < Parts; i++)
+            total += sums[i][lane];
+        losses[row] = logf(total) + ClassShift;
+        of_rows[row] = factors[lane] = scale / total;
+        e[(int64_t)row * Vp + targets[row]] = exp2_approximate(-ClassShift * Log2E) - total;
+    }
+    __syncthreads();
+    for (int i = part; i < Warp && first + i < rows; i += Parts) {
+        for (int c = lane * Width; c < C; c += Warp * Width) {
+            Pack value = load(x + (int64_t)(first + i) * C + c);
+#pragma unroll
+            for (int j = 0; j < Width; j++)
+                value.x[j] *= factors[i];
+            store(scaled + (int64_t)(first + i) * C + c, value);
+        }
+    }
+}
 #endif
 
 // ---- Classifier
 
 constexpr int ClassifyThreads = 512;
 constexpr float Lowest = -1e30f; // stands for no logit yet, where −∞ would give ∞ − ∞
-
-// a = x from element first on.
-__device__ void fill(Pack& a, int first, float x) {
-#pragma unroll
-    for (int i = 0; i < Width; i++)
-        a.x[i] = i < first ? a.x[i] : x;
-}
 
 // A block a row, which waits in shared memory between its two passes if it fits there (keeps).
 KERNEL __launch_bounds__(ClassifyThreads) classify(floatX* logits, const int* targets, float* losses, float scale,

@@ -131,6 +131,20 @@ public interface IDevice : IDisposable {
     /// (softmax − one-hot)·gradientScale, but may stay if the scale is 0. Columns from the vocabulary on take no part
     /// and become zero.</summary>
     void Classify(Tensor logits, ReadOnlySpan<int> targets, int vocabulary, Tensor losses, float gradientScale);
+    /// <summary>The losses of logits = x·wᵀ, for which there is room but which need not be there afterwards, and unless
+    /// the scale is 0 the whole's backward pass: dx, and dw +=.</summary>
+    void LinearClassify(Tensor x, Tensor w, ReadOnlySpan<int> targets, int vocabulary, Tensor logits, Tensor losses,
+        float gradientScale, Tensor dx, Tensor dw) =>
+        LinearClassify(this, x, w, targets, vocabulary, logits, losses, gradientScale, dx, dw);
+
+    /// <summary>That, by the other operations.</summary>
+    protected static void LinearClassify(IDevice device, Tensor x, Tensor w, ReadOnlySpan<int> targets, int vocabulary,
+        Tensor logits, Tensor losses, float gradientScale, Tensor dx, Tensor dw) {
+        device.Linear(x, w, default, logits);
+        device.Classify(logits, targets, vocabulary, losses, gradientScale);
+        if (gradientScale != 0)
+            device.LinearBackward(logits, x, w, dx, dw);
+    }
     /// <summary>Σ x².</summary>
     double SumOfSquares(Tensor x);
     /// <summary>Updates weights and moments, and leaves the gradients zero for the next step.</summary>
@@ -543,11 +557,11 @@ public sealed class Model {
     /// <param name="gradientScale">What one position's loss counts for in the gradients.</param>
     public void Loss(float gradientScale = 0) {
         for (var (part, a) = (0, activations); part < LogitParts; part++) {
-            var (logits, losses, final) = (Logits(part), RowsOf(a.Losses, part), RowsOf(a.Final, part));
+            var (x, losses) = (RowsOf(a.Final, part), RowsOf(a.Losses, part));
             var targets = Targets.AsSpan(part * a.Logits.Rows, losses.Rows);
-            Device.Classify(logits, targets, Config.V, losses, gradientScale);
-            if (gradientScale != 0)
-                Device.LinearBackward(logits, final, Weights.Wte, RowsOf(a.DBranch, part), Gradients!.Wte);
+            var (dx, dw) = gradientScale == 0 ? default : (RowsOf(a.DBranch, part), Gradients!.Wte);
+            Device.LinearClassify(x, Weights.Wte, targets, Config.V, a.Logits.Slice(0, losses.Rows), losses,
+                gradientScale, dx, dw);
         }
     }
 

@@ -450,6 +450,45 @@ public sealed class GpuOperationTests(GpuUnderTest gpu) {
         await Assert.That(RelativeError(device.Download(logitsOnDevice), gradient)).IsLessThan(bound);
     }
 
+    /// <summary>Rows, channels and vocabulary, small ones and those that Hopper has kernels for: ragged tiles and
+    /// padding, more tiles than the blocks take at once, and GPT-2's.</summary>
+    public static IEnumerable<(int Rows, int C, int V, int Vp)> Classifiers() => [
+        (3, 24, 67, 80), (512, 8, 5, 8), (512, 64, 211, 256), (600, 72, 1000, 1000), (3_000, 136, 5_003, 5_056),
+        (520, 768, 50257, 50304),
+    ];
+
+    [Test]
+    [MethodDataSource(nameof(Classifiers))]
+    public Task LinearClassify(int rows, int C, int V, int Vp) {
+        // Targets are of the lower half, so that the gradients of the others' weights are the softmax's alone.
+        var (targets, middle) = (Tokens(1, rows, (V + 1) / 2), (V + 1) / 2 * C);
+        return gpu.Compare(a => {
+            var (x, w) = (a.Input(2, 1, rows, C), a.Input(3, 1, Vp, C, 2 / Math.Sqrt(C)));
+            var (losses, dx) = (a.Fp32Output("losses", 1, 1, rows, ClassifierBound), a.Output("dx", 1, rows, C, bf16: 8e-3));
+            var dw = a.Result("targets softmax padding", a.Device.Upload(new float[Vp * C], 1, Vp, C), bf16: 8e-3,
+                split: all => [all[..middle], all[middle..(V * C)], [.. all[(V * C)..].Select(value => 1 + value)]]);
+            a.Device.LinearClassify(x, w, targets, V, a.Device.Poisoned(1, rows, Vp, a.Device.Precision), losses, 0.125f,
+                dx, dw);
+        });
+    }
+
+    double ClassifierBound => gpu.Precision == DataType.Bf16 ? 2e-3 : Arrays.Fp32Bound;
+
+    // The targets' logits stay far below the others', from where the losses of Hopper's kernel cannot grow.
+    [Test]
+    public async Task LossesFarAboveOthersAreFinite() {
+        const int rows = 512, C = 8, V = 16;
+        var (device, type) = (gpu.Shared, gpu.Precision);
+        float[] weights = [.. Enumerable.Range(0, V * C).Select(i => i < C ? -8f : 8f)];
+        var (losses, dx) = (device.Poisoned(1, 1, rows), device.Poisoned(1, rows, C, type));
+        var dw = device.Upload(new float[V * C], 1, V, C);
+        var ones = device.Upload([.. Enumerable.Repeat(1f, rows * C)], 1, rows, C, type);
+        device.LinearClassify(ones, device.Upload(weights, 1, V, C, type), new int[rows], V,
+            device.Poisoned(1, rows, V, type), losses, 1, dx, dw);
+        await Assert.That(device.Download(losses).Min()).IsGreaterThan(115);
+        await Assert.That(RelativeError(device.Download(dx), [.. Enumerable.Repeat(16.0, rows * C)])).IsLessThan(1e-2);
+    }
+
     // ---- Optimizer
 
     [Test]
