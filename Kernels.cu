@@ -1297,7 +1297,7 @@ __device__ float gelu_slope_approximate(float x) {
 __device__ Pack exponentials(Pack x, int first) {
 #pragma unroll
     for (int i = 0; i < Width; i++)
-        x.x[i] = exp2_approximate(fminf((x.x[i] - ClassShift) * Log2E, LargestClass));
+        x.x[i] = exp2_approximate(fminf(x.x[i] * Log2E - ClassShift * Log2E, LargestClass));
     if (first < Width)
         fill(x, first, 0);
     return x;
