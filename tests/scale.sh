@@ -16,15 +16,20 @@ seq 1 3000000 >"$folder/text" && ./gpt2 tokenize -o "$folder/text" --val-tokens 
 
 row() { printf '| %s | %s | %s | %s | %s | %s | %s |\n' "$@"; }
 
-# row_of MODEL GPUS HOW MEMORY: from the steps' milliseconds, beside what the same program did on one GPU.
+# row_of MODEL GPUS HOW MEMORY: the median by the steps' milliseconds, beside what the same program did on one GPU.
 declare -A one
 row_of() {
-    local speed
-    speed=$(awk -v total="$total" '/^step/ { for (i = 2; i <= NF; i++) if ($i == "ms") print total / $(i - 1) * 1000 }' "$folder/out" |
-        tail -n +4 | sort -n | awk '{ all[NR] = $1 } END { if (NR) printf "%.0f", all[int((NR + 1) / 2)] }')
+    local speed mfu
+    read -r speed mfu < <(awk -v total="$total" '/^step/ {
+            for (i = 2; i <= NF; i++) {
+                if ($i == "ms") speed = total / $(i - 1) * 1000
+                if ($i == "MFU") mfu = $(i - 1) == "bf16" ? $(i - 2) : $(i - 1)
+            }
+            printf "%.0f %s\n", speed, mfu
+        }' "$folder/out" | tail -n +4 | sort -n | awk '{ all[NR] = $0 } END { print all[int((NR + 1) / 2)] }')
     [ -n "$speed" ] || { row "$1" "$2" "$3" failed "" "" ""; tail -n 5 "$folder/err" "$folder/out" >&2; return; }
     [ "$2" -gt 1 ] || one[$1${3%%,*}]=$speed
-    row "$1" "$2" "$3" "$speed" "$(sed -n 's/.* \([0-9.]*%\) MFU.*/\1/p' "$folder/out" | tail -n 1)" \
+    row "$1" "$2" "$3" "$speed" "$mfu" \
         "$(awk -v one="${one[$1${3%%,*}]:-0}" "BEGIN { if (one > 0) printf \"%.1f%%\", 100 * $speed / $2 / one }")" "$4"
 }
 

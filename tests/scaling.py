@@ -10,8 +10,8 @@ Links carry 80% of their nominal rate: NVLink 4 450 GB/s a GPU, InfiniBand 8 x 5
 A hop takes 2 us inside a node and 5 us between nodes; NCCL's rings have N − 1 of them, its trees fewer.
 """
 MODELS = {  # parameters, layers, tokens a micro-step, tokens/s of one H100 (d24, d36: 52% MFU, not measured)
-    "d12": (124.5e6, 12, 64 * 1024, 611_700), "d24": (354.9e6, 24, 32 * 1024, None),
-    "d36": (774.1e6, 36, 16 * 1024, None), "d48": (1557.7e6, 48, 16 * 1024, 54_400)}
+    "d12": (124.5e6, 12, 64 * 1024, 645_100), "d24": (354.9e6, 24, 32 * 1024, None),
+    "d36": (774.1e6, 36, 16 * 1024, None), "d48": (1557.7e6, 48, 16 * 1024, 56_000)}
 CHANNELS = {"d12": 768, "d24": 1024, "d36": 1280, "d48": 1600}
 LINKS = {"NVLink": (450e9, 2e-6, [8]), "InfiniBand": (400e9, 5e-6, [64, 256, 1024]),
          "Ethernet": (12.5e9, 5e-6, [16, 64, 1024])}
