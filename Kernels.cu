@@ -1177,7 +1177,7 @@ constexpr int Turns = 2 * Stages; // more than the loader is ahead of those who 
 constexpr int Storers = 8, Loader = Storers + 2 * Chunks, ProductThreads = (Loader + 1) * Warp; // the warps that begin
 
 // What comes after: c += residual; gelu = GELU(c); c *= GELU'(gelu), and partial (M/64, N) = c's sums of every 64 rows;
-// c = e^(c - of_rows - ClassShift) in the first V columns, else 0, and partial (N/64, M) = its sums of every 64 columns;
+// c = e^(c - of_rows - ClassShift) in the first V columns, else 0, and partial (N/64, M) = its sums of 64 columns each;
 // c *= of_rows.
 enum class Then { Nothing, AddResidual, Gelu, GeluBackward, Exponentials, ScaleRows };
 constexpr float ClassShift = 40, LargestClass = 112;
@@ -1401,6 +1401,7 @@ __device__ void multiply(const CUtensorMap* a, const CUtensorMap* b, const CUten
         }
     } else if (warp >= Storers) {
         int warpgroup = (warp - Storers) / Chunks, part = (warp - Storers) % Chunks, rows;
+        constexpr bool Changes = Then == Then::GeluBackward || Then == Then::Exponentials; // the tile in its place
         uint32_t place = places + (warp - Storers) * TileBytes;
         int64_t at; // of this thread's elements of the tile: eight columns of every fourth row
         Eight slopes[16]; // GELU's, or what they are computed from
@@ -1429,9 +1430,8 @@ __device__ void multiply(const CUtensorMap* a, const CUtensorMap* b, const CUten
             for (int i = 0; Then == Then::GeluBackward && i < 16; i++)
                 apply(slopes[i], gelu_slope_approximate);
             mbarrier_wait(filled, turn);
-            Pack sums = {};
 #pragma unroll (Then == Then::Exponentials ? 4 : 16)
-            for (int i = 0; (Then == Then::GeluBackward || Then == Then::Exponentials) && i < 16; i++) {
+            for (int i = 0; Changes && i < 16; i++) {
                 Eight& x = in_place(i);
                 if (Then == Then::GeluBackward) {
                     x = slopes[i] = x * slopes[i];
@@ -1446,7 +1446,7 @@ __device__ void multiply(const CUtensorMap* a, const CUtensorMap* b, const CUten
                         partial[(int64_t)(column / 64) * M + row + 4 * i + lane / 8] = total;
                 }
             }
-            if (Then == Then::GeluBackward || Then == Then::Exponentials)
+            if (Changes)
                 asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
             __syncwarp();
             if (elect()) {
@@ -1463,6 +1463,7 @@ __device__ void multiply(const CUtensorMap* a, const CUtensorMap* b, const CUten
                         __stcs((uint4*)(gelu + at + 4 * i * N), *(uint4*)&x);
                 }
             } else if (Then == Then::GeluBackward) {
+                Pack sums = {};
 #pragma unroll
                 for (int i = 0; i < 16; i++)
                     sums = sums + load(slopes[i].x);
@@ -1563,10 +1564,12 @@ PRODUCT_KERNEL(linear_gelu_backward, false, Then::GeluBackward)
 PRODUCT_KERNEL(linear_exponentials, true, Then::Exponentials)
 PRODUCT_KERNEL(linear_backward_scaled, false, Then::ScaleRows)
 
-// ---- Classifier for Hopper, inside of the products before and after it. The first leaves e = e^(logit - t - ClassShift),
-// where t is the logit of the row's target: so no maximum is needed, for e^-t is the loss's own scale, and losses up to
-// 115 do not overflow (larger ones, and the gradients of such logits, count as if they were there). The softmax's
-// division by Σ e is left to the products that follow: dlogits = (e - Σ e at the target)·factor, factor = scale/Σ e.
+// ---- Classifier for Hopper, inside of the products before and after it
+
+// The first leaves e = e^(logit - t - ClassShift), where t is the logit of the row's target. No maximum is needed: the
+// loss is ln Σ e + ClassShift, so that losses up to 115 do not overflow, and logits farther above the target's count as
+// if they were there. The softmax's division is left to the products that follow: dlogits is factor = scale/Σ e times
+// e, from which at the target Σ e is taken.
 
 // of_rows (rows) = the logit of each row's target; a warp a row.
 KERNEL target_logits(const floatX* x, const floatX* w, const int* targets, float* of_rows, int rows, int C) {

@@ -132,7 +132,7 @@ public interface IDevice : IDisposable {
     /// and become zero.</summary>
     void Classify(Tensor logits, ReadOnlySpan<int> targets, int vocabulary, Tensor losses, float gradientScale);
     /// <summary>The losses of logits = x·wᵀ, for which there is room but which need not be there afterwards, and unless
-    /// the scale is 0 the whole's backward pass: dx, and dw +=.</summary>
+    /// the scale is 0 the whole's backward pass: dx, and dw +=. Then a loss above 115 may count as that.</summary>
     void LinearClassify(Tensor x, Tensor w, ReadOnlySpan<int> targets, int vocabulary, Tensor logits, Tensor losses,
         float gradientScale, Tensor dx, Tensor dw) =>
         LinearClassify(this, x, w, targets, vocabulary, logits, losses, gradientScale, dx, dw);

@@ -384,6 +384,23 @@ public sealed class OperationTests(DeviceUnderTest deviceUnderTest) : IDisposabl
     }
 
     [Test]
+    public async Task LinearClassifyGradientsEqualDifferences() {
+        const int B = 2, T = 3, C = 5, V = 13, Vp = 16;
+        const float scale = 0.25f;
+        var (x, w, dw, targets) = (Floats(1, B * T * C), Floats(2, Vp * C), Floats(3, Vp * C), Tokens(4, B * T, V));
+        var (input, weights) = (Doubles(x), Doubles(w));
+        double[] Losses() => Reference.Losses(Reference.Linear(input, weights, null, C), targets, V, Vp);
+        double Function() => scale * Losses().Sum();
+        var (losses, dx) = (device.Poisoned(1, B, T), device.Poisoned(B, T, C));
+        var dwOnDevice = device.Upload(dw, 1, Vp, C);
+        device.LinearClassify(device.Upload(x, B, T, C), device.Upload(w, 1, Vp, C), targets, V,
+            device.Poisoned(B, T, Vp), losses, scale, dx, dwOnDevice);
+        await Near(device.Download(losses), Losses());
+        await NearGradient(device.Download(dx), input, Function);
+        await NearGradient(device.Download(dwOnDevice), weights, Function, dw);
+    }
+
+    [Test]
     public async Task ClassifyTakesExtremeLogits() {
         const int V = 5, Vp = 8;
         float[] logits = [10_000, -10_000, 0, 1, 2, 0, 0, 0, 10_000, -10_000, 0, 1, 2, 0, 0, 0, .. new float[8]];
