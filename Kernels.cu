@@ -1180,6 +1180,8 @@ constexpr int Storers = 8, Loader = Storers + 2 * Chunks, ProductThreads = (Load
 // c = e^(c - of_rows - ClassShift) in the first V columns, else 0, and partial (N/64, M) = its sums of 64 columns each;
 // c *= of_rows.
 enum class Then { Nothing, AddResidual, Gelu, GeluBackward, Exponentials, ScaleRows };
+// These leave room for logits from 47 below the target's to 117 above; there the exponents of two end, so that a row's
+// sum is finite.
 constexpr float ClassShift = 40, LargestClass = 112;
 
 __device__ uint32_t cluster_rank() {

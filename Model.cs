@@ -136,7 +136,6 @@ public interface IDevice : IDisposable {
     void LinearClassify(Tensor x, Tensor w, ReadOnlySpan<int> targets, int vocabulary, Tensor logits, Tensor losses,
         float gradientScale, Tensor dx, Tensor dw) =>
         LinearClassify(this, x, w, targets, vocabulary, logits, losses, gradientScale, dx, dw);
-
     /// <summary>That, by the other operations.</summary>
     protected static void LinearClassify(IDevice device, Tensor x, Tensor w, ReadOnlySpan<int> targets, int vocabulary,
         Tensor logits, Tensor losses, float gradientScale, Tensor dx, Tensor dw) {
