@@ -221,15 +221,15 @@ public sealed class Mt19937 {
     }
 
     /// <summary>Fills with Normal(0, std) draws as torch's normal_ does for 16 or more floats.</summary>
-    public void Normal(float[] values, float std) {
-        NextFloats(values);
-        const int block = 1 << 16;
+    public void Normal(Memory<float> values, float std) {
+        NextFloats(values.Span);
+        const int block = 1 << 14;
         Parallel.For(0, (values.Length + block - 1) / block, i =>
-            BoxMuller(values.AsSpan(i * block, Math.Min(block, values.Length - i * block)), std));
+            BoxMuller(values.Span.Slice(i * block, Math.Min(block, values.Length - i * block)), std));
         if (values.Length % 16 == 0)
             return;
-        NextFloats(values.AsSpan(^16));
-        BoxMuller(values.AsSpan(^16), std);
+        NextFloats(values.Span[^16..]);
+        BoxMuller(values.Span[^16..], std);
     }
 
     static void BoxMuller(Span<float> x, float std) {

@@ -42,11 +42,13 @@ public readonly record struct Tensor(
     Tensor Part(long first, int rows, int columns) =>
         this with { Address = Address + (nint)(first * ElementSize), Depth = 1, Rows = rows, Columns = columns };
 
-    /// <summary>Everything in flat parts of a size that can pass through the host.</summary>
+    /// <summary>Elements that pass through the host at a time.</summary>
+    public const int ChunkSize = 1 << 20;
+
+    /// <summary>Everything in flat parts of that size.</summary>
     public IEnumerable<Tensor> Chunks() {
-        const int size = 1 << 20;
-        for (long first = 0; first < Count; first += size)
-            yield return Flat(first, (int)Math.Min(size, Count - first));
+        for (long first = 0; first < Count; first += ChunkSize)
+            yield return Flat(first, (int)Math.Min(ChunkSize, Count - first));
     }
 }
 
@@ -626,7 +628,10 @@ public sealed class Model {
     /// <summary>Draws the fp32 weights as llm.c and PyTorch do from the same seed: Normal(0, 0.02), the residual
     /// projections scaled by 1/√(2L); biases 0, layer-norm weights 1.</summary>
     void Initialize(uint seed) {
-        var (random, shapes, writing) = (new Mt19937(seed), Config.Parameters, Task.CompletedTask);
+        const int chunk = Tensor.ChunkSize, group = 16; // a tensor's last group is drawn together
+        var (random, shapes, writing, turn) = (new Mt19937(seed), Config.Parameters, Task.CompletedTask, 0);
+        // Memory that was never touched before takes longer than the numbers that go there.
+        float[][] buffers = [new float[chunk + group], new float[chunk + group]];
         for (var l = 0; l < Config.L; l++) {
             for (var i = 0; i < shapes.Length; i++) {
                 var shape = shapes[i];
@@ -634,14 +639,18 @@ public sealed class Model {
                     continue;
                 // The padded rows of wte stay zero.
                 var count = (shape.Name == "wte" ? Config.V : shape.Rows) * shape.Columns;
-                var values = GC.AllocateUninitializedArray<float>(count);
-                if (shape.IsMatrix)
-                    random.Normal(values, shape.Name.EndsWith("projw") ? 0.02f / MathF.Sqrt(2 * Config.L) : 0.02f);
-                else
-                    Array.Fill(values, shape.Name is "ln1w" or "ln2w" or "lnfw" ? 1 : 0);
-                var (tensor, first) = (i, (long)l * shape.Rows * shape.Columns);
-                writing.Wait();
-                writing = Task.Run(() => Set(tensor, first, values)); // while the next are drawn
+                for (var done = 0; done < count;) {
+                    var left = count - done;
+                    var values = buffers[turn ^= 1].AsMemory(0, left <= chunk + group ? left : chunk);
+                    if (shape.IsMatrix)
+                        random.Normal(values, shape.Name.EndsWith("projw") ? 0.02f / MathF.Sqrt(2 * Config.L) : 0.02f);
+                    else
+                        values.Span.Fill(shape.Name is "ln1w" or "ln2w" or "lnfw" ? 1 : 0);
+                    var (tensor, first) = (i, (long)l * shape.Rows * shape.Columns + done);
+                    writing.Wait();
+                    writing = Task.Run(() => Set(tensor, first, values.Span)); // while the next are drawn
+                    done += values.Length;
+                }
             }
         }
         writing.Wait();
@@ -660,14 +669,15 @@ public sealed class Model {
     }
 
     void ReadWeights(BinaryFile file) {
+        var buffer = new float[Tensor.ChunkSize];
         foreach (var (i, tensor) in Weights.Tensors.ToArray().Index()) {
             var first = 0L;
             foreach (var part in tensor.Chunks()) {
-                var values = new float[part.Count];
+                var values = buffer.AsSpan(0, (int)part.Count);
                 if (file.Header[1] == 5)
                     file.ReadBFloat16(values);
                 else
-                    file.Read(values.AsSpan());
+                    file.Read(values);
                 Set(i, first, values);
                 first += part.Count;
             }
@@ -676,7 +686,7 @@ public sealed class Model {
 
     /// <summary>Writes weights of a tensor from an element on: to the master weights, from which they are rounded
     /// later, or to the weights and this rank's master weights.</summary>
-    void Set(int tensor, long first, float[] values) {
+    void Set(int tensor, long first, ReadOnlySpan<float> values) {
         if (ranks == 1) {
             Device.Write(Master.Tensors[tensor].Flat(first, values.Length), values);
         } else {
@@ -704,16 +714,14 @@ public sealed class Model {
 
     /// <summary>Writes all 16 tensors, or the parts of them.</summary>
     public void Write(Stream to, Parameters from) {
+        var (buffer, halves) = (new float[Tensor.ChunkSize], new ushort[Tensor.ChunkSize]);
         foreach (var part in from.Tensors.ToArray().SelectMany(tensor => tensor.Chunks())) {
-            var values = new float[part.Count];
+            var values = buffer.AsSpan(0, (int)part.Count);
+            var rounded = halves.AsSpan(0, values.Length);
             Device.Read(part, values);
-            if (part.Type == DataType.Bf16) {
-                var halves = new ushort[values.Length];
-                BFloat16.Round(values, halves);
-                to.Write(MemoryMarshal.AsBytes(halves.AsSpan()));
-            } else {
-                to.Write(MemoryMarshal.AsBytes(values.AsSpan()));
-            }
+            if (part.Type == DataType.Bf16)
+                BFloat16.Round(values, rounded);
+            to.Write(part.Type == DataType.Bf16 ? MemoryMarshal.AsBytes(rounded) : MemoryMarshal.AsBytes(values));
         }
     }
 }

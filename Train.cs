@@ -447,7 +447,7 @@ public sealed class Checkpoints(string folder) {
 
     /// <summary>Reads the moments and the loader's position of a checkpoint of any number of ranks.</summary>
     public void LoadState(int step, Model model, Optimizer optimizer, TokenLoader loader) {
-        var parts = 0;
+        var (parts, buffer) = (0, new float[Tensor.ChunkSize]);
         for (var part = 0; part == 0 || part < parts; part++) {
             using var file = new BinaryFile(StatePath(step, part), "a training state", Magic, 1);
             var header = file.Header;
@@ -475,10 +475,9 @@ public sealed class Checkpoints(string folder) {
 
             void Read(Parameters to) {
                 foreach (var cut in model.Config.Cuts(part, parts)) {
-                    const int most = 1 << 20;
-                    for (long done = 0; done < cut.Count; done += most) {
-                        var values = new float[Math.Min(most, cut.Count - done)];
-                        file.Read(values.AsSpan());
+                    for (long done = 0; done < cut.Count; done += Tensor.ChunkSize) {
+                        var values = buffer.AsSpan(0, (int)Math.Min(Tensor.ChunkSize, cut.Count - done));
+                        file.Read(values);
                         model.SetParts(to, cut.Tensor, cut.First + done, values);
                     }
                 }

@@ -244,8 +244,12 @@ public abstract class ModelTests(DeviceUnderTest deviceUnderTest) : IDisposable 
     // ---- Weights
 
     [Test]
-    public async Task WeightsFromScratchAreDrawnInTheDocumentedOrder() {
-        var config = new Config(MaxT: 5, V: 11, Vp: 16, L: 2, NH: 1, C: 8);
+    [Arguments(11)]
+    // Just as many elements as are drawn at a time, and with a last group that overlaps the one before.
+    [Arguments(131_073)]
+    [Arguments(131_075)]
+    public async Task WeightsFromScratchAreDrawnInTheDocumentedOrder(int V) {
+        var config = new Config(MaxT: 5, V, Vp: V + 5, L: 2, NH: 1, C: 8);
         var model = new Model(config, device, 1, 5, Purpose.Evaluate);
         model.Load(null, 42);
         var random = new Mt19937(42);
@@ -256,7 +260,7 @@ public abstract class ModelTests(DeviceUnderTest deviceUnderTest) : IDisposable 
         }
         const int C = 8;
         // 0.02/√(2L) for what adds to the residual stream.
-        float[] wte = Normal(11 * C), wpe = Normal(5 * C);
+        float[] wte = Normal(V * C), wpe = Normal(5 * C);
         float[] qkvw = Normal(3 * C * C), attprojw = Normal(C * C, 0.01);
         float[] fcw = Normal(4 * C * C), fcprojw = Normal(4 * C * C, 0.01);
         qkvw = [.. qkvw, .. Normal(3 * C * C)];
