@@ -37,6 +37,8 @@ public sealed unsafe class Cuda : IDevice {
         (Precision, this.verbose) = (precision, verbose);
         using var fatbin = Fatbin(precision) ?? throw new Gpt2Exception(
             "--device cuda: expected a build with GPU kernels, found one without (make toolkit gets the compiler)");
+        if (precision == DataType.Bf16)
+            _ = Task.Run(cublasLtGetVersion); // loads the library while CUDA starts
         Initialize();
         Check(cuDeviceGet(out device, ordinal), $"opening GPU {ordinal}");
         var name = stackalloc byte[256];
