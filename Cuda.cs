@@ -641,11 +641,11 @@ public sealed unsafe class Cuda : IDevice {
         var (x, w, y) = (At(0), At(1), At(2));
         Tensor At(int i) => new Tensor(memory, 4, n, n, Precision)[i];
         const int rows = 64;
-        var (random, values) = (new Random(1), new float[rows * n]);
-        foreach (ref var value in values.AsSpan())
-            value = random.NextSingle() - 0.5f; // products of zeros would be faster
-        for (var row = 0; row < 2 * n; row += rows)
+        var (random, values) = (new Mt19937(1), new float[rows * n]);
+        for (var row = 0; row < 2 * n; row += rows) {
+            random.Normal(values, 1); // products of zeros, or of the same rows again, would take less power and time
             Write(new Tensor(memory, 1, 2 * n, n, Precision).Slice(row, rows), values);
+        }
         Linear(x, w, default, y);
         var (copied, multiplied) = (new double[rounds], new double[rounds]);
         for (var round = 0; round < rounds; round++) {
