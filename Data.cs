@@ -220,20 +220,25 @@ public sealed class Mt19937 {
             value = NextFloat();
     }
 
-    /// <summary>Fills with Normal(0, std) draws as torch's normal_ does for 16 or more floats.</summary>
+    /// <summary>Normal draws are made of so many uniform ones; the last group of an array may overlap the one before.
+    /// </summary>
+    public const int Group = 2 * Eight;
+
+    /// <summary>Fills with Normal(0, std) draws as torch's normal_ does for a group or more. An array may be filled in
+    /// parts of whole groups, if the last has one or more.</summary>
     public void Normal(Memory<float> values, float std) {
         NextFloats(values.Span);
         const int block = 1 << 14;
         Parallel.For(0, (values.Length + block - 1) / block, i =>
             BoxMuller(values.Span.Slice(i * block, Math.Min(block, values.Length - i * block)), std));
-        if (values.Length % 16 == 0)
+        if (values.Length % Group == 0)
             return;
-        NextFloats(values.Span[^16..]);
-        BoxMuller(values.Span[^16..], std);
+        NextFloats(values.Span[^Group..]);
+        BoxMuller(values.Span[^Group..], std);
     }
 
     static void BoxMuller(Span<float> x, float std) {
-        for (; x.Length >= 2 * Eight; x = x[(2 * Eight)..]) {
+        for (; x.Length >= Group; x = x[Group..]) {
             var (u1, u2) = (Vector256<float>.One - Vector256.Create<float>(x), Vector256.Create<float>(x[Eight..]));
             var radius = Vector256.Sqrt(-2 * Vector256.Log(u1 + Vector256.Create(1e-12f))) * std;
             var (sine, cosine) = Vector256.SinCos(u2 * MathF.Tau);

@@ -628,10 +628,10 @@ public sealed class Model {
     /// <summary>Draws the fp32 weights as llm.c and PyTorch do from the same seed: Normal(0, 0.02), the residual
     /// projections scaled by 1/√(2L); biases 0, layer-norm weights 1.</summary>
     void Initialize(uint seed) {
-        const int chunk = Tensor.ChunkSize, group = 16; // a tensor's last group is drawn together
+        const int chunk = Tensor.ChunkSize, most = chunk + Mt19937.Group; // so that the last part is not too small
         var (random, shapes, writing, turn) = (new Mt19937(seed), Config.Parameters, Task.CompletedTask, 0);
         // Memory that was never touched before takes longer than the numbers that go there.
-        float[][] buffers = [new float[chunk + group], new float[chunk + group]];
+        float[][] buffers = [new float[most], new float[most]];
         for (var l = 0; l < Config.L; l++) {
             for (var i = 0; i < shapes.Length; i++) {
                 var shape = shapes[i];
@@ -641,7 +641,7 @@ public sealed class Model {
                 var count = (shape.Name == "wte" ? Config.V : shape.Rows) * shape.Columns;
                 for (var done = 0; done < count;) {
                     var left = count - done;
-                    var values = buffers[turn ^= 1].AsMemory(0, left <= chunk + group ? left : chunk);
+                    var values = buffers[turn ^= 1].AsMemory(0, left <= most ? left : chunk);
                     if (shape.IsMatrix)
                         random.Normal(values, shape.Name.EndsWith("projw") ? 0.02f / MathF.Sqrt(2 * Config.L) : 0.02f);
                     else
@@ -717,11 +717,13 @@ public sealed class Model {
         var (buffer, halves) = (new float[Tensor.ChunkSize], new ushort[Tensor.ChunkSize]);
         foreach (var part in from.Tensors.ToArray().SelectMany(tensor => tensor.Chunks())) {
             var values = buffer.AsSpan(0, (int)part.Count);
-            var rounded = halves.AsSpan(0, values.Length);
             Device.Read(part, values);
-            if (part.Type == DataType.Bf16)
-                BFloat16.Round(values, rounded);
-            to.Write(part.Type == DataType.Bf16 ? MemoryMarshal.AsBytes(rounded) : MemoryMarshal.AsBytes(values));
+            if (part.Type == DataType.Bf16) {
+                BFloat16.Round(values, halves);
+                to.Write(MemoryMarshal.AsBytes(halves.AsSpan(0, values.Length)));
+            } else {
+                to.Write(MemoryMarshal.AsBytes(values));
+            }
         }
     }
 }

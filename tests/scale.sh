@@ -7,6 +7,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 export NCCL_NVLS_ENABLE=0 # no NVLink multicast
+export PYTORCH_ALLOC_CONF=expandable_segments:True # or PyTorch's 1.6B is out of memory
 steps=${STEPS:-12} total=${TOTAL:-524288} there=$(nvidia-smi -L | wc -l)
 [ -z "${SHARE:-}" ] || export GPT2_SHARE_GPUS=1 RIVALS=
 python3 -c 'import torch' 2>/dev/null || RIVALS=
