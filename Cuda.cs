@@ -19,15 +19,22 @@ public sealed unsafe class Cuda : IDevice {
     readonly bool verbose, hopper;
     readonly nint context, module, stream, pinned, staging, workspace, scratch, maps;
     readonly List<nint> allocations = [];
-    readonly CudaKernel embed, embedBackwardTokens, embedBackwardPositions, layerNorm, layerNormBackward, gelu;
-    readonly CudaKernel geluBackward, sumRowsPartially, addRowSums, attentionAny, attentionAnyBackwardQ;
-    readonly CudaKernel attentionAnyBackwardKv, classify, sumOfSquares, adamW, round;
-    readonly CudaKernel? product, attention, attentionBackwardQ, attentionBackwardKv;
-    readonly CudaKernel? linear, linearResidual, linearGelu, linearBackward, linearGeluBackward, linearExponentials;
-    readonly CudaKernel? linearBackwardScaled, targetLogits, normalizeClasses;
+    readonly Dictionary<string, CudaKernel> kernels = [];
+    readonly string suffix = ""; // of flash attention's kernels
     readonly Products? products;
     Profile? profile;
     int staged;
+
+    static readonly string[] CommonKernels = [
+        "round_to_nearest", "sum_rows_partially", "add_row_sums", "embed", "embed_backward_tokens",
+        "embed_backward_positions", "layer_norm", "layer_norm_backward", "gelu", "gelu_backward", "attention_any",
+        "attention_any_backward_q", "attention_any_backward_kv", "classify", "sum_of_squares", "adamw",
+    ];
+    static readonly string[] FlashKernels = ["attention", "attention_backward_q", "attention_backward_kv"];
+    static readonly string[] HopperKernels = [
+        "linear", "linear_residual", "linear_gelu", "linear_backward", "linear_gelu_backward", "linear_exponentials",
+        "linear_backward_scaled", "target_logits", "normalize_classes",
+    ];
 
     /// <summary>Opens a GPU and loads the kernels.</summary>
     /// <param name="portable">Takes the kernels that any GPU runs, on a Hopper too.</param>
@@ -65,35 +72,16 @@ public sealed unsafe class Cuda : IDevice {
         Check(cuMemAllocHost(out pinned, StagingBytes), "allocating host memory");
         (staging, workspace, scratch) = (Allocate(StagingBytes), Allocate(WorkspaceBytes), Allocate(ScratchBytes));
 
-        CudaKernel Kernel(string name) {
-            Check(cuModuleGetFunction(out var function, module, name), $"looking for the kernel {name}");
-            return new CudaKernel(name, function);
+        hopper = precision == DataType.Bf16 && !portable && cuModuleGetFunction(out _, module, "attention_hopper") == 0;
+        suffix = hopper ? "_hopper" : "";
+        string[] names = precision == DataType.Fp32 ? [.. CommonKernels, "product"]
+            : [.. CommonKernels, .. FlashKernels.Select(flash => flash + suffix), .. hopper ? HopperKernels : []];
+        foreach (var each in names) {
+            Check(cuModuleGetFunction(out var function, module, each), $"looking for the kernel {each}");
+            kernels[each] = new CudaKernel(function);
         }
-        (embed, embedBackwardTokens) = (Kernel("embed"), Kernel("embed_backward_tokens"));
-        (embedBackwardPositions, layerNorm) = (Kernel("embed_backward_positions"), Kernel("layer_norm"));
-        (layerNormBackward, gelu) = (Kernel("layer_norm_backward"), Kernel("gelu"));
-        (geluBackward, sumRowsPartially) = (Kernel("gelu_backward"), Kernel("sum_rows_partially"));
-        (addRowSums, attentionAny) = (Kernel("add_row_sums"), Kernel("attention_any"));
-        attentionAnyBackwardQ = Kernel("attention_any_backward_q");
-        attentionAnyBackwardKv = Kernel("attention_any_backward_kv");
-        (classify, sumOfSquares, adamW) = (Kernel("classify"), Kernel("sum_of_squares"), Kernel("adamw"));
-        round = Kernel("round_to_nearest");
-        if (precision == DataType.Fp32) {
-            product = Kernel("product");
+        if (precision == DataType.Fp32)
             return;
-        }
-        hopper = !portable && cuModuleGetFunction(out _, module, "attention_hopper") == 0;
-        var suffix = hopper ? "_hopper" : "";
-        attention = Kernel($"attention{suffix}");
-        attentionBackwardQ = Kernel($"attention_backward_q{suffix}");
-        attentionBackwardKv = Kernel($"attention_backward_kv{suffix}");
-        if (hopper) {
-            (linear, linearResidual) = (Kernel("linear"), Kernel("linear_residual"));
-            (linearGelu, linearBackward) = (Kernel("linear_gelu"), Kernel("linear_backward"));
-            (linearGeluBackward, linearExponentials) = (Kernel("linear_gelu_backward"), Kernel("linear_exponentials"));
-            (linearBackwardScaled, targetLogits) = (Kernel("linear_backward_scaled"), Kernel("target_logits"));
-            normalizeClasses = Kernel("normalize_classes");
-        }
         maps = (nint)NativeMemory.AlignedAlloc(4 * 128, 64);
         products = new Products(stream, workspace, WorkspaceBytes);
     }
@@ -244,22 +232,23 @@ public sealed unsafe class Cuda : IDevice {
     }
 
     public void Round(Tensor x, Tensor y) =>
-        Launch(round, (Blocks(x.Count, 256 * Width), 1, 1), 256, 0, 0, x.Bytes + y.Bytes, x, y, x.Count);
+        Launch("round_to_nearest", (Blocks(x.Count, 256 * Width), 1, 1), 256, 0, 0, x.Bytes + y.Bytes, x, y, x.Count);
 
     // ---- Launches
 
     /// <summary>Queues a kernel.</summary>
     /// <param name="traffic">Bytes that it must read and write, for its profile.</param>
-    void Launch(CudaKernel kernel, (int X, int Y, int Z) grid, int block, int shared, double flops, double traffic,
+    void Launch(string name, (int X, int Y, int Z) grid, int block, int shared, double flops, double traffic,
         params ReadOnlySpan<Argument> arguments) =>
-        Launch(kernel.Name, kernel, grid, block, shared, flops, traffic, arguments);
+        Launch(name, name, grid, block, shared, flops, traffic, arguments);
 
-    void Launch(string operation, CudaKernel kernel, (int X, int Y, int Z) grid, int block, int shared, double flops,
+    void Launch(string operation, string name, (int X, int Y, int Z) grid, int block, int shared, double flops,
         double traffic, params ReadOnlySpan<Argument> arguments) {
         Enter();
+        var kernel = kernels[name];
         if (shared > kernel.SharedLimit) {
             const int maxDynamicSharedBytes = 8;
-            Check(cuFuncSetAttribute(kernel.Function, maxDynamicSharedBytes, shared), kernel.Name);
+            Check(cuFuncSetAttribute(kernel.Function, maxDynamicSharedBytes, shared), name);
             kernel.SharedLimit = shared;
         }
         var pointers = stackalloc nint[arguments.Length];
@@ -314,7 +303,7 @@ public sealed unsafe class Cuda : IDevice {
 
     public void Embed(ReadOnlySpan<int> tokens, Tensor wte, Tensor wpe, int start, Tensor x) {
         RequireColumns(x.Columns);
-        Launch(embed, (x.AllRows, 1, 1), 96, 0, 0, 3.0 * x.Bytes,
+        Launch("embed", (x.AllRows, 1, 1), 96, 0, 0, 3.0 * x.Bytes,
             Upload(tokens), wte, wpe, start, x, x.Rows, x.Columns);
     }
 
@@ -331,9 +320,9 @@ public sealed unsafe class Cuda : IDevice {
             firsts[token] = sum += firsts[token];
         for (var row = tokens.Length - 1; row >= 0; row--)
             order[--firsts[tokens[row]]] = row;
-        Launch(embedBackwardTokens, (vocabulary, Blocks(C, SumColumns), 1), SumColumns, 0, 0, dx.Bytes + 8.0 * C *
+        Launch("embed_backward_tokens", (vocabulary, Blocks(C, SumColumns), 1), SumColumns, 0, 0, dx.Bytes + 8.0 * C *
             Math.Min(vocabulary, tokens.Length), Upload<int>(order), Upload<int>(firsts), dx, dwte, C);
-        Launch(embedBackwardPositions, (dx.Rows, Blocks(C, SumColumns), 1), SumColumns, 0, 0,
+        Launch("embed_backward_positions", (dx.Rows, Blocks(C, SumColumns), 1), SumColumns, 0, 0,
             dx.Bytes + 8.0 * C * dx.Rows, dx, dwpe, dx.Depth, dx.Rows, C);
     }
 
@@ -343,7 +332,7 @@ public sealed unsafe class Cuda : IDevice {
         RequireColumns(x.Columns);
         var (rows, row) = (x.AllRows, x.Columns * x.ElementSize);
         var warps = Math.Clamp((48 << 10) / row, 1, 8);
-        Launch(layerNorm, (Blocks(rows, warps), 1, 1), 32 * warps, warps * row, 0, 2.0 * x.Bytes,
+        Launch("layer_norm", (Blocks(rows, warps), 1, 1), 32 * warps, warps * row, 0, 2.0 * x.Bytes,
             x, w, b, y, statistics, rows, x.Columns);
     }
 
@@ -356,9 +345,9 @@ public sealed unsafe class Cuda : IDevice {
         var groups = Math.Clamp(warpsOfBlock / across, 1, mostGroups);
         var blocks = Math.Min(Blocks(rows, groups * together),
             Math.Min(multiprocessors, ScratchBytes / row));
-        Launch(layerNormBackward, (blocks, 1, 1), 32 * across * groups, row, 0, 4.0 * x.Bytes,
+        Launch("layer_norm_backward", (blocks, 1, 1), 32 * across * groups, row, 0, 4.0 * x.Bytes,
             dy, x, w, statistics, dx, scratch, rows, C, sums);
-        Launch(addRowSums, (1, Blocks(C, AddColumns), sums), SumColumns, 0, 0, (double)blocks * row,
+        Launch("add_row_sums", (1, Blocks(C, AddColumns), sums), SumColumns, 0, 0, (double)blocks * row,
             scratch, blocks, C, db, dw, dbias);
     }
 
@@ -374,14 +363,14 @@ public sealed unsafe class Cuda : IDevice {
         if (products == null)
             Multiply(x, C, 1, w, 1, C, y, b, residual, rows, OC, C);
         else if (IsForHopper(x, w))
-            Multiply(operation, residual.Address == 0 ? linear! : linearResidual!, x, w, y, residual, b);
+            Multiply(operation, residual.Address == 0 ? "linear" : "linear_residual", x, w, y, residual, b);
         else
             Multiply(operation, w, true, x, false, y, OC, rows, C, b, residual);
     }
 
     public void LinearGelu(Tensor x, Tensor w, Tensor b, Tensor input, Tensor y) {
         if (IsForHopper(x, w)) {
-            Multiply(nameof(LinearGelu), linearGelu!, x, w, input, bias: b, gelu: y);
+            Multiply(nameof(LinearGelu), "linear_gelu", x, w, input, bias: b, gelu: y);
         } else {
             Linear(x, w, b, input);
             Gelu(input, y);
@@ -401,14 +390,14 @@ public sealed unsafe class Cuda : IDevice {
         if (products == null)
             Multiply(dy, OC, 1, w, C, 1, dx, default, default, rows, C, OC);
         else if (fused)
-            Multiply(operation, input.Address == 0 ? linearBackward! : linearGeluBackward!, dy, w, dx, gelu: input,
+            Multiply(operation, input.Address == 0 ? "linear_backward" : "linear_gelu_backward", dy, w, dx, gelu: input,
                 partial: scratch);
         else
             Multiply(operation, w, false, dy, false, dx, C, rows, OC);
         if (fused && input.Address != 0)
             AddPartialSums(scratch, Blocks(rows, 64), dbias);
         if (!fused && input.Address != 0) {
-            Launch(geluBackward, (Blocks(dx.Count, 256 * Width), 1, 1), 256, 0, 0, 3.0 * dx.Bytes,
+            Launch("gelu_backward", (Blocks(dx.Count, 256 * Width), 1, 1), 256, 0, 0, 3.0 * dx.Bytes,
                 input, dx, dx.Count);
             AddRows(dx, dbias);
         }
@@ -425,23 +414,23 @@ public sealed unsafe class Cuda : IDevice {
         var across = Blocks(C, SumColumns);
         var down = Math.Min(Blocks(rows, fewestRows), Blocks(blocksPerMultiprocessor * multiprocessors, across));
         down = Math.Min(down, ScratchBytes / (C * sizeof(float)));
-        Launch(sumRowsPartially, (down, across, 1), SumColumns, 0, 0, x.Bytes, x, rows, C, scratch);
+        Launch("sum_rows_partially", (down, across, 1), SumColumns, 0, 0, x.Bytes, x, rows, C, scratch);
         AddPartialSums(scratch, down, sums);
     }
 
     /// <summary>sums (C) += Σ partial (rows, C) over rows.</summary>
     void AddPartialSums(nint partial, int rows, Tensor sums) =>
-        Launch(addRowSums, (1, Blocks(sums.Columns, AddColumns), 1), SumColumns, 0, 0, 4.0 * rows * sums.Columns,
+        Launch("add_row_sums", (1, Blocks(sums.Columns, AddColumns), 1), SumColumns, 0, 0, 4.0 * rows * sums.Columns,
             partial, rows, sums.Columns, sums, 0L, 0L);
 
     public void Gelu(Tensor x, Tensor y) =>
-        Launch(gelu, (Blocks(x.Count, 256 * Width), 1, 1), 256, 0, 0, 2.0 * x.Bytes, x, y, x.Count);
+        Launch("gelu", (Blocks(x.Count, 256 * Width), 1, 1), 256, 0, 0, 2.0 * x.Bytes, x, y, x.Count);
 
     /// <summary>c (M, N) = a·b + bias + addend in fp32; element (i, k) of a is at i·aRow + k·aColumn.</summary>
     void Multiply(Tensor a, long aRow, long aColumn, Tensor b, long bRow, long bColumn, Tensor c, Tensor bias,
         Tensor addend, int M, int N, int K) {
         const int tile = 64;
-        Launch(product!, (Blocks(N, tile), Blocks(M, tile), 1), 256, 0, 2.0 * M * N * K, 0,
+        Launch("product", (Blocks(N, tile), Blocks(M, tile), 1), 256, 0, 2.0 * M * N * K, 0,
             a, aRow, aColumn, b, bRow, bColumn, c, bias, addend, M, N, K);
     }
 
@@ -458,11 +447,11 @@ public sealed unsafe class Cuda : IDevice {
 
     /// <summary>Whether products of x and w are for the kernels that Hopper has for them: large ones, in rows that TMA
     /// can copy and with room for the sums of their columns.</summary>
-    bool IsForHopper(Tensor x, Tensor w) => linear != null && x.AllRows >= 512 && x.Columns % Width == 0 &&
+    bool IsForHopper(Tensor x, Tensor w) => hopper && x.AllRows >= 512 && x.Columns % Width == 0 &&
         w.AllRows % Width == 0 && (long)Blocks(x.AllRows, 64) * x.Columns * sizeof(float) <= ScratchBytes;
 
     /// <summary>c = a·b by one of those kernels; they say what the rest is for.</summary>
-    void Multiply(string operation, CudaKernel kernel, Tensor a, Tensor b, Tensor c, Tensor residual = default,
+    void Multiply(string operation, string kernel, Tensor a, Tensor b, Tensor c, Tensor residual = default,
         Tensor bias = default, Tensor gelu = default, nint ofRows = 0, nint partial = 0, int vocabulary = 0) {
         const int rows = 128, columns = 192, depth = 64, stages = 4, threads = 480, alignment = 1 << 10;
         const int shared = alignment + (stages * (rows + columns) * depth + rows * columns) * 2;
@@ -512,11 +501,11 @@ public sealed unsafe class Cuda : IDevice {
         RequireColumns(y.Columns);
         Require(HS <= LargestHead, "the channels of a head", $"at most {LargestHead}", HS);
         var flops = 2.0 * B * T * (T + 1) * y.Columns;
-        if (attention != null && HS == FlashHead && start == 0) {
-            Launch(attention, (Blocks(T, FlashRows), heads, B), FlashThreads, FlashShared(2, 0), flops, 0,
+        if (products != null && HS == FlashHead && start == 0) {
+            Launch("attention" + suffix, (Blocks(T, FlashRows), heads, B), FlashThreads, FlashShared(2, 0), flops, 0,
                 HeadsMap(0, qkv), qkv, y, lse, T, heads);
         } else {
-            Launch(attentionAny, (T - start, heads, B), AnyThreads, 0, flops, 0, qkv, start, y, lse, T, heads, HS);
+            Launch("attention_any", (T - start, heads, B), AnyThreads, 0, flops, 0, qkv, start, y, lse, T, heads, HS);
         }
     }
 
@@ -530,22 +519,23 @@ public sealed unsafe class Cuda : IDevice {
         var partial = scratch + (nint)statistics;
         // Scores and their gradients are computed in both kernels: three products for dq, four for dk and dv.
         var flops = 1.0 * B * T * (T + 1) * C;
-        if (attentionBackwardQ != null && HS == FlashHead) {
+        if (products != null && HS == FlashHead) {
             var grid = (Blocks(T, FlashRows), heads, B);
             var (map, dyMap) = (HeadsMap(0, qkv), HeadsMap(1, dy));
-            Launch(attentionBackwardQ, grid, FlashThreads, FlashShared(4, 0), 3 * flops, 0,
+            Launch("attention_backward_q" + suffix, grid, FlashThreads, FlashShared(4, 0), 3 * flops, 0,
                 map, dyMap, dy, qkv, y, lse, scratch, dqkv, partial, T, heads);
             AddPartialSums(partial, B * grid.Item1, dbias.Flat(0, C));
             var rows = hopper ? 192 : FlashRows;
             grid = (Blocks(T, rows), heads, B);
-            Launch(attentionBackwardKv!, grid, 2 * rows, FlashShared(rows / 32, FlashTile * 8), 4 * flops, 0,
+            var shared = FlashShared(rows / 32, FlashTile * 8);
+            Launch("attention_backward_kv" + suffix, grid, 2 * rows, shared, 4 * flops, 0,
                 map, dyMap, dy, qkv, scratch, dqkv, partial, T, heads);
             AddPartialSums(partial, B * grid.Item1, dbias.Flat(C, 2 * C));
         } else {
             var grid = (T, heads, B);
-            Launch(attentionAnyBackwardQ, grid, AnyThreads, 0, 3 * flops, 0,
+            Launch("attention_any_backward_q", grid, AnyThreads, 0, 3 * flops, 0,
                 dy, qkv, y, lse, scratch, dqkv, T, heads, HS);
-            Launch(attentionAnyBackwardKv, grid, AnyThreads, 0, 4 * flops, 0,
+            Launch("attention_any_backward_kv", grid, AnyThreads, 0, 4 * flops, 0,
                 dy, qkv, lse, scratch, dqkv, T, heads, HS);
             AddRows(dqkv, dbias);
         }
@@ -558,7 +548,7 @@ public sealed unsafe class Cuda : IDevice {
         Require(logits.Columns % Width == 0, "the padded vocabulary", $"a multiple of {Width}", logits.Columns);
         var row = logits.Columns * logits.ElementSize;
         var keeps = row <= largestShared - ownShared && Precision == DataType.Bf16;
-        Launch(classify, (logits.AllRows, 1, 1), threads, keeps ? row : 0, 0, (gradientScale == 0 ? 1.0 : 2) *
+        Launch("classify", (logits.AllRows, 1, 1), threads, keeps ? row : 0, 0, (gradientScale == 0 ? 1.0 : 2) *
             logits.Bytes, logits, Upload(targets), losses, gradientScale, vocabulary, logits.Columns, keeps ? 1 : 0);
     }
 
@@ -573,23 +563,23 @@ public sealed unsafe class Cuda : IDevice {
         }
         // In the scratch memory a number for each row, and each row's sums of the chunks of columns.
         var (places, partial) = (Upload(targets), scratch + rows * sizeof(float));
-        Launch(targetLogits!, (Blocks(rows, threads / 32), 1, 1), threads, 0, 0, 2.0 * x.Bytes,
+        Launch("target_logits", (Blocks(rows, threads / 32), 1, 1), threads, 0, 0, 2.0 * x.Bytes,
             x, w, places, scratch, rows, C);
-        Multiply(operation, linearExponentials!, x, w, logits, ofRows: scratch, partial: partial,
+        Multiply(operation, "linear_exponentials", x, w, logits, ofRows: scratch, partial: partial,
             vocabulary: vocabulary);
-        Launch(normalizeClasses!, (Blocks(rows, rowsOfBlock), 1, 1), threads, 0, 0,
+        Launch("normalize_classes", (Blocks(rows, rowsOfBlock), 1, 1), threads, 0, 0,
             2.0 * x.Bytes + (double)chunks * rows * sizeof(float),
             partial, chunks, places, logits, x, dx, scratch, losses, gradientScale, rows, Vp, C);
         // What is in dx until then is x, each row times what its exponentials must be multiplied with.
         Multiply(operation, dx, false, logits, true, dw, C, Vp, rows, addend: dw);
-        Multiply(operation, linearBackwardScaled!, logits, w, dx, ofRows: scratch);
+        Multiply(operation, "linear_backward_scaled", logits, w, dx, ofRows: scratch);
     }
 
     // ---- Optimizer
 
     public double SumOfSquares(Tensor x) {
         const int blocks = 1024, threads = 256;
-        Launch(sumOfSquares, (blocks, 1, 1), threads, 0, 0, x.Bytes, x, x.Count, scratch);
+        Launch("sum_of_squares", (blocks, 1, 1), threads, 0, 0, x.Bytes, x, x.Count, scratch);
         var at = Stage(blocks * sizeof(double));
         Check(cuMemcpyDtoHAsync(pinned + at, scratch, blocks * sizeof(double), stream), "copying from the GPU");
         Synchronize();
@@ -613,7 +603,7 @@ public sealed unsafe class Cuda : IDevice {
                 part.Dw.Address, part.M.Address, part.V.Address);
             bytes += part.W.Count * (8.0 * sizeof(float) + (Precision == DataType.Bf16 ? 2 : 0));
         }
-        Launch(adamW, (blocksPerMultiprocessor * multiprocessors, parts.Length, 1), threads, 0, 0, bytes,
+        Launch("adamw", (blocksPerMultiprocessor * multiprocessors, parts.Length, 1), threads, 0, 0, bytes,
             Upload(new ReadOnlySpan<PartArguments>(arguments, parts.Length)), step.LearningRate, step.WeightDecay,
             step.GradientScale, step.Beta1, step.Beta2, step.Epsilon, 1 / (1 - MathF.Pow(step.Beta1, step.Number)),
             1 / (1 - MathF.Pow(step.Beta2, step.Number)), (int)step.Seed);
@@ -823,8 +813,7 @@ public sealed unsafe class Nccl : ICollective {
 }
 
 /// <summary>A function of the loaded module.</summary>
-sealed class CudaKernel(string name, nint function) {
-    public string Name => name;
+sealed class CudaKernel(nint function) {
     public nint Function => function;
 
     /// <summary>Bytes of shared memory that a launch may ask for without a word before.</summary>

@@ -249,6 +249,7 @@ KERNEL __launch_bounds__(NormBackwardThreads) layer_norm_backward(const floatX* 
     bool inside = c < C;
     Eight weights = *(const Eight*)(w + (inside ? c : 0));
     Pack db = {}, dw = {}, dbias = {};
+    float share = 1.0f / C; // of a channel in a mean
     int first = (blockIdx.x * groups + group) * Together, step = gridDim.x * groups * Together;
     struct {
         Eight x, dy, dx;
@@ -278,7 +279,7 @@ KERNEL __launch_bounds__(NormBackwardThreads) layer_norm_backward(const floatX* 
             Pack g = dout * load(weights.x);
             db = db + dout;
             dw = dw + dout * z;
-            float2 means = {warp_sum(sum(g)), warp_sum(sum(g * z))};
+            float2 means = {warp_sum(sum(g)) * share, warp_sum(sum(g * z)) * share};
             if (threadIdx.x % Warp == 0)
                 parts[turn][r][warp] = means;
         }
@@ -287,8 +288,8 @@ KERNEL __launch_bounds__(NormBackwardThreads) layer_norm_backward(const floatX* 
         for (int r = 0; r < Together; r++) {
             float mean_g = 0, mean_gz = 0, rstd = own[r].statistics.y;
             for (int i = 0; i < across; i++) {
-                mean_g += parts[turn][r][group * across + i].x / C;
-                mean_gz += parts[turn][r][group * across + i].y / C;
+                mean_g += parts[turn][r][group * across + i].x;
+                mean_gz += parts[turn][r][group * across + i].y;
             }
             Pack z = normalize(load(own[r].x.x), own[r].statistics.x, rstd), g = load(own[r].dy.x) * load(weights.x);
             Pack result = load(own[r].dx.x);
