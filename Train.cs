@@ -204,12 +204,14 @@ public sealed class Trainer : IDisposable {
         if (options.Overfit)
             train.Reset();
         var loss = 0.0;
-        for (var micro = 0; micro < microSteps; micro++) {
-            train.Next(model.Tokens, model.Targets);
+        train.Next(model.Tokens, model.Targets);
+        for (var left = microSteps - 1; left >= 0; left--) {
             model.Forward();
             model.Loss(1f / options.TotalBatch);
-            model.Completed = micro == microSteps - 1 && ranks.Size > 1 ? optimizer.Reduce : null;
+            model.Completed = left == 0 && ranks.Size > 1 ? optimizer.Reduce : null;
             model.Backward();
+            if (left > 0)
+                train.Next(model.Tokens, model.Targets); // while the device is at work on the last ones
             loss += model.MeanLoss() / microSteps / ranks.Size;
         }
         loss = ranks.Sum(loss);
