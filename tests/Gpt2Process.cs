@@ -28,6 +28,13 @@ sealed partial class Gpt2Process : IDisposable {
     readonly Process process;
     readonly Task<string> error;
 
+    static Gpt2Process() {
+        // A shell without job control has what it starts in the background, and so all that this starts, ignore it.
+        var ignored = File.ReadLines("/proc/self/status").First(line => line.StartsWith("SigIgn:"))["SigIgn:".Length..];
+        if ((Convert.ToUInt64(ignored.Trim(), 16) >> (Interrupt - 1) & 1) == 1)
+            _ = SetSignal(Interrupt, 0);
+    }
+
     Gpt2Process(string folder, string program, IEnumerable<string> arguments) {
         process = Process.Start(new ProcessStartInfo(program, arguments) {
             WorkingDirectory = folder,
@@ -133,6 +140,9 @@ sealed partial class Gpt2Process : IDisposable {
             process.Kill(entireProcessTree: true);
         process.Dispose();
     }
+
+    [LibraryImport("libc", EntryPoint = "signal")]
+    private static partial nint SetSignal(int signal, nint handler);
 
     [LibraryImport("libc", EntryPoint = "kill")]
     private static partial int SendSignal(int process, int signal);
