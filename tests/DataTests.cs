@@ -477,7 +477,8 @@ public class TokenizerTests {
     [Test]
     public async Task StreamsWholeCharactersAsSoonAsTheyAre() {
         // Each emoji is two tokens or more; the rare Han characters are such that tokens end one and begin the next.
-        const string text = "Hi 😀😁🤖👩‍👩‍👧‍👦 日本語の漢字 𝔘𝔫𝔦 e\u0301 鴧◢醚釲蝫 咶溛 槈虦誅 豝踫鯏鑎疛ॉ呚擶殺 🦄";
+        const string text = "Hi 😀😁🤖👩‍👩‍👧‍👦 日本語の漢字 𝔘𝔫𝔦 e\u0301 " +
+            "鴧◢醚釲蝫 咶溛 槈虦誅 豝踫鯏鑎疛ॉ呚擶殺 🦄";
         int[] ids = [.. Tokenizer.Encode(text)];
         var (taken, streamed) = (0, "");
         IEnumerable<int> Count() {
