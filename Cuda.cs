@@ -5,7 +5,6 @@ using System.Runtime.InteropServices;
 using System.Text;
 using static Gpt2.CublasLt;
 using static Gpt2.Driver;
-using static Gpt2.NcclApi;
 
 namespace Gpt2;
 
@@ -676,142 +675,6 @@ static class CudaEvent {
     }
 }
 
-/// <summary>NCCL (libnccl.so.2) among ranks with a GPU each, on a stream beside the device's.</summary>
-public sealed unsafe class Nccl : ICollective {
-    readonly Cuda device;
-    readonly Peers peers;
-    readonly nint communicator, stream, before, after;
-    readonly Timer watch;
-    long begun; // when what is under way was, or 0
-
-    /// <summary>Meets the other ranks in NCCL.</summary>
-    /// <param name="timeout">How long all this may wait for a rank.</param>
-    public Nccl(Cuda device, Peers peers, TimeSpan timeout) {
-        (this.device, this.peers) = (device, peers);
-        device.Enter();
-        try {
-            var id = new NcclId();
-            if (Rank == 0)
-                CheckNccl(ncclGetUniqueId(&id), "starting");
-            var bytes = MemoryMarshal.AsBytes(new Span<NcclId>(ref id));
-            peers.Exchange(all => all[0], bytes).CopyTo(bytes);
-            CheckNccl(ncclCommInitRank(out communicator, Size, id, Rank), "meeting the other ranks");
-        } catch (DllNotFoundException) {
-            throw new Gpt2Exception("--gpus: expected NCCL (libnccl.so.2, on the loader's path), found none");
-        }
-        const int nonBlocking = 1, highest = -100, withoutTiming = 2;
-        Check(cuStreamCreateWithPriority(out stream, nonBlocking, highest), "creating a stream");
-        Check(cuEventCreate(out before, withoutTiming), "creating an event");
-        Check(cuEventCreate(out after, withoutTiming), "creating an event");
-        watch = new Timer(_ => {
-            try {
-                Watch(timeout);
-            } catch (Gpt2Exception e) {
-                peers.Report($"rank {Rank}: {e.Message}"); // or else a fault here would end in a stack trace
-            }
-        }, null, timeout / 8, timeout / 8);
-    }
-
-    public int Rank => peers.Rank;
-    public int Size => peers.Size;
-    public string Place { set => peers.Place = value; }
-
-    public void Sum(Span<double> values) => peers.Sum(values);
-
-    public void AllReduce(ReadOnlySpan<Tensor> arrays) {
-        Begin();
-        foreach (var x in arrays)
-            CheckNccl(ncclAllReduce(x.Address, x.Address, (nuint)x.Count, Type(x), Sums, communicator, stream),
-                "summing");
-        End();
-    }
-
-    public void ReduceScatter(ReadOnlySpan<Tensor> arrays, ReadOnlySpan<Tensor> parts) {
-        Begin();
-        for (var i = 0; i < arrays.Length; i++) {
-            var (x, to) = (arrays[i], parts[i].Address);
-            if (x.Count % Size == 0)
-                CheckNccl(ncclReduceScatter(x.Address, to, (nuint)parts[i].Count, Type(x), Sums, communicator, stream),
-                    "summing");
-            for (var rank = 0; rank < Size && x.Count % Size != 0; rank++) {
-                var part = x.PartOf(rank, Size);
-                CheckNccl(ncclReduce(part.Address, to, (nuint)part.Count, Type(x), Sums, rank, communicator, stream),
-                    "summing");
-            }
-        }
-        End();
-    }
-
-    public void AllGather(ReadOnlySpan<Tensor> arrays) {
-        Begin();
-        foreach (var x in arrays) {
-            var own = x.PartOf(Rank, Size);
-            if (x.Count % Size == 0)
-                CheckNccl(ncclAllGather(own.Address, x.Address, (nuint)own.Count, Type(x), communicator, stream),
-                    "gathering");
-            for (var rank = 0; rank < Size && x.Count % Size != 0; rank++) {
-                var part = x.PartOf(rank, Size);
-                CheckNccl(ncclBroadcast(part.Address, part.Address, (nuint)part.Count, Type(x), rank, communicator,
-                    stream), "gathering");
-            }
-        }
-        End();
-    }
-
-    const int Sums = 0;
-
-    static int Type(Tensor x) => x.Type == DataType.Bf16 ? 9 : 7;
-
-    void Begin() {
-        device.Enter();
-        Check(cuEventRecord(before, device.Stream), "ordering streams");
-        Check(cuStreamWaitEvent(stream, before, 0), "ordering streams");
-        CheckNccl(ncclGroupStart(), "grouping");
-    }
-
-    void End() {
-        CheckNccl(ncclGroupEnd(), "grouping");
-        Check(cuEventRecord(after, stream), "ordering streams");
-        peers.Meetings++;
-        Volatile.Write(ref begun, Stopwatch.GetTimestamp());
-    }
-
-    public void Join() {
-        device.Enter();
-        Check(cuStreamWaitEvent(device.Stream, after, 0), "ordering streams");
-    }
-
-    /// <summary>Ends the job if NCCL has failed, or waits too long: after the others' silence would have been noticed,
-    /// and for the first rank, which knows them all, before the others give up.</summary>
-    void Watch(TimeSpan timeout) {
-        var since = Volatile.Read(ref begun);
-        if (since == 0)
-            return;
-        device.Enter();
-        const int notReady = 600;
-        var state = cuEventQuery(after);
-        if (state == 0)
-            Interlocked.CompareExchange(ref begun, 0, since);
-        else if (state == notReady && Stopwatch.GetElapsedTime(since) > (Rank == 0 ? 1.25 : 1.5) * timeout)
-            peers.Report(peers.Absent is { } absent
-                ? $"rank {absent} did not come to NCCL at {peers.Place} in {timeout.TotalSeconds:F0} s"
-                : $"rank {Rank}: expected an end of NCCL at {peers.Place} in {timeout.TotalSeconds:F0} s, found none");
-        if (ncclCommGetAsyncError(communicator, out var error) == 0 && error is not 0 and not 7)
-            peers.Report($"rank {Rank}: NCCL at {peers.Place}: expected success, found {NcclError(error)}");
-    }
-
-    public void Dispose() {
-        using var watched = new ManualResetEvent(false);
-        watch.Dispose(watched);
-        watched.WaitOne();
-        device.Enter();
-        ncclCommAbort(communicator);
-        cuEventDestroy(before);
-        cuEventDestroy(after);
-        cuStreamDestroy(stream);
-    }
-}
-
 /// <summary>A function of the loaded module.</summary>
 sealed class CudaKernel(nint function) {
     public nint Function => function;
@@ -1036,53 +899,6 @@ static unsafe partial class CublasLt {
     public static partial int cublasLtMatmul(nint handle, nint operation, void* alpha, nint a, nint aLayout, nint b,
         nint bLayout, void* beta, nint c, nint cLayout, nint d, nint dLayout, Heuristic* algorithm, nint workspace,
         nuint workspaceBytes, nint stream);
-}
-
-/// <summary>NCCL, as far as we call it.</summary>
-static unsafe partial class NcclApi {
-    const string Library = "nccl";
-
-    static NcclApi() => Libraries.Register();
-
-    /// <summary>What names a communicator before there is one.</summary>
-    public struct NcclId {
-        public fixed byte Bytes[128];
-    }
-
-    public static string NcclError(int status) => Marshal.PtrToStringUTF8(ncclGetErrorString(status)) ?? $"{status}";
-
-    /// <exception cref="Gpt2Exception">Not success: NCCL's name for it, and its last words.</exception>
-    public static void CheckNccl(int status, string doing) {
-        const int inProgress = 7;
-        if (status is not 0 and not inProgress)
-            throw new Gpt2Exception($"NCCL: {doing}: expected success, found {NcclError(status)} " +
-                $"({Marshal.PtrToStringUTF8(ncclGetLastError(0))})");
-    }
-
-    [LibraryImport(Library)] public static partial nint ncclGetErrorString(int status);
-    [LibraryImport(Library)] public static partial nint ncclGetLastError(nint communicator);
-    [LibraryImport(Library)] public static partial int ncclGetUniqueId(NcclId* id);
-    [LibraryImport(Library)]
-    public static partial int ncclCommInitRank(out nint communicator, int ranks, NcclId id, int rank);
-    [LibraryImport(Library)] public static partial int ncclCommGetAsyncError(nint communicator, out int error);
-    [LibraryImport(Library)] public static partial int ncclCommAbort(nint communicator);
-    [LibraryImport(Library)] public static partial int ncclGroupStart();
-    [LibraryImport(Library)] public static partial int ncclGroupEnd();
-    [LibraryImport(Library)]
-    public static partial int ncclAllReduce(
-        nint from, nint to, nuint count, int type, int operation, nint communicator, nint stream);
-    [LibraryImport(Library)]
-    public static partial int ncclReduceScatter(
-        nint from, nint to, nuint count, int type, int operation, nint communicator, nint stream);
-    [LibraryImport(Library)]
-    public static partial int ncclReduce(
-        nint from, nint to, nuint count, int type, int operation, int root, nint communicator, nint stream);
-    [LibraryImport(Library)]
-    public static partial int ncclAllGather(
-        nint from, nint to, nuint count, int type, nint communicator, nint stream);
-    [LibraryImport(Library)]
-    public static partial int ncclBroadcast(
-        nint from, nint to, nuint count, int type, int root, nint communicator, nint stream);
 }
 
 /// <summary>Where the libraries are that come with a driver or a toolkit.</summary>

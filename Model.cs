@@ -152,46 +152,6 @@ public interface IDevice : IDisposable {
     void AdamW(ReadOnlySpan<AdamWPart> parts, in AdamWStep step);
 }
 
-/// <summary>The processes that train together, a device each. What is summed is summed in one order, and all ranks have
-/// the same result. Tensors are worked on beside the device's own work: after what it was given before, and before what
-/// it is given after <see cref="Join"/>.</summary>
-public interface ICollective : IDisposable {
-    /// <summary>This process among them, from 0 on.</summary>
-    int Rank { get; }
-    /// <summary>How many they are.</summary>
-    int Size { get; }
-    /// <summary>Where the run is, for messages: "step 7".</summary>
-    string Place { set; }
-    /// <summary>Sums numbers over ranks, when all have come here.</summary>
-    void Sum(Span<double> values);
-    /// <summary>The same for one number.</summary>
-    double Sum(double value) {
-        Sum(new Span<double>(ref value));
-        return value;
-    }
-    /// <summary>Sums each array over ranks.</summary>
-    void AllReduce(ReadOnlySpan<Tensor> arrays);
-    /// <summary>Sums each array over ranks, of which this rank gets its part (<see cref="Config.Cuts"/>).</summary>
-    void ReduceScatter(ReadOnlySpan<Tensor> arrays, ReadOnlySpan<Tensor> parts);
-    /// <summary>Completes each array, of which each rank has its part.</summary>
-    void AllGather(ReadOnlySpan<Tensor> arrays);
-    /// <summary>Has the device's later work wait for all this.</summary>
-    void Join();
-}
-
-/// <summary>One process alone.</summary>
-public sealed class Alone : ICollective {
-    public int Rank => 0;
-    public int Size => 1;
-    public string Place { set { } }
-    public void Sum(Span<double> values) { }
-    public void AllReduce(ReadOnlySpan<Tensor> arrays) { }
-    public void ReduceScatter(ReadOnlySpan<Tensor> arrays, ReadOnlySpan<Tensor> parts) { }
-    public void AllGather(ReadOnlySpan<Tensor> arrays) { }
-    public void Join() { }
-    public void Dispose() { }
-}
-
 /// <summary>One of the 16 parameter tensors: its name in llm.c, its layers (1 where it is not per layer), and the shape
 /// of each layer's part; vectors have one row.</summary>
 public readonly record struct ParameterShape(string Name, int Layers, int Rows, int Columns) {
