@@ -22,7 +22,14 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
 
     public DataType Precision => DataType.Fp32;
 
-    public long FreeMemory => GC.GetGCMemoryInfo().TotalAvailableMemoryBytes;
+    /// <summary>What the system has left for new processes, within what a container allows this one.</summary>
+    public long FreeMemory {
+        get {
+            var available = File.ReadLines("/proc/meminfo").First(line => line.StartsWith("MemAvailable:"));
+            var limit = GC.GetGCMemoryInfo().TotalAvailableMemoryBytes - Environment.WorkingSet;
+            return Math.Min(1024 * long.Parse(available.Split(' ', StringSplitOptions.RemoveEmptyEntries)[1]), limit);
+        }
+    }
 
     public long Workspace => 0;
 

@@ -679,8 +679,8 @@ static class CudaEvent {
 sealed class CudaKernel(nint function) {
     public nint Function => function;
 
-    /// <summary>Bytes of shared memory that a launch may ask for without a word before.</summary>
-    public int SharedLimit { get; set; } = 48 << 10;
+    /// <summary>Bytes of dynamic shared memory that launches have been allowed to ask for.</summary>
+    public int SharedLimit { get; set; }
 }
 
 /// <summary>An argument of a kernel: its bits, from the lowest, or the place of a larger one.</summary>

@@ -92,6 +92,23 @@ public sealed class BinaryFile : IDisposable {
     public void Dispose() => stream.Dispose();
 }
 
+/// <summary>Checks of many numbers at a time.</summary>
+public static class Numbers {
+    /// <summary>The first number that is infinite or none at all, or null.</summary>
+    public static float? NotFinite(ReadOnlySpan<float> values) {
+        var sum = 0u; // of the exponents' highest values: more than 0 if there is one
+        foreach (var value in values)
+            sum |= (BitConverter.SingleToUInt32Bits(value) & 0x7f800000) + 0x800000;
+        if (sum >> 31 != 0) {
+            foreach (var value in values) {
+                if (!float.IsFinite(value))
+                    return value;
+            }
+        }
+        return null;
+    }
+}
+
 /// <summary>Numbers in bfloat16: the upper halves of fp32.</summary>
 public static class BFloat16 {
     /// <summary>The same numbers in fp32, from the first to the last.</summary>
@@ -123,20 +140,31 @@ public static class Files {
         return [.. names.Select(name => Path.Combine(folder, name!)).Order(StringComparer.Ordinal)];
     }
 
+    /// <summary>Makes a folder and those above it, if they are not there.</summary>
+    public static void MakeFolder(string path) {
+        try {
+            Directory.CreateDirectory(path);
+        } catch (IOException) when (File.Exists(path)) {
+            throw new Gpt2Exception($"{path}: expected a folder, found a file");
+        }
+    }
+
     /// <summary>Writes a file under a temporary name, flushes it to the disk, renames it; makes its folder.</summary>
     public static void Write(string path, Action<Stream> content) {
         var temporary = path + ".tmp";
-        Directory.CreateDirectory(Path.GetDirectoryName(Path.GetFullPath(path))!);
+        MakeFolder(Path.GetDirectoryName(Path.GetFullPath(path))!);
         try {
             using (var stream = new FileStream(temporary, FileMode.Create, FileAccess.Write, FileShare.None, 1 << 16)) {
                 content(stream);
                 stream.Flush(flushToDisk: true);
             }
             File.Move(temporary, path, overwrite: true);
-        } catch (Exception e) when (e is IOException or ArgumentOutOfRangeException) {
+        } catch (Exception e) {
             File.Delete(temporary); // room again on a full disk
-            // The runtime takes a file that the system does not let grow for a wrong argument, and does not name it.
-            throw e as IOException ?? new IOException($"The file is too large : '{path}'");
+            // .NET reports EFBIG as ArgumentOutOfRangeException, without the path.
+            if (e is ArgumentOutOfRangeException)
+                throw new Gpt2Exception($"{path}: expected room for it, found a limit on the size of files");
+            throw;
         }
     }
 
@@ -264,38 +292,82 @@ public sealed class Mt19937 {
         from.Read(words.AsSpan());
         (seed, left, next) = (words[0] | (ulong)words[1] << 32, (int)words[2], words[3]);
         words.AsSpan(4, N).CopyTo(state);
-        if (left is < 1 or > N || next > N)
+        if (left < 1 || next + (uint)left > N + 1) // it would draw beyond the state
             throw from.Fail("a random generator's state", $"{left} numbers left and number {next} next");
     }
 }
 
-/// <summary>One file of tokens.</summary>
-public sealed class TokenShard : IDisposable {
+/// <summary>The token shards that a pattern names. Only the one that is being read is open, as there may be thousands.
+/// </summary>
+public sealed class TokenShards : IDisposable {
     const int Magic = 20240520;
 
-    readonly BinaryFile file;
+    readonly string pattern;
+    readonly string[] paths;
+    readonly int vocabulary;
+    BinaryFile? file;
+    int opened = -1; // the index of the open file
 
-    /// <summary>Opens a shard and checks its header against its size.</summary>
-    public TokenShard(string path) {
-        file = new BinaryFile(path, "a token shard", Magic, 1);
-        file.Check("number of tokens", 2, Count >= 0, "0 or more");
-        file.CheckSize(BinaryFile.HeaderBytes + (long)Count * sizeof(ushort));
+    /// <summary>Checks every shard's header against its size.</summary>
+    /// <exception cref="Gpt2Exception">No file matches, or one is not a shard.</exception>
+    public TokenShards(string pattern, int vocabulary) {
+        (this.pattern, this.vocabulary, paths) = (pattern, vocabulary, Files.Glob(pattern));
+        if (paths.Length == 0)
+            throw new Gpt2Exception($"{pattern}: expected token shards, found none; run make data or gpt2 tokenize");
+        Counts = [.. paths.Select((_, shard) => Open(shard).Header[2])];
     }
 
-    /// <summary>Number of tokens.</summary>
-    public int Count => file.Header[2];
+    /// <summary>Number of tokens in each shard, in ordinal order of their paths.</summary>
+    public int[] Counts { get; }
 
-    /// <summary>Number of batches, each with one token more than the given number.</summary>
-    public int Batches(int tokens) =>
-        Count > tokens ? (Count - 1) / tokens : throw file.Fail($"more than a batch's {tokens} tokens", $"{Count}");
+    /// <summary>Number of tokens in all shards.</summary>
+    public long Tokens => Counts.Sum(count => (long)count);
 
-    /// <summary>Reads the tokens from <paramref name="first"/> on, all below the vocabulary.</summary>
-    public void Read(long first, Span<ushort> tokens, int vocabulary) {
-        file.Read(tokens, BinaryFile.HeaderBytes + first * sizeof(ushort));
+    BinaryFile Open(int shard) {
+        if (shard == opened)
+            return file!;
+        Dispose();
+        file = new BinaryFile(paths[shard], "a token shard", Magic, 1);
+        file.Check("number of tokens", 2, file.Header[2] >= 0, "0 or more");
+        file.CheckSize(BinaryFile.HeaderBytes + (long)file.Header[2] * sizeof(ushort));
+        opened = shard;
+        return file;
+    }
+
+    /// <summary>Number of whole samples of so many tokens in a shard; each is followed by at least one more token.
+    /// </summary>
+    public int Samples(int shard, int tokens) => Math.Max(0, Counts[shard] - 1) / tokens;
+
+    /// <summary>The same of all shards together.</summary>
+    /// <exception cref="Gpt2Exception">There are none.</exception>
+    public long Samples(int tokens) =>
+        Counts.Select((_, shard) => (long)Samples(shard, tokens)).Sum() is > 0 and var samples ? samples
+            : throw new Gpt2Exception($"{pattern}: expected more than a sample's {tokens} tokens, found {Counts.Max()}");
+
+    /// <summary>The shards that have no whole sample.</summary>
+    public IEnumerable<string> TooShort(int tokens) => paths.Where((_, shard) => Samples(shard, tokens) == 0);
+
+    /// <summary>Where rows of T tokens begin, in order. At a shard's end rows are left out that do not make up a whole
+    /// <paramref name="group"/>.</summary>
+    /// <exception cref="Gpt2Exception">There are none.</exception>
+    public IEnumerable<(int Shard, long First)> Rows(int T, int group) {
+        _ = Samples(group * T);
+        return Enumerable.Range(0, paths.Length).SelectMany(shard =>
+            Enumerable.Range(0, Samples(shard, group * T) * group).Select(row => (shard, (long)row * T)));
+    }
+
+    /// <summary>Reads a row of T inputs from a shard's token <paramref name="first"/> on, and as targets the token after
+    /// each.</summary>
+    /// <exception cref="Gpt2Exception">A token is not in the vocabulary.</exception>
+    public void Read(int shard, long first, Span<int> inputs, Span<int> targets) {
+        var tokens = new ushort[inputs.Length + 1].AsSpan();
+        Open(shard).Read(tokens, BinaryFile.HeaderBytes + first * sizeof(ushort));
         for (var i = 0; i < tokens.Length; i++) {
             if (tokens[i] >= vocabulary)
-                throw file.Fail($"tokens below the vocabulary of {vocabulary}", $"{tokens[i]} at position {first + i}");
+                throw file!.Fail($"tokens below the vocabulary of {vocabulary}", $"{tokens[i]} at position {first + i}");
         }
+        for (var t = 0; t < inputs.Length; t++)
+            (inputs[t], targets[t]) = (tokens[t], tokens[t + 1]);
     }
 
     /// <summary>Writes tokens as a shard.</summary>
@@ -306,32 +378,31 @@ public sealed class TokenShard : IDisposable {
         Files.Write(path, to => to.Write(bytes));
     }
 
-    public void Dispose() => file.Dispose();
+    public void Dispose() {
+        file?.Dispose();
+        opened = -1;
+    }
 }
 
 /// <summary>Batches of (B, T) tokens from shards, in order or shuffled, as llm.c draws them: samples of ranks·B·T
 /// tokens, of which each rank takes B·T.</summary>
 public sealed class TokenLoader : IDisposable {
-    readonly TokenShard[] shards;
-    readonly int B, T, vocabulary, rank, ranks;
+    readonly TokenShards shards;
+    readonly int B, T, rank, ranks;
     readonly Mt19937 random;
     readonly int[] shardOrder;
-    readonly ushort[] buffer;
     int[] sampleOrder = [];
     int taken; // tokens of the sample, by all ranks
 
     /// <summary>Opens all shards that a pattern names.</summary>
-    /// <exception cref="Gpt2Exception">There are none, or one is not a shard or shorter than a batch.</exception>
+    /// <exception cref="Gpt2Exception">There are none, one is not a shard, or none has a whole sample.</exception>
     public TokenLoader(
         string pattern, int B, int T, int vocabulary, bool shuffle, uint seed = 42, int rank = 0, int ranks = 1) {
-        (this.B, this.T, this.vocabulary, this.rank, this.ranks) = (B, T, vocabulary, rank, ranks);
-        shards = [.. Files.Glob(pattern).Select(path => new TokenShard(path))];
-        if (shards.Length == 0)
-            throw new Gpt2Exception($"{pattern}: expected token shards, found none; run make data or gpt2 tokenize");
+        (this.B, this.T, this.rank, this.ranks) = (B, T, rank, ranks);
+        shards = new TokenShards(pattern, vocabulary);
         (SampleTokens, Shuffles, random) = (ranks * B * T, shuffle, new Mt19937(seed));
-        shardOrder = [.. Enumerable.Range(0, shards.Length)];
-        buffer = new ushort[T + 1];
-        Batches = shards.Sum(shard => (long)shard.Batches(SampleTokens));
+        shardOrder = [.. Enumerable.Range(0, shards.Counts.Length)];
+        Samples = shards.Samples(SampleTokens);
         Reset();
     }
 
@@ -339,10 +410,13 @@ public sealed class TokenLoader : IDisposable {
     public bool Shuffles { get; }
 
     /// <summary>Tokens in all shards.</summary>
-    public long Tokens => shards.Sum(shard => (long)shard.Count);
+    public long Tokens => shards.Tokens;
 
-    /// <summary>Batches of all ranks together in all shards: an epoch.</summary>
-    public long Batches { get; }
+    /// <summary>Samples in all shards: an epoch.</summary>
+    public long Samples { get; private set; }
+
+    /// <summary>The shards that are passed over because they have no whole sample.</summary>
+    public IEnumerable<string> TooShort => shards.TooShort(SampleTokens);
 
     /// <summary>Tokens in a sample: a batch of all ranks, those that the run began with.</summary>
     public int SampleTokens { get; private set; }
@@ -350,7 +424,7 @@ public sealed class TokenLoader : IDisposable {
     /// <summary>The shard being read, in this epoch's order, and the next sample in it.</summary>
     public (int Shard, int Sample) Position { get; private set; }
 
-    TokenShard Shard => shards[shardOrder[Position.Shard]];
+    int Shard => shardOrder[Position.Shard];
 
     /// <summary>Starts an epoch.</summary>
     public void Reset() {
@@ -361,25 +435,23 @@ public sealed class TokenLoader : IDisposable {
 
     void Open(int shard) {
         (Position, taken) = ((shard, 0), 0);
-        sampleOrder = [.. Enumerable.Range(0, Shard.Batches(SampleTokens))];
+        sampleOrder = [.. Enumerable.Range(0, shards.Samples(Shard, SampleTokens))];
         if (Shuffles)
             random.Permute(sampleOrder);
     }
 
-    /// <summary>Reads this rank's part of the next batch: B·T inputs, and as targets the token after each.</summary>
+    /// <summary>Reads this rank's part of the next sample: B·T inputs, and as targets the token after each.</summary>
     public void Next(Span<int> inputs, Span<int> targets) {
         for (var row = 0; row < ranks * B; row++) {
-            if (Position.Sample == sampleOrder.Length) {
-                if (Position.Shard + 1 < shards.Length)
+            while (Position.Sample == sampleOrder.Length) {
+                if (Position.Shard + 1 < shardOrder.Length)
                     Open(Position.Shard + 1);
                 else
                     Reset();
             }
             if (row / B == rank) {
-                Shard.Read((long)sampleOrder[Position.Sample] * SampleTokens + taken, buffer, vocabulary);
-                var first = row % B * T;
-                for (var t = 0; t < T; t++)
-                    (inputs[first + t], targets[first + t]) = (buffer[t], buffer[t + 1]);
+                var (first, here) = ((long)sampleOrder[Position.Sample] * SampleTokens + taken, row % B * T);
+                shards.Read(Shard, first, inputs.Slice(here, T), targets.Slice(here, T));
             }
             taken += T;
             if (taken == SampleTokens)
@@ -405,14 +477,15 @@ public sealed class TokenLoader : IDisposable {
         if (sampleTokens < 0 || sampleTokens % T != 0)
             throw from.Fail($"samples of whole sequences of {T} tokens", $"{sampleTokens} tokens");
         SampleTokens = sampleTokens == 0 ? SampleTokens : sampleTokens;
+        Samples = shards.Samples(SampleTokens);
         if (shuffled != Shuffles)
             throw from.Fail(Shuffles ? "a run that shuffles" : "a run with --no-shuffle", "the other kind");
-        if (position.Shard < 0 || position.Shard >= shards.Length)
-            throw from.Fail($"a position in {shards.Length} shards", $"shard {position.Shard}");
+        if (position.Shard < 0 || position.Shard >= shardOrder.Length)
+            throw from.Fail($"a position in {shardOrder.Length} shards", $"shard {position.Shard}");
         if (Shuffles)
             ReadOrder(shardOrder, "shards");
         (Position, taken) = (position, 0);
-        sampleOrder = [.. Enumerable.Range(0, Shard.Batches(SampleTokens))];
+        sampleOrder = [.. Enumerable.Range(0, shards.Samples(Shard, SampleTokens))];
         if (position.Sample < 0 || position.Sample > sampleOrder.Length)
             throw from.Fail($"at most {sampleOrder.Length} batches of {SampleTokens} tokens", $"{position.Sample}");
         if (!Shuffles)
@@ -429,7 +502,7 @@ public sealed class TokenLoader : IDisposable {
         }
     }
 
-    public void Dispose() => Array.ForEach(shards, shard => shard.Dispose());
+    public void Dispose() => shards.Dispose();
 }
 
 /// <summary>A question with several completions, of which one is right. Each row is context and completion.</summary>
@@ -552,7 +625,7 @@ public sealed class Tokenizer {
         return (written, shards);
 
         void WriteShard(string split, int number, int count) {
-            TokenShard.Write($"{prefix}_{split}_{number:d6}.bin", CollectionsMarshal.AsSpan(tokens)[..count]);
+            TokenShards.Write($"{prefix}_{split}_{number:d6}.bin", CollectionsMarshal.AsSpan(tokens)[..count]);
             tokens.RemoveRange(0, count);
             written += count;
         }

@@ -638,6 +638,8 @@ public sealed class Model {
                     file.ReadBFloat16(values);
                 else
                     file.Read(values);
+                if (Numbers.NotFinite(values) is { } value)
+                    throw file.Fail("finite weights", $"{value} in {Config.Parameters[i].Name}");
                 Set(i, first, values);
                 first += part.Count;
             }
@@ -678,6 +680,9 @@ public sealed class Model {
         foreach (var part in from.Tensors.ToArray().SelectMany(tensor => tensor.Chunks())) {
             var values = buffer.AsSpan(0, (int)part.Count);
             Device.Read(part, values);
+            if (Numbers.NotFinite(values) is { } value)
+                throw new Gpt2Exception($"checkpoint: expected finite weights and moments, found {value}; nothing was " +
+                    "saved, and the checkpoint before stands");
             if (part.Type == DataType.Bf16) {
                 BFloat16.Round(values, halves);
                 to.Write(MemoryMarshal.AsBytes(halves.AsSpan(0, values.Length)));
@@ -698,6 +703,8 @@ public sealed class Sampler(float temperature, int topK, float topP, uint seed) 
     /// <summary>A token's index; the logits are overwritten.</summary>
     public int Next(float[] logits) {
         var max = logits.Max();
+        if (Numbers.NotFinite(logits) is { } value)
+            throw new Gpt2Exception($"--init: expected finite logits, found {value}: the model's weights are too large");
         if (temperature == 0)
             return Array.IndexOf(logits, max);
         for (var i = 0; i < logits.Length; i++)

@@ -1,9 +1,13 @@
+using System.Runtime.InteropServices;
+using System.Text;
 using ConsoleAppFramework;
 using Gpt2;
 using Microsoft.Extensions.Logging;
 using Microsoft.Extensions.Logging.Abstractions;
 using ZLogger;
 using static Gpt2.Gpt2Exception;
+
+Standard.Prepare(args is ["sample" or "verify" or "bench", ..]);
 
 // Help alone is a success; help for want of something required is not.
 var misused = args is ["sample" or "eval" or "tokenize" or "verify"];
@@ -22,6 +26,56 @@ else
     ConsoleApp.LogError($"expected a command (gpt2 --help lists them), found '{args[0]}'");
 return misused ? 2 : Environment.ExitCode;
 
+/// <summary>Standard output and error.</summary>
+internal static partial class Standard {
+    /// <summary>Makes up for what System.Console does not do.</summary>
+    /// <param name="endsWithReader">Ends the process quietly when nobody reads its output any more.</param>
+    public static void Prepare(bool endsWithReader) {
+        const int readWrite = 2, brokenPipe = 13, stack = 3, openFiles = 7, addresses = 9;
+        // With less than this, .NET fails where nobody can catch it.
+        foreach (var (resource, least, option) in ((int, ulong, string)[])
+            [(stack, 2 << 20, "-s (bytes of stack)"), (openFiles, 32, "-n"), (addresses, 1 << 30, "-v (bytes)")]) {
+            var limits = new ulong[2]; // the soft and the hard one
+            if (getrlimit(resource, limits) == 0 && limits[0] < least) {
+                _ = dprintf(2, $"gpt2: ulimit {option}: expected {least} or more, found {limits[0]}\n");
+                Environment.Exit(1);
+            }
+        }
+        // If a stream is closed, the next file that is opened would take its place.
+        while (open("/dev/null", readWrite) is >= 0 and < 3) { }
+        // .NET switches the keypad of a terminal that it knows into another mode, and leaves it there.
+        var term = Environment.GetEnvironmentVariable("TERM");
+        Environment.SetEnvironmentVariable("TERM", null);
+        _ = Console.WindowWidth;
+        Environment.SetEnvironmentVariable("TERM", term);
+        Console.SetOut(new Writer(Console.Out, e => throw new Gpt2Exception(
+            $"standard output: expected to write there, found: {(e is IOException ? e.Message : "it is closed")}")));
+        Console.SetError(new Writer(Console.Error, _ => { })); // there is no place left to say so
+        if (endsWithReader)
+            _ = signal(brokenPipe, 0);
+    }
+
+    sealed class Writer(TextWriter to, Action<Exception> failed) : TextWriter {
+        public override Encoding Encoding => to.Encoding;
+        public override void Write(char value) => Write($"{value}");
+        public override void WriteLine(string? value) => Write(value + "\n");
+        public override void Write(string? value) {
+            try {
+                to.Write(value);
+            } catch (Exception e) when (e is IOException or UnauthorizedAccessException) {
+                failed(e);
+            }
+        }
+    }
+
+    [LibraryImport("libc", StringMarshalling = StringMarshalling.Utf8)]
+    private static partial int open(string path, int flags);
+    [LibraryImport("libc", StringMarshalling = StringMarshalling.Utf8)]
+    private static partial int dprintf(int handle, string text); // a text without %
+    [LibraryImport("libc")] private static partial int getrlimit(int resource, Span<ulong> limits);
+    [LibraryImport("libc")] private static partial nint signal(int number, nint handler);
+}
+
 /// <summary>The commands; each one's comment is its help.</summary>
 internal sealed class Commands {
     /// <summary>Trains GPT-2 from scratch or from a checkpoint, on token shards.</summary>
@@ -39,7 +93,7 @@ internal sealed class Commands {
     /// <param name="weightDecay">-c, Weight decay of the matrices.</param>
     /// <param name="schedule">-k, How the learning rate goes down: cosine, linear, constant or wsd.</param>
     /// <param name="valEvery">-v, Updates between validations; 0 for one at the end.</param>
-    /// <param name="valBatches">-m, Batches in a validation.</param>
+    /// <param name="valBatches">-m, Batches in a validation; 0 for the first 128 sequences.</param>
     /// <param name="sampleEvery">-s, Updates between samples of text; 0 for one at the end.</param>
     /// <param name="genTokens">-g, Tokens in a sample.</param>
     /// <param name="checkpointEvery">-n, Updates between checkpoints; 0 for one at the end.</param>
@@ -60,7 +114,7 @@ internal sealed class Commands {
         string @out = "log", int? batch = null, int? seq = null, int totalBatch = 0, int maxSteps = 300,
         float lr = 1e-3f, int warmup = 20, float finalLrFrac = 0.1f, float weightDecay = 0.1f,
         Schedule schedule = Schedule.Cosine,
-        int valEvery = 50, int valBatches = 20, int sampleEvery = 0, int genTokens = 64, int checkpointEvery = 200,
+        int valEvery = 50, int valBatches = 0, int sampleEvery = 0, int genTokens = 64, int checkpointEvery = 200,
         int keep = 2, bool resume = false, int recompute = 0, bool overfit = false, bool noShuffle = false,
         float skipOutliers = 0, DeviceKind device = DeviceKind.Auto, DataType? precision = null, uint seed = 42,
         int? gpus = null, int zero = 1, int timeout = 600, bool verbose = false) =>
@@ -149,16 +203,17 @@ internal sealed class Commands {
             seq = seq == 0 ? config.MaxT : seq;
             Require(seq > 0 && seq <= config.MaxT, "--seq", $"1 to {config.MaxT}, the model's longest sequence", seq);
             Require(valBatches >= 0, "--val-batches", "0 or more", valBatches);
-            using var loader = new TokenLoader(
-                valData, batch, seq, config.V, shuffle: false, rank: ranks.Rank, ranks: ranks.Size);
+            using var shards = new TokenShards(valData, config.V);
+            var group = valBatches > 0 ? batch * ranks.Size : 1;
+            var rows = shards.Rows(seq, group).Take(valBatches > 0 ? valBatches * group : int.MaxValue).ToArray();
             var questions = hellaswag == null ? [] : MultipleChoice.Read(hellaswag, config.V).ToArray();
             var model = new Model(config, computer, batch, seq, Purpose.Evaluate);
             model.Load(file);
-            var batches = valBatches > 0 ? Math.Min(valBatches, loader.Batches) : loader.Batches;
-            var loss = Trainer.Evaluate(model, loader, batches, ranks);
-            var tokens = batches * loader.SampleTokens;
+            var loss = Trainer.Evaluate(model, shards, rows, ranks);
+            if (!double.IsFinite(loss))
+                throw new Gpt2Exception($"{init}: expected weights with a finite loss, found loss {loss}");
             var output = ranks.Rank == 0 ? Console.Out : TextWriter.Null;
-            output.WriteLine($"loss {loss:F6} | perplexity {Math.Exp(loss):F3} | {tokens} tokens");
+            output.WriteLine($"loss {loss:F6} | perplexity {Math.Exp(loss):F3} | {(long)rows.Length * seq} tokens");
             if (questions.Length > 0) {
                 var accuracy = Trainer.Evaluate(model, questions, ranks);
                 output.WriteLine($"accuracy {accuracy:F4} | {questions.Length} examples");
@@ -275,7 +330,7 @@ internal sealed class Commands {
         var first = true;
         foreach (var part in prompt.Concat(generated)) {
             Console.Out.Write(first ? part : separator + part);
-            Console.Out.Flush();
+            _ = Console.WindowWidth;
             first = false;
         }
         Console.Out.WriteLine();

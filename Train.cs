@@ -1,10 +1,13 @@
 using System.Diagnostics;
 using System.Runtime.InteropServices;
+using System.Runtime.Versioning;
 using System.Text;
 using System.Text.RegularExpressions;
 using Microsoft.Extensions.Logging;
 using ZLogger;
 using static Gpt2.Gpt2Exception;
+
+[assembly: SupportedOSPlatform("linux")]
 
 namespace Gpt2;
 
@@ -12,12 +15,24 @@ namespace Gpt2;
 public enum Schedule { Cosine, Linear, Constant, Wsd }
 
 /// <summary>What `gpt2 train` was asked to do, as its help explains. Without Init, the checkpoint's model is taken or
-/// DefaultInit; SkipOutliers 0 skips none.</summary>
+/// DefaultInit; ValBatches 0 validates on the first rows; SkipOutliers 0 skips none.</summary>
 public sealed record TrainOptions(
     string TrainData, string ValData, string? Init, string Out, int B, int T, int TotalBatch, int MaxSteps,
     float LearningRate, int Warmup, float FinalFraction, float WeightDecay, Schedule Schedule, int ValEvery,
     int ValBatches, int SampleEvery, int GenTokens, int CheckpointEvery, int Keep, bool Resume, int Recompute,
     bool Overfit, bool Shuffle, uint Seed, float SkipOutliers = 0, string DefaultInit = "d6", int Zero = 1) {
+    /// <summary>The options that make a run what it is, as they are typed. The run's folder keeps them, and a resumed run
+    /// takes up those that its command line does not give.</summary>
+    public IEnumerable<(string Option, object Value)> Settings => [
+        ("-i|--train-data", TrainData), ("-j|--val-data", ValData), ("-b|--batch", B), ("-t|--seq", T),
+        ("-d|--total-batch", TotalBatch), ("-x|--max-steps", MaxSteps), ("-l|--lr", LearningRate),
+        ("-u|--warmup", Warmup), ("-q|--final-lr-frac", FinalFraction), ("-c|--weight-decay", WeightDecay),
+        ("-k|--schedule", Schedule), ("-v|--val-every", ValEvery), ("-m|--val-batches", ValBatches),
+        ("-s|--sample-every", SampleEvery), ("-g|--gen-tokens", GenTokens), ("-n|--checkpoint-every", CheckpointEvery),
+        ("--keep", Keep), ("-r|--recompute", Recompute), ("-a|--overfit", Overfit), ("--no-shuffle", !Shuffle),
+        ("--skip-outliers", SkipOutliers), ("--seed", Seed), ("-z|--zero", Zero),
+    ];
+
     /// <summary>Passes over B·T tokens of each rank whose gradients make one update.</summary>
     public int MicroSteps(int ranks) => TotalBatch / (ranks * B * T);
 
@@ -47,7 +62,7 @@ public sealed record TrainOptions(
         Require(FinalFraction is >= 0 and <= 1, "--final-lr-frac", "0 to 1", FinalFraction);
         Require(WeightDecay is >= 0 and < float.PositiveInfinity, "--weight-decay", "0 or more", WeightDecay);
         Require(ValEvery >= 0, "--val-every", "0 or more", ValEvery);
-        Require(ValBatches > 0, "--val-batches", "1 or more", ValBatches);
+        Require(ValBatches >= 0, "--val-batches", "0 or more", ValBatches);
         Require(SampleEvery >= 0, "--sample-every", "0 or more", SampleEvery);
         Require(GenTokens >= 0, "--gen-tokens", "0 or more", GenTokens);
         Require(CheckpointEvery >= 0, "--checkpoint-every", "0 or more", CheckpointEvery);
@@ -76,8 +91,11 @@ public sealed class Trainer : IDisposable {
     readonly TextWriter output;
     readonly Model model;
     readonly Optimizer optimizer;
-    readonly TokenLoader train, val;
+    readonly TokenLoader train;
+    readonly TokenShards val;
+    readonly (int Shard, long First)[] valRows;
     readonly Checkpoints checkpoints;
+    readonly FileStream? runLock;
     readonly RunLog? runLog;
     readonly int firstStep, microSteps;
 
@@ -88,36 +106,63 @@ public sealed class Trainer : IDisposable {
         ranks = collective ?? new Alone();
         (this.options, this.output, this.log) = (options, output, log);
         checkpoints = new Checkpoints(options.Out);
-        firstStep = checkpoints.Last ?? 0;
         if (!options.Resume && checkpoints.HasRun)
-            throw new Gpt2Exception($"{options.Out}: expected --resume or no run yet, found one of {firstStep} steps");
-        if (options.Resume && checkpoints.Last == null)
-            log.ZLogInformation($"{options.Out}: no complete checkpoint to resume, starting from step 0");
-        var (file, config) = checkpoints.Last == null ? Open(options.Init ?? options.DefaultInit) : Resume();
+            throw new Gpt2Exception(
+                $"{options.Out}: expected --resume or no run yet, found one of {checkpoints.Last ?? 0} steps");
+        var last = options.Resume ? NewestWhole() : null;
+        firstStep = last ?? 0;
+        var (file, config) = last == null ? Open(options.Init ?? options.DefaultInit) : Resume();
         options.Check(config, ranks.Size);
         microSteps = options.MicroSteps(ranks.Size);
-        var shuffle = options.Shuffle && !options.Overfit;
-        TokenLoader Loader(string pattern, bool shuffle) =>
-            new(pattern, options.B, options.T, config.V, shuffle, options.Seed, ranks.Rank, ranks.Size);
-        (train, val) = (Loader(options.TrainData, shuffle), Loader(options.ValData, false));
+        train = new TokenLoader(options.TrainData, options.B, options.T, config.V,
+            options.Shuffle && !options.Overfit, options.Seed, ranks.Rank, ranks.Size);
+        val = new TokenShards(options.ValData, config.V);
+        // llm.c's batches are of all ranks; without -m, the rows depend on nothing but T.
+        const int defaultRows = 128;
+        var group = options.ValBatches > 0 ? options.B * ranks.Size : 1;
+        valRows = [.. val.Rows(options.T, group).Take(options.ValBatches > 0 ? options.ValBatches * group : defaultRows)];
         var (part, parts) = options.Zero == 1 ? (ranks.Rank, ranks.Size) : (0, 1);
         model = new Model(config, device, options.B, options.T, Purpose.Train, options.Recompute, part, parts);
         optimizer = new Optimizer(model, ranks);
         model.Load(file, options.Seed);
-        if (checkpoints.Last != null)
+        if (last != null)
             checkpoints.LoadState(firstStep, model, optimizer, train);
         Require(options.TotalBatch % train.SampleTokens == 0, "--total-batch",
             $"a multiple of the {train.SampleTokens} tokens of this run's samples", options.TotalBatch);
-        ranks.Sum(0); // that all have read the checkpoint, and looked for a run
+        if (ranks.Rank == 0)
+            runLock = checkpoints.Lock(last);
+        ranks.Sum(0); // every rank has read the checkpoint, and has looked for a run
         if (ranks.Rank > 0)
             return;
         runLog = new RunLog(options.Out, firstStep);
         Describe();
+        var changed = checkpoints.Keep(options.Settings);
+        if (changed != "" && last != null)
+            log.ZLogInformation($"changed {changed}");
+    }
+
+    /// <summary>The step of the newest checkpoint that is whole, or null if there is none at all; rank 0 decides, and says
+    /// what is wrong with newer ones.</summary>
+    int? NewestWhole() {
+        var (found, fault) = (-1, "");
+        foreach (var step in ranks.Rank == 0 ? checkpoints.Complete.Reverse() : []) {
+            if (fault != "")
+                log.ZLogInformation($"{fault}; trying the checkpoint of step {step}");
+            fault = checkpoints.FaultOf(step);
+            if (fault == "") {
+                found = step;
+                break;
+            }
+        }
+        if (fault != "")
+            throw new Gpt2Exception(fault);
+        found = (int)ranks.Sum(found + 1) - 1;
+        if (found < 0)
+            log.ZLogInformation($"{options.Out}: no complete checkpoint to resume, starting from step 0");
+        return found < 0 ? null : found;
     }
 
     (BinaryFile? File, Config Config) Resume() {
-        if (ranks.Rank == 0)
-            checkpoints.Verify(firstStep);
         var (file, config) = Config.Open(checkpoints.ModelPath(firstStep));
         if (options.Init == null)
             return (file, config);
@@ -138,10 +183,13 @@ public sealed class Trainer : IDisposable {
     void Describe() {
         var (config, o) = (model.Config, options);
         log.ZLogInformation($"model   {config.Summary}; {config.ParameterCount / 1e6:F1} M parameters");
-        log.ZLogInformation($"data    {o.TrainData}: {train.Tokens} tokens; {o.ValData}: {val.Tokens}");
+        log.ZLogInformation($"data    {o.TrainData}: {train.Tokens} tokens; {o.ValData}: {val.Tokens}, of which " +
+            $"{valRows.Length} x {o.T} are validated on");
+        foreach (var path in train.TooShort)
+            log.ZLogInformation($"data    {path} is passed over: it has no whole sample of {train.SampleTokens} tokens");
         var many = ranks.Size > 1 ? $" x {ranks.Size} ranks" : "";
         log.ZLogInformation($"batch   {o.B} x {o.T} tokens x {microSteps} micro-steps{many} = {o.TotalBatch} tokens");
-        log.ZLogInformation($"steps   {firstStep} to {o.MaxSteps}; {train.Batches / (double)microSteps:F1} an epoch");
+        log.ZLogInformation($"steps   {firstStep} to {o.MaxSteps}; {train.Samples * train.SampleTokens / (double)o.TotalBatch:F1} an epoch");
         log.ZLogInformation($"device  {model.Device.Name}{many}");
         (string Name, long Bytes)[] memory = [.. model.Memory, ("workspace", model.Device.Workspace)];
         foreach (var (name, bytes) in memory.Append(("together", memory.Sum(part => part.Bytes))))
@@ -150,16 +198,19 @@ public sealed class Trainer : IDisposable {
 
     /// <summary>Trains to the last step, or until a signal, and leaves a checkpoint.</summary>
     public void Run() {
-        var stop = false;
+        var (stop, stopped) = (false, 0L);
         void Stop(PosixSignalContext signal) {
-            // The first signal ends the run after its step; a second one ends the process as usual.
-            signal.Cancel = !stop;
-            stop = true;
+            // A launcher passes on a Ctrl-C that the terminal has sent us too: two signals within a second are one.
+            signal.Cancel = !stop || Stopwatch.GetElapsedTime(stopped) < TimeSpan.FromSeconds(1);
+            if (stop)
+                return;
+            (stop, stopped) = (true, Stopwatch.GetTimestamp());
+            log.ZLogInformation($"{signal.Signal}: finishing this step, then a checkpoint; again quits at once");
         }
         using var terminate = PosixSignalRegistration.Create(PosixSignal.SIGTERM, Stop);
         using var interrupt = PosixSignalRegistration.Create(PosixSignal.SIGINT, Stop);
-        // mpirun gives a terminal to its processes' standard output alone, and copies that to wherever its own goes.
-        var (live, begin) = (!Console.IsOutputRedirected && !Console.IsErrorRedirected, Stopwatch.GetTimestamp());
+        using var hangUp = PosixSignalRegistration.Create(PosixSignal.SIGHUP, Stop);
+        var (live, begin) = (Terminal.IsLive, Stopwatch.GetTimestamp());
         var perToken = model.Config.FlopsPerToken(options.T) / model.Device.PeakFlops() / ranks.Size;
         if (firstStep == 0 && options.ValEvery > 0)
             Validate(0);
@@ -171,9 +222,9 @@ public sealed class Trainer : IDisposable {
             var (rate, speed) = (options.LearningRateAt(step), options.TotalBatch / seconds);
             runLog?.Train(step, loss, rate, norm);
             step++;
-            output.WriteLine($"{(live ? "\r\e[K" : "")}step {step,4}/{options.MaxSteps} | loss {loss:F6} | " +
+            output.WriteLine(Terminal.Over($"step {step,4}/{options.MaxSteps} | loss {loss:F6} | " +
                 $"norm {norm:F4} | lr {rate:0.00e+00} | {seconds * 1e3:F2} ms | " +
-                $"{speed * perToken:0.0%} MFU | {speed:F0} tok/s{(skipped ? " | outlier, not updated" : "")}");
+                $"{speed * perToken:0.0%} MFU | {speed:F0} tok/s{(skipped ? " | outlier, not updated" : "")}"));
             bool Due(int period) => step == options.MaxSteps || period > 0 && step % period == 0;
             if (Due(options.ValEvery))
                 Validate(step);
@@ -181,11 +232,11 @@ public sealed class Trainer : IDisposable {
                 Sample();
             stopping = ranks.Sum(stop ? 1 : 0) > 0; // read once: a signal after this waits for the next step
             if (Due(options.CheckpointEvery) || stopping)
-                checkpoints.Save(step, model, optimizer, train, options.Keep, ranks);
+                Save(step);
             if (live && step < options.MaxSteps && !stopping) {
                 var left = Stopwatch.GetElapsedTime(begin) / (step - firstStep) * (options.MaxSteps - step);
-                output.Write($"{(double)step / options.MaxSteps:0.0%} | loss {loss:F3} | {speed:F0} tok/s | " +
-                    $"{left:d\\.hh\\:mm\\:ss} left");
+                output.Write(Terminal.Over($"{(double)step / options.MaxSteps:0.0%} | loss {loss:F3} | " +
+                    $"{speed:F0} tok/s | {left:d\\.hh\\:mm\\:ss} left"));
             }
         }
         if (ranks.Rank > 0)
@@ -194,6 +245,22 @@ public sealed class Trainer : IDisposable {
             log.ZLogInformation($"stopped by a signal; --resume goes on from here");
         else if (firstStep >= options.MaxSteps)
             log.ZLogInformation($"nothing to do: {firstStep} steps are done, and --max-steps is {options.MaxSteps}");
+    }
+
+    /// <summary>Writes a checkpoint of a model that still has a finite loss; a useless one must not take a good one's place.
+    /// </summary>
+    void Save(int step) {
+        model.Forward();
+        model.Loss();
+        CheckFinite(step, ranks.Sum(model.MeanLoss()), "loss after the update", "nothing was saved");
+        checkpoints.Save(step, model, optimizer, train, options.Keep, ranks);
+    }
+
+    void CheckFinite(int step, double value, string what, string consequence) {
+        if (!double.IsFinite(value))
+            throw new Gpt2Exception($"step {step}: expected a finite {what}, found {value}: the weights have grown too " +
+                $"large, and a lower --lr may help; {consequence}, and " + (checkpoints.Last is { } last
+                    ? $"the checkpoint of step {last} stands: {checkpoints.ModelPath(last)}" : "there is no checkpoint yet"));
     }
 
     /// <summary>One update: the mean loss, the gradient's norm before clipping, whether they stood out.</summary>
@@ -213,9 +280,8 @@ public sealed class Trainer : IDisposable {
         }
         loss = ranks.Sum(loss);
         var norm = optimizer.GradientNorm();
-        if (!double.IsFinite(loss) || !float.IsFinite(norm))
-            throw new Gpt2Exception($"step {step + 1}: expected a finite loss and gradient, found loss {loss} and " +
-                $"norm {norm}; nothing was updated, and the last checkpoint stands");
+        CheckFinite(step + 1, loss, "loss", "nothing was updated");
+        CheckFinite(step + 1, norm, "norm of the gradient", "nothing was updated");
         var skips = options.SkipOutliers > 0 && ranks.Sum(runLog?.Deviation(loss, norm) ?? 0) > options.SkipOutliers;
         if (skips)
             optimizer.Skip();
@@ -225,23 +291,25 @@ public sealed class Trainer : IDisposable {
     }
 
     void Validate(int step) {
-        var loss = Evaluate(model, val, options.ValBatches, ranks);
-        output.WriteLine($"val loss {loss:F6}");
+        var loss = Evaluate(model, val, valRows, ranks);
+        CheckFinite(step, loss, "validation loss", "no checkpoint was written");
+        output.WriteLine(Terminal.Over($"val loss {loss:F6}"));
         runLog?.Validation(step, loss);
     }
 
-    /// <summary>The mean loss over the first batches of a loader.</summary>
-    public static double Evaluate(Model model, TokenLoader loader, long batches, ICollective ranks) {
-        batches = Math.Min(batches, loader.Batches);
-        var loss = 0.0;
-        loader.Reset();
-        for (var batch = 0L; batch < batches; batch++) {
-            loader.Next(model.Tokens, model.Targets);
+    /// <summary>The mean loss over rows of T tokens. It does not depend on the batch size or the number of ranks, which
+    /// take batches in turn.</summary>
+    public static double Evaluate(Model model, TokenShards shards, (int Shard, long First)[] rows, ICollective ranks) {
+        var (T, sum) = (model.T, 0.0);
+        foreach (var (i, batch) in rows.Chunk(model.B).Index().Where(batch => batch.Index % ranks.Size == ranks.Rank)) {
+            foreach (var (b, (shard, first)) in batch.Index())
+                shards.Read(shard, first, model.Tokens.AsSpan(b * T, T), model.Targets.AsSpan(b * T, T));
             model.Forward();
             model.Loss();
-            loss += model.MeanLoss() / batches / ranks.Size;
+            model.MeanLoss();
+            sum += model.Losses.Take(batch.Length * T).Sum(loss => (double)loss);
         }
-        return ranks.Sum(loss);
+        return ranks.Sum(sum) / rows.Length / T;
     }
 
     /// <summary>The share of questions whose right completion has the lowest mean loss a token.</summary>
@@ -267,6 +335,8 @@ public sealed class Trainer : IDisposable {
             model.Forward();
             model.Loss();
             model.MeanLoss();
+            if (!model.Losses.All(float.IsFinite))
+                throw new Gpt2Exception("--hellaswag: expected finite losses, found others: the model's weights are too large");
             scores.AddRange(batch.Select((row, b) => model.Losses.AsSpan(b * T, T)[(row.ContextLength - 1)..]
                 [..(row.Tokens.Length - row.ContextLength)].ToArray().Average(loss => (double)loss)));
         }
@@ -290,6 +360,7 @@ public sealed class Trainer : IDisposable {
     public void Dispose() {
         train.Dispose();
         val.Dispose();
+        runLock?.Dispose();
     }
 }
 
@@ -380,8 +451,50 @@ public sealed class Checkpoints(string folder) {
     public bool HasRun => Steps("*").Length > 0 || File.Exists(Path.Combine(folder, "main.log")) &&
         File.ReadLines(Path.Combine(folder, "main.log")).Any(line => line.Contains(" trl:"));
 
-    /// <summary>The step of the last complete checkpoint, or null.</summary>
-    public int? Last => Steps("DONE_*").Cast<int?>().LastOrDefault();
+    /// <summary>The steps of the checkpoints that have been completed, in order.</summary>
+    public int[] Complete => Steps("DONE_*");
+
+    /// <summary>The step of the last completed checkpoint, or null.</summary>
+    public int? Last => Complete.Cast<int?>().LastOrDefault();
+
+    /// <summary>Takes the folder for this run: a lock that the system drops with the process.</summary>
+    /// <param name="last">The checkpoint that this run goes on from.</param>
+    /// <exception cref="Gpt2Exception">Another run has the folder, or has had it meanwhile.</exception>
+    public FileStream Lock(int? last) {
+        Files.MakeFolder(folder);
+        var file = new FileStream(Path.Combine(folder, "lock"), FileMode.OpenOrCreate, FileAccess.ReadWrite,
+            FileShare.ReadWrite);
+        try {
+            file.Lock(0, 0);
+        } catch (IOException) {
+            using var reader = new StreamReader(file);
+            throw new Gpt2Exception($"{folder}: expected no other run in this folder, found that of process " +
+                reader.ReadToEnd().Trim());
+        }
+        file.SetLength(0);
+        file.Write(Encoding.UTF8.GetBytes($"{Environment.ProcessId}\n"));
+        file.Flush();
+        return last == Last || last != null ? file
+            : throw new Gpt2Exception($"{folder}: expected no run yet, found one that has ended since this one began");
+    }
+
+    /// <summary>Writes a run's settings into its folder.</summary>
+    /// <returns>What differs from those that were there, in words.</returns>
+    public string Keep(IEnumerable<(string Option, object Value)> settings) {
+        var before = Settings(folder).ToDictionary();
+        var lines = settings.Select(setting => (Name: setting.Option.Split('|')[^1], Value: $"{setting.Value}")).ToArray();
+        Files.Write(SettingsPath(folder), to => to.Write(Encoding.UTF8.GetBytes(
+            string.Concat(lines.Select(line => $"{line.Name} {line.Value}\n")))));
+        return string.Join(", ", lines.Where(line => before.GetValueOrDefault(line.Name, line.Value) != line.Value)
+            .Select(line => $"{line.Name} from {before[line.Name]} to {line.Value}"));
+    }
+
+    static string SettingsPath(string folder) => Path.Combine(folder, "settings.txt");
+
+    /// <summary>The settings that a folder keeps: names of options and their values.</summary>
+    public static IEnumerable<(string Name, string Value)> Settings(string folder) =>
+        File.Exists(SettingsPath(folder)) ? File.ReadLines(SettingsPath(folder)).Select(line => line.Split(' ', 2))
+            .Where(words => words.Length == 2).Select(words => (words[0], words[1])) : [];
 
     public string ModelPath(int step) => Path.Combine(folder, $"model_{step:d8}.bin");
     string StatePath(int step, int? rank) =>
@@ -393,14 +506,30 @@ public sealed class Checkpoints(string folder) {
             @"model_(?<step>\d{8})\.bin|state_(?<step>\d{8})_\d{5}\.bin)$"))
         .Where(match => match.Success).Select(match => int.Parse(match.Groups["step"].Value)).Distinct().Order()];
 
-    /// <summary>Requires a checkpoint's files to be those that were written; llm.c's say nothing of them.</summary>
-    public void Verify(int step) {
-        foreach (var line in File.ReadLines(DonePath(step))) {
-            var found = Files.Describe(Path.Combine(folder, line.Split(' ')[0]));
-            if (found != line)
-                throw new Gpt2Exception($"{DonePath(step)}: expected '{line}' (name, size, hash), found '{found}'");
+    /// <summary>What is wrong with a checkpoint, or nothing: DONE must list each of its files, unchanged. llm.c's DONE is
+    /// empty and vouches for nothing.</summary>
+    public string FaultOf(int step) {
+        try {
+            var listed = File.ReadAllLines(DonePath(step));
+            foreach (var line in listed) {
+                var found = Files.Describe(Path.Combine(folder, line.Split(' ')[0]));
+                if (found != line)
+                    return $"{DonePath(step)}: expected '{line}' (name, size, hash), found '{found}'";
+            }
+            using var state = OpenState(step, 0);
+            Config.Open(ModelPath(step)).File.Dispose();
+            var missing = FilesOf(step, listed.Length == 0 ? 1 : state.Header[2])
+                .FirstOrDefault(file => !listed.Any(line => line.StartsWith(Path.GetFileName(file) + " ")));
+            return missing == null || listed.Length == 0 ? "" : $"{DonePath(step)}: expected {missing} in it, found none";
+        } catch (Exception e) when (e is IOException or UnauthorizedAccessException or Gpt2Exception) {
+            return e.Message;
         }
     }
+
+    string[] FilesOf(int step, int parts) =>
+        [ModelPath(step), .. Enumerable.Range(0, parts).Select(rank => StatePath(step, rank))];
+
+    BinaryFile OpenState(int step, int part) => new(StatePath(step, part), "a training state", Magic, 1);
 
     /// <summary>Writes a checkpoint: the first rank the model, each its part of the state. DONE comes last, and then
     /// all but the newest <paramref name="keep"/> go.</summary>
@@ -428,13 +557,14 @@ public sealed class Checkpoints(string folder) {
         ranks.Sum([]);
         if (ranks.Rank > 0)
             return;
-        string[] files = [ModelPath(step), .. Enumerable.Range(0, parts).Select(rank => StatePath(step, rank))];
+        var files = FilesOf(step, parts);
         var list = string.Concat(files.Select(file => Files.Describe(file) + "\n"));
-        // Those of more ranks, whose checkpoint of this step was not completed.
+        // State files left over from a killed run with more ranks.
         foreach (var stale in Files.Glob(StatePath(step, null)).Except(files))
             File.Delete(stale);
         Files.Write(DonePath(step), to => to.Write(Encoding.UTF8.GetBytes(list)));
-        var kept = Steps("DONE_*").TakeLast(keep).ToArray();
+        // Newer ones are those that this run could not go on from.
+        var kept = Complete.Where(other => other <= step).TakeLast(keep).ToArray();
         foreach (var old in Steps("*").Except(kept)) {
             // DONE first: nobody must find it without its files.
             File.Delete(DonePath(old));
@@ -448,7 +578,7 @@ public sealed class Checkpoints(string folder) {
     public void LoadState(int step, Model model, Optimizer optimizer, TokenLoader loader) {
         var (parts, buffer) = (0, new float[Tensor.ChunkSize]);
         for (var part = 0; part == 0 || part < parts; part++) {
-            using var file = new BinaryFile(StatePath(step, part), "a training state", Magic, 1);
+            using var file = OpenState(step, part);
             var header = file.Header;
             parts = part == 0 ? header[2] : parts;
             var there = Files.Glob(StatePath(step, null)).Length;
@@ -506,7 +636,7 @@ public sealed partial class RunLog {
 
     string LogPath => Path.Combine(folder, "main.log");
 
-    [GeneratedRegex(@"^s:(\d{1,9}) (trl|tel|eval):(\d+\.\d{4})( lr:\d+\.\d{6} norm:(\d+\.\d\d))?$")]
+    [GeneratedRegex(@"^s:([0-9]{1,9}) (trl|tel|eval):(-?[0-9]+\.[0-9]{4})( lr:[0-9.]+ norm:([0-9]+\.[0-9]{2}))?$")]
     private static partial Regex Line();
 
     /// <summary>Adds a line's loss to the curves as the line gives it, so that a resumed run draws the same.</summary>
@@ -521,10 +651,11 @@ public sealed partial class RunLog {
     }
 
     /// <summary>How many standard deviations a loss or norm is above the last 128 in the log, the larger of the two; 0
-    /// before there are so many.</summary>
+    /// before there are so many. Both are rounded as the log has them.</summary>
     public double Deviation(double loss, double norm) {
         const int window = 128;
-        return norms.Count < window ? 0 : Math.Max(Above(loss, train.Select(point => point.Loss)), Above(norm, norms));
+        return norms.Count < window ? 0 : Math.Max(Above(double.Parse($"{loss:F4}"), train.Select(point => point.Loss)),
+            Above(double.Parse($"{norm:F2}"), norms));
 
         static double Above(double value, IEnumerable<double> all) {
             var last = all.TakeLast(window).ToArray();
@@ -639,5 +770,21 @@ public static class Benchmark {
     static double Median(IEnumerable<double> values) {
         double[] sorted = [.. values.Order()];
         return sorted[sorted.Length / 2];
+    }
+}
+
+/// <summary>Lines on a terminal: none is wider than it, and each is written over the live line before it.</summary>
+static class Terminal {
+    /// <summary>True where a line may be written over. mpirun gives a terminal to its processes' standard output alone,
+    /// and copies that to wherever its own goes.</summary>
+    public static bool IsLive => !Console.IsOutputRedirected && !Console.IsErrorRedirected &&
+        Environment.GetEnvironmentVariable("TERM") is not ("dumb" or "" or null) &&
+        string.IsNullOrEmpty(Environment.GetEnvironmentVariable("NO_COLOR"));
+
+    /// <summary>A line of fields between bars, without the last ones where it would be wider than the terminal.</summary>
+    public static string Over(string line) {
+        while (!Console.IsOutputRedirected && line.Length >= Console.WindowWidth && line.LastIndexOf(" | ") is > 0 and var bar)
+            line = line[..bar];
+        return IsLive ? $"\r\e[K{line}" : line;
     }
 }
