@@ -13,6 +13,7 @@ namespace Gpt2;
 public sealed unsafe class Cuda : IDevice {
     const int StagingBytes = 32 << 20, WorkspaceBytes = 32 << 20, ScratchBytes = 64 << 20;
     const int LargestColumns = 4096, LargestHead = 256; // of layer norm's backward pass: a block's width
+    const int MostSequences = 65_535; // the largest third dimension of a grid
 
     readonly int device, multiprocessors, largestShared;
     readonly bool verbose, hopper;
@@ -337,6 +338,7 @@ public sealed unsafe class Cuda : IDevice {
 
     public void LayerNormBackward(
         Tensor dy, Tensor x, Tensor w, Tensor statistics, Tensor dx, Tensor dw, Tensor db, Tensor dbias) {
+        RequireColumns(x.Columns);
         var (rows, C, sums) = (x.AllRows, x.Columns, dbias.Address == 0 ? 2 : 3);
         const int warpsOfBlock = 16, mostGroups = 15, together = 2;
         var row = C * sums * sizeof(float);
@@ -499,6 +501,7 @@ public sealed unsafe class Cuda : IDevice {
         var (B, T, HS) = (qkv.Depth, qkv.Rows, y.Columns / heads);
         RequireColumns(y.Columns);
         Require(HS <= LargestHead, "the channels of a head", $"at most {LargestHead}", HS);
+        Require(B <= MostSequences, "the batch", $"at most {MostSequences} sequences", B);
         var flops = 2.0 * B * T * (T + 1) * y.Columns;
         if (products != null && HS == FlashHead && start == 0) {
             Launch("attention" + suffix, (Blocks(T, FlashRows), heads, B), FlashThreads, FlashShared(2, 0), flops, 0,
@@ -511,6 +514,7 @@ public sealed unsafe class Cuda : IDevice {
     public void AttentionBackward(
         Tensor dy, Tensor qkv, Tensor y, Tensor lse, int heads, Tensor dqkv, Tensor dbias) {
         var (B, T, C, HS) = (qkv.Depth, qkv.Rows, y.Columns, y.Columns / heads);
+        Require(B <= MostSequences, "the batch", $"at most {MostSequences} sequences", B);
         // In the scratch memory, two numbers a query, up to the next multiple of a tile, and then each block's sums.
         var statistics = (long)B * heads * Blocks(T, FlashTile) * FlashTile * 2 * sizeof(float);
         var all = statistics + (long)B * Blocks(T, FlashRows) * 2 * C * sizeof(float);

@@ -205,7 +205,7 @@ public sealed class Trainer : IDisposable {
             if (stop)
                 return;
             (stop, stopped) = (true, Stopwatch.GetTimestamp());
-            log.ZLogInformation($"{signal.Signal}: finishing this step, then a checkpoint; again quits at once");
+            log.ZLogInformation($"finishing this step, then a checkpoint; again quits at once");
         }
         using var terminate = PosixSignalRegistration.Create(PosixSignal.SIGTERM, Stop);
         using var interrupt = PosixSignalRegistration.Create(PosixSignal.SIGINT, Stop);
@@ -360,6 +360,7 @@ public sealed class Trainer : IDisposable {
     public void Dispose() {
         train.Dispose();
         val.Dispose();
+        runLock?.SetLength(0);
         runLock?.Dispose();
     }
 }
@@ -522,7 +523,7 @@ public sealed class Checkpoints(string folder) {
                 .FirstOrDefault(file => !listed.Any(line => line.StartsWith(Path.GetFileName(file) + " ")));
             return missing == null || listed.Length == 0 ? "" : $"{DonePath(step)}: expected {missing} in it, found none";
         } catch (Exception e) when (e is IOException or UnauthorizedAccessException or Gpt2Exception) {
-            return e.Message;
+            return $"{DonePath(step)}: {e.Message}";
         }
     }
 
@@ -778,12 +779,13 @@ static class Terminal {
     /// <summary>True where a line may be written over. mpirun gives a terminal to its processes' standard output alone,
     /// and copies that to wherever its own goes.</summary>
     public static bool IsLive => !Console.IsOutputRedirected && !Console.IsErrorRedirected &&
-        Environment.GetEnvironmentVariable("TERM") is not ("dumb" or "" or null) &&
+        Environment.GetEnvironmentVariable("TERM") != "dumb" &&
         string.IsNullOrEmpty(Environment.GetEnvironmentVariable("NO_COLOR"));
 
     /// <summary>A line of fields between bars, without the last ones where it would be wider than the terminal.</summary>
     public static string Over(string line) {
-        while (!Console.IsOutputRedirected && line.Length >= Console.WindowWidth && line.LastIndexOf(" | ") is > 0 and var bar)
+        var width = Console.IsOutputRedirected || Console.WindowWidth <= 0 ? int.MaxValue : Console.WindowWidth;
+        while (line.Length >= width && line.LastIndexOf(" | ") is > 0 and var bar)
             line = line[..bar];
         return IsLive ? $"\r\e[K{line}" : line;
     }

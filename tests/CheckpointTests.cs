@@ -173,11 +173,12 @@ public partial class CheckpointTests {
     public async Task Only_the_newest_checkpoints_are_kept() {
         using var folder = Folders.Inputs();
         await Gpt2Process.Succeed(folder.Path, $"{Train} -x 7 -n 2 --keep 2 -o out");
-        await Assert.That(Folders.Names(folder["out"])).IsEqualTo("DONE_00000006 DONE_00000007 loss.svg main.log " +
-            "model_00000006.bin model_00000007.bin state_00000006_00000.bin state_00000007_00000.bin");
+        await Assert.That(Folders.Names(folder["out"])).IsEqualTo("DONE_00000006 DONE_00000007 lock loss.svg main.log " +
+            "model_00000006.bin model_00000007.bin settings.txt state_00000006_00000.bin " +
+            "state_00000007_00000.bin");
         await Gpt2Process.Succeed(folder.Path, $"{Train} -x 8 -n 0 --keep 1 -o out -y");
         await Assert.That(Folders.Names(folder["out"])).IsEqualTo(
-            "DONE_00000008 loss.svg main.log model_00000008.bin state_00000008_00000.bin");
+            "DONE_00000008 lock loss.svg main.log model_00000008.bin settings.txt state_00000008_00000.bin");
     }
 
     [Test]
@@ -186,7 +187,7 @@ public partial class CheckpointTests {
         const string run = $"{Train} -x 1000 -n 0 -v 50 --keep 1";
         await Gpt2Process.Succeed(folder.Path, $"{run} -o whole");
         var step = 0;
-        foreach (var signal in (int[])[Gpt2Process.Terminate, Gpt2Process.Interrupt]) {
+        foreach (var signal in (int[])[Gpt2Process.Terminate, Gpt2Process.Interrupt, Gpt2Process.HangUp]) {
             using var stopped = Gpt2Process.Start(folder.Path, $"{run} -o part{(step > 0 ? " -y" : "")}");
             var output = await stopped.ReadToStep(step + 20);
             await Assert.That(FirstStep(output.Split('\n'))).IsEqualTo(step + 1);
@@ -196,8 +197,9 @@ public partial class CheckpointTests {
             step = LastStep(output + result.Output);
             await Assert.That(step).IsLessThan(1000);
             await Assert.That(LastDone(folder["part"])).IsEqualTo(step);
-            await Assert.That(result.Sentences).Count().IsEqualTo(1);
-            await Assert.That(result.Sentences[0]).Contains("signal").And.Contains("--resume");
+            await Assert.That(result.Sentences).Count().IsEqualTo(2);
+            await Assert.That(result.Sentences[0]).Contains("finishing this step").And.Contains("again quits at once");
+            await Assert.That(result.Sentences[1]).Contains("signal").And.Contains("--resume");
         }
         var resumed = await Gpt2Process.Succeed(folder.Path, $"{run} -o part -y");
         await Assert.That(FirstStep(resumed.Lines)).IsEqualTo(step + 1);
@@ -221,13 +223,14 @@ public partial class CheckpointTests {
     [Test]
     public async Task A_second_signal_ends_it_at_once() {
         using var folder = Folders.Inputs();
-        Support.WriteShard(folder["val.bin"], [.. Support.Tokens(1, 50_000, 211).Select(token => (ushort)token)]);
-        using var stopped = Gpt2Process.Start(folder.Path, $"{Train} -x 1000 -n 1 -v 2 -m 1500 -o part");
+        Support.WriteShard(folder["val.bin"], [.. Support.Tokens(1, 1_000_000, 211).Select(token => (ushort)token)]);
+        using var stopped = Gpt2Process.Start(folder.Path, $"{Train} -x 1000 -n 1 -v 2 -m 31000 -o part");
         await stopped.ReadToStep(2);
-        await Task.Delay(50);
-        stopped.Signal(Gpt2Process.Terminate);
-        await Task.Delay(50);
-        stopped.Signal(Gpt2Process.Terminate);
+        // A launcher passes on what the terminal has sent already: two within a second are one.
+        foreach (var milliseconds in (int[])[50, 50, 1100]) {
+            await Task.Delay(milliseconds);
+            stopped.Signal(Gpt2Process.Terminate);
+        }
         await Assert.That((await stopped.End()).ExitCode).IsEqualTo(128 + Gpt2Process.Terminate);
         var resumed = await Gpt2Process.Succeed(folder.Path, $"{Train} -x 4 -n 1 -v 0 -o part -y");
         await Assert.That(FirstStep(resumed.Lines)).IsEqualTo(2);
@@ -337,7 +340,7 @@ public partial class CheckpointTests {
         return OutputFile().Match(result.Sentences[0]).Value;
     }
 
-    [GeneratedRegex(@"model_\d{8}\.bin|state_\d{8}_00000\.bin|DONE_\d{8}|main\.log|loss\.svg")]
+    [GeneratedRegex(@"model_\d{8}\.bin|state_\d{8}_00000\.bin|DONE_\d{8}|main\.log|loss\.svg|settings\.txt")]
     private static partial Regex OutputFile();
 
     /// <summary>Requires every model and state under its own name to have its whole size, every DONE to be true, and

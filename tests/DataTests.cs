@@ -178,7 +178,7 @@ public class TokenLoaderTests {
         using var folder = new TemporaryFolder();
         using var loader = new TokenLoader(WriteShards(folder), B, T, AnyVocabulary, shuffle);
         await Assert.That(loader.Tokens).IsEqualTo(Counts.Sum());
-        await Assert.That(loader.Batches).IsEqualTo(Samples.Sum());
+        await Assert.That(loader.Samples).IsEqualTo(Samples.Sum());
         foreach (var first in FirstTokens(shuffle).Take(5 * Samples.Sum()))
             await Same(Next(loader), Batch(first));
     }
@@ -266,6 +266,7 @@ public class TokenLoaderTests {
     [Arguments("a sample of none", 32, 99)]
     [Arguments("numbers left", -2520 + 8, 0)]
     [Arguments("numbers left", -2520 + 8, 625)]
+    [Arguments("numbers left, more than there are", -2520 + 8, 623)]
     [Arguments("next number", -2520 + 12, 625)]
     public async Task AWrongStateIsRefused(string what, int offset, int value) {
         using var folder = new TemporaryFolder();
@@ -313,14 +314,45 @@ public class TokenLoaderTests {
     }
 
     [Test]
-    public async Task AShardNeedsABatchAndTheTokenAfterIt() {
+    public async Task AShardWithoutASampleAndTheTokenAfterItIsPassedOver() {
         using var folder = new TemporaryFolder();
-        WriteShard(folder["long.bin"], new ushort[B * T + 1]);
-        using (var loader = new TokenLoader(folder["*.bin"], B, T, 1, shuffle: true))
-            await Assert.That(loader.Batches).IsEqualTo(1);
-        WriteShard(folder["short.bin"], new ushort[B * T]);
-        var error = Assert.Throws<Gpt2Exception>(() => new TokenLoader(folder["*.bin"], B, T, 1, shuffle: true));
-        await Assert.That(error.Message).Contains(folder["short.bin"]);
+        foreach (var count in (int[])[0, 3, B * T])
+            WriteShard(folder[$"a{count}.bin"], new ushort[count]);
+        var error = Assert.Throws<Gpt2Exception>(() => new TokenLoader(folder["*.bin"], B, T, 9, shuffle: true));
+        await Assert.That(error.Message).Contains(folder["*.bin"]).And.Contains("6 tokens, found 6");
+        WriteShard(folder["long.bin"], [.. Enumerable.Range(1, B * T + 1).Select(token => (ushort)token)]);
+        foreach (var shuffle in (bool[])[false, true]) {
+            using var loader = new TokenLoader(folder["*.bin"], B, T, 9, shuffle);
+            await Assert.That(loader.Samples).IsEqualTo(1);
+            await Same(loader.TooShort, [folder["a0.bin"], folder["a3.bin"], folder["a6.bin"]]);
+            for (var i = 0; i < 5; i++)
+                await Same(Next(loader), Batch(1));
+        }
+    }
+
+    [Test]
+    public async Task OneShardIsOpenAtATime() {
+        using var folder = new TemporaryFolder();
+        for (var i = 0; i < 20; i++)
+            WriteShard(folder[$"{i:d2}.bin"], new ushort[B * T + 1]);
+        using var loader = new TokenLoader(folder["*.bin"], B, T, 1, shuffle: true);
+        for (var i = 0; i < 60; i++) {
+            Next(loader);
+            var open = Directory.GetFiles("/proc/self/fd").Count(fd =>
+                new FileInfo(fd).LinkTarget?.StartsWith(folder.Path) ?? false);
+            await Assert.That(open).IsEqualTo(1);
+        }
+    }
+
+    [Test]
+    public async Task RowsAreThoseOfEveryShardOrWholeGroupsOfThem() {
+        using var folder = new TemporaryFolder();
+        foreach (var (name, count) in ((string, int)[])[("a", 10), ("b", 3), ("c", 14)])
+            WriteShard(folder[$"{name}.bin"], new ushort[count]);
+        using var shards = new TokenShards(folder["*.bin"], 1);
+        await Same(shards.Rows(3, 1), [(0, 0), (0, 3), (0, 6), (2, 0), (2, 3), (2, 6), (2, 9)]);
+        await Same(shards.Rows(3, 2), [(0, 0), (0, 3), (2, 0), (2, 3), (2, 6), (2, 9)]);
+        await Assert.That(() => shards.Rows(7, 2)).Throws<Gpt2Exception>();
     }
 
     [Test]
@@ -339,15 +371,15 @@ public class TokenLoaderTests {
             file.Position = file.Length - 4;
             file.Write([15, 0, 16, 0]);
         }
-        using (var shard = new TokenShard(folder["shard.bin"])) {
-            await Assert.That(shard.Count).IsEqualTo(count);
-            ushort[] Read(long first, int tokens) {
-                var values = new ushort[tokens];
-                shard.Read(first, values, AnyVocabulary);
-                return values;
+        using (var shards = new TokenShards(folder["shard.bin"], AnyVocabulary)) {
+            await Assert.That(shards.Counts[0]).IsEqualTo(count);
+            int[] Read(long first, int tokens) {
+                var (values, next) = (new int[tokens], new int[tokens]);
+                shards.Read(0, first, values, next);
+                return [values[0], .. next];
             }
-            await Same<ushort>(Read(beyond - 1, 4), [0, 13, 14, 0]);
-            await Same<ushort>(Read(count - 3, 3), [0, 15, 16]);
+            await Same(Read(beyond - 1, 3), [0, 13, 14, 0]);
+            await Same(Read(count - 3, 2), [0, 15, 16]);
         }
         WriteFile(folder["state"], [7, 1]);
         using var loader = new TokenLoader(folder["shard.bin"], rows, columns, AnyVocabulary, shuffle: false);
@@ -365,7 +397,7 @@ public class TokenLoaderTests {
     public async Task AWrittenShardIsOneByHand() {
         using var folder = new TemporaryFolder();
         ushort[] tokens = [1, 2, 65535, 0];
-        TokenShard.Write(folder["ours.bin"], tokens);
+        TokenShards.Write(folder["ours.bin"], tokens);
         WriteShard(folder["by_hand.bin"], tokens);
         await Same(File.ReadAllBytes(folder["ours.bin"]), File.ReadAllBytes(folder["by_hand.bin"]));
     }

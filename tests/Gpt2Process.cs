@@ -17,13 +17,13 @@ sealed record Result(int ExitCode, string Output, string Error) {
     /// <summary>Everything, for the message of a test that fails.</summary>
     public override string ToString() => $"exit status {ExitCode}\n{Output}{Error}";
 
-    static bool IsTable(string line) => Regex.IsMatch(line, "^(model|data|batch|steps|device|memory) ");
+    static bool IsTable(string line) => Regex.IsMatch(line, "^(model|data|batch|steps|device|memory|changed) ");
 }
 
 /// <summary>The real binary at work: ./gpt2 in the repository's root, or what the environment's GPT2 names.</summary>
 sealed partial class Gpt2Process : IDisposable {
     /// <summary>Signals by their numbers on Linux.</summary>
-    public const int Interrupt = 2, Kill = 9, Terminate = 15, Stop = 19;
+    public const int HangUp = 1, Interrupt = 2, Kill = 9, Terminate = 15, Stop = 19;
 
     readonly Process process;
     readonly Task<string> error;
@@ -116,6 +116,9 @@ sealed partial class Gpt2Process : IDisposable {
         throw new InvalidOperationException($"there was no step {step}:\n{read}{await error}");
     }
 
+    /// <summary>Its process id.</summary>
+    public int Id => process.Id;
+
     /// <summary>Sends a signal, to it or another process.</summary>
     public void Signal(int signal, int? to = null) => SendSignal(to ?? process.Id, signal);
 
@@ -150,9 +153,10 @@ sealed partial class Gpt2Process : IDisposable {
 
 /// <summary>Whole folders, compared and copied.</summary>
 static class Folders {
-    /// <summary>Each file's path in the folder, size and hash, a line each, in order.</summary>
+    /// <summary>Each file's path in the folder, size and hash, a line each, in order; not the lock of a run.</summary>
     public static string Contents(string folder) => string.Join('\n', Directory
-        .EnumerateFiles(folder, "*", SearchOption.AllDirectories).Order(StringComparer.Ordinal).Select(path => {
+        .EnumerateFiles(folder, "*", SearchOption.AllDirectories).Where(path => Path.GetFileName(path) != "lock")
+        .Order(StringComparer.Ordinal).Select(path => {
             if (new FileInfo(path).LinkTarget is { } target)
                 return $"{Path.GetRelativePath(folder, path)} -> {target}";
             var bytes = File.ReadAllBytes(path);

@@ -235,6 +235,21 @@ public sealed class GpuOperationTests(GpuUnderTest gpu) {
         await Assert.That(() => device.Attention(qkv, 0, 1, y, statistics)).Throws<Gpt2Exception>();
     }
 
+    [Test]
+    public async Task SizesBeyondTheLargestAreRefused() {
+        var (device, type) = (gpu.Shared, gpu.Precision);
+        Tensor wide = device.Poisoned(1, 1, 4104, type), many = device.Poisoned(65_536, 1, 24, type);
+        Tensor statistics = device.Poisoned(65_536, 1, 2), y = device.Poisoned(65_536, 1, 8, type);
+        Action[] operations = [
+            () => device.LayerNorm(wide, wide, wide, wide, statistics), () => device.Embed([0], wide, wide, 0, wide),
+            () => device.LayerNormBackward(wide, wide, wide, statistics, wide, wide, wide, default),
+            () => device.Attention(many, 0, 1, y, statistics),
+            () => device.AttentionBackward(y, many, y, statistics, 1, many, default),
+        ];
+        foreach (var operation in operations)
+            await Assert.That(operation).Throws<Gpt2Exception>();
+    }
+
     // ---- Embedding
 
     [Test]
@@ -244,6 +259,7 @@ public sealed class GpuOperationTests(GpuUnderTest gpu) {
     [Arguments(1, 1, 1600, 1000)]
     [Arguments(2, 130, 1032, 0)]
     [Arguments(4, 250, 768, 0)]
+    [Arguments(1, 70, 4096, 3)]
     public Task Embed(int B, int T, int C, int start) => gpu.Compare(a => {
         const int V = 300;
         a.Device.Embed(Tokens(1, B * T, V), a.Input(2, 1, V, C), a.Input(3, 1, start + T, C), start,
@@ -257,6 +273,8 @@ public sealed class GpuOperationTests(GpuUnderTest gpu) {
     [Arguments(4, 250, 768, 300)]
     [Arguments(1, 1000, 1600, 40)]
     [Arguments(2, 500, 24, 50304)]
+    [Arguments(2, 35, 4096, 70)]
+    [Arguments(1, 40_000, 8, 131072)]
     public async Task EmbedBackward(int B, int T, int C, int V) {
         // Every other row has one and the same token, the rest others of the lower half; positions past T get nothing.
         int[] tokens = [.. Tokens(1, B * T, (V + 1) / 2).Select((token, i) => i % 2 == 0 ? V / 3 : token)];
@@ -274,7 +292,7 @@ public sealed class GpuOperationTests(GpuUnderTest gpu) {
 
     /// <summary>Rows and C: ragged ends of warps and blocks, and more rows than the blocks take at once.</summary>
     public static IEnumerable<(int Rows, int C)> Rows() =>
-        [(1, 8), (3, 24), (7, 72), (130, 768), (5, 1032), (1000, 1600), (9000, 24)];
+        [(1, 8), (3, 24), (7, 72), (130, 768), (5, 1032), (1000, 1600), (9000, 24), (300, 4096)];
 
     [Test]
     [MethodDataSource(nameof(Rows))]
@@ -412,6 +430,7 @@ public sealed class GpuOperationTests(GpuUnderTest gpu) {
     [Arguments(2, 5, 211, 256)]
     [Arguments(1, 130, 1000, 1000)]
     [Arguments(2, 3, 50257, 50304)]
+    [Arguments(1, 3, 65536, 131072)]
     public Task Classify(int B, int T, int V, int Vp) {
         var targets = Tokens(1, B * T, V);
         targets[^1] = V - 1;
@@ -454,7 +473,7 @@ public sealed class GpuOperationTests(GpuUnderTest gpu) {
     /// padding, more tiles than the blocks take at once, and GPT-2's.</summary>
     public static IEnumerable<(int Rows, int C, int V, int Vp)> Classifiers() => [
         (3, 24, 67, 80), (512, 8, 5, 8), (512, 64, 211, 256), (600, 72, 1000, 1000), (3_000, 136, 5_003, 5_056),
-        (520, 768, 50257, 50304),
+        (520, 768, 50257, 50304), (512, 16, 65536, 131072),
     ];
 
     [Test]
@@ -661,6 +680,8 @@ public sealed class GpuAttentionTests(GpuUnderTest gpu) {
         (1, 5, 3, 64), (2, 63, 1, 64), (1, 64, 12, 64), (2, 65, 3, 64), (1, 127, 1, 64), (2, 128, 3, 64),
         (1, 129, 12, 64), (2, 200, 3, 64), (1, 256, 1, 64), (1, 1000, 3, 64), (2, 1024, 3, 64),
         (1, 5, 1, 8), (2, 65, 3, 16), (1, 130, 2, 24), (2, 33, 1, 40), (1, 300, 3, 128), (2, 70, 1, 256),
+        // The longest that a kernel's tests take seconds for, the most heads of a model, and the most sequences.
+        (1, 20_000, 1, 64), (1, 20_000, 1, 8), (1, 3, 512, 8), (65_535, 1, 1, 8), (65_535, 2, 1, 64),
     ];
 
     [Test]

@@ -312,7 +312,8 @@ public abstract class ModelTests(DeviceUnderTest deviceUnderTest) : IDisposable 
         const int B = 2, T = 5;
         ushort[] tokens = [.. Tokens(7, 3 * B * T + 1, Small.V).Select(token => (ushort)token)];
         WriteShard(folder["val.bin"], tokens);
-        using var loader = new TokenLoader(folder["val.bin"], B, T, Small.V, shuffle: false);
+        using var shards = new TokenShards(folder["val.bin"], Small.V);
+        var rows = shards.Rows(T, 1).ToArray();
         var model = RandomModel(Small, B, T, Purpose.Evaluate);
         double[] losses = [.. Enumerable.Range(0, 3).Select(i => {
             for (var j = 0; j < B * T; j++)
@@ -321,8 +322,8 @@ public abstract class ModelTests(DeviceUnderTest deviceUnderTest) : IDisposable 
             model.Loss();
             return model.MeanLoss();
         })];
-        var two = Trainer.Evaluate(model, loader, 2, new Alone());
-        var all = Trainer.Evaluate(model, loader, 100, new Alone());
+        var two = Trainer.Evaluate(model, shards, rows[..(2 * B)], new Alone());
+        var all = Trainer.Evaluate(model, shards, rows, new Alone());
         await Assert.That(RelativeError(two, losses[..2].Average())).IsLessThan(1e-9);
         await Assert.That(RelativeError(all, losses.Average())).IsLessThan(1e-9);
     }
