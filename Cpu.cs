@@ -86,8 +86,6 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
 
     public void Read(Tensor from, Span<float> values) => new Span<float>(Floats(from), (int)from.Count).CopyTo(values);
 
-    public void Round(Tensor x, Tensor y) => Write(y, new Span<float>(Floats(x), (int)x.Count));
-
     public void Clear(Tensor x) => NativeMemory.Clear(Floats(x), (nuint)x.Bytes);
 
     // ---- Embedding

@@ -8,7 +8,7 @@ using static Gpt2.Driver;
 
 namespace Gpt2;
 
-/// <summary>The operations on an NVIDIA GPU: kernels from the embedded fatbin and, in bf16, products by cuBLASLt. All
+/// <summary>The operations on an NVIDIA GPU: kernels from the embedded fatbin and products by cuBLASLt. All
 /// work goes to one stream; nothing depends on timing, so the same calls give the same bits.</summary>
 public sealed unsafe class Cuda : IDevice {
     const int StagingBytes = 32 << 20, WorkspaceBytes = 32 << 20, ScratchBytes = 64 << 20;
@@ -21,12 +21,12 @@ public sealed unsafe class Cuda : IDevice {
     readonly List<nint> allocations = [];
     readonly Dictionary<string, CudaKernel> kernels = [];
     readonly string suffix = ""; // of flash attention's kernels
-    readonly Products? products;
+    readonly Products products;
     Profile? profile;
     int staged;
 
     static readonly string[] CommonKernels = [
-        "round_to_nearest", "sum_rows_partially", "add_row_sums", "embed", "embed_backward_tokens",
+        "sum_rows_partially", "add_row_sums", "embed", "embed_backward_tokens",
         "embed_backward_positions", "layer_norm", "layer_norm_backward", "gelu", "gelu_backward", "attention_any",
         "attention_any_backward_q", "attention_any_backward_kv", "classify", "sum_of_squares", "adamw",
     ];
@@ -44,8 +44,7 @@ public sealed unsafe class Cuda : IDevice {
         (Precision, this.verbose) = (precision, verbose);
         using var fatbin = Fatbin(precision) ?? throw new Gpt2Exception(
             "--device cuda: expected a build with GPU kernels, found one without (make toolkit gets the compiler)");
-        if (precision == DataType.Bf16)
-            _ = Task.Run(cublasLtGetVersion); // loads the library while CUDA starts
+        _ = Task.Run(cublasLtGetVersion); // loads the library while CUDA starts
         Initialize();
         Check(cuDeviceGet(out device, ordinal), $"opening GPU {ordinal}");
         var name = stackalloc byte[256];
@@ -74,14 +73,12 @@ public sealed unsafe class Cuda : IDevice {
 
         hopper = precision == DataType.Bf16 && !portable && cuModuleGetFunction(out _, module, "attention_hopper") == 0;
         suffix = hopper ? "_hopper" : "";
-        string[] names = precision == DataType.Fp32 ? [.. CommonKernels, "product"]
+        string[] names = precision == DataType.Fp32 ? CommonKernels
             : [.. CommonKernels, .. FlashKernels.Select(flash => flash + suffix), .. hopper ? HopperKernels : []];
         foreach (var each in names) {
             Check(cuModuleGetFunction(out var function, module, each), $"looking for the kernel {each}");
             kernels[each] = new CudaKernel(function);
         }
-        if (precision == DataType.Fp32)
-            return;
         maps = (nint)NativeMemory.AlignedAlloc(4 * 128, 64);
         products = new Products(stream, workspace, WorkspaceBytes);
     }
@@ -155,7 +152,7 @@ public sealed unsafe class Cuda : IDevice {
         // After a fault all of this fails; the fault itself is what must be reported.
         cuCtxSetCurrent(context);
         cuStreamSynchronize(stream);
-        products?.Dispose();
+        products.Dispose();
         allocations.ForEach(address => cuMemFree(address));
         NativeMemory.AlignedFree((void*)maps);
         cuMemFreeHost(pinned);
@@ -230,9 +227,6 @@ public sealed unsafe class Cuda : IDevice {
         Enter();
         Check(cuMemsetD8Async(x.Address, 0, (nuint)x.Bytes, stream), "clearing memory");
     }
-
-    public void Round(Tensor x, Tensor y) =>
-        Launch("round_to_nearest", (Blocks(x.Count, 256 * Width), 1, 1), 256, 0, 0, x.Bytes + y.Bytes, x, y, x.Count);
 
     // ---- Launches
 
@@ -361,9 +355,7 @@ public sealed unsafe class Cuda : IDevice {
 
     void Forward(Tensor x, Tensor w, Tensor b, Tensor residual, Tensor y, [CallerMemberName] string operation = "") {
         var (rows, C, OC) = (x.AllRows, x.Columns, w.AllRows);
-        if (products == null)
-            Multiply(x, C, 1, w, 1, C, y, b, residual, rows, OC, C);
-        else if (IsForHopper(x, w))
+        if (IsForHopper(x, w))
             Multiply(operation, residual.Address == 0 ? "linear" : "linear_residual", x, w, y, residual, b);
         else
             Multiply(operation, w, true, x, false, y, OC, rows, C, b, residual);
@@ -388,9 +380,7 @@ public sealed unsafe class Cuda : IDevice {
         [CallerMemberName] string operation = "") {
         var (rows, C, OC) = (x.AllRows, x.Columns, w.AllRows);
         var fused = IsForHopper(x, w);
-        if (products == null)
-            Multiply(dy, OC, 1, w, C, 1, dx, default, default, rows, C, OC);
-        else if (fused)
+        if (fused)
             Multiply(operation, input.Address == 0 ? "linear_backward" : "linear_gelu_backward", dy, w, dx, gelu: input,
                 partial: scratch);
         else
@@ -402,10 +392,7 @@ public sealed unsafe class Cuda : IDevice {
                 input, dx, dx.Count);
             AddRows(dx, dbias);
         }
-        if (products == null)
-            Multiply(dy, 1, OC, x, C, 1, dw, default, dw, OC, C, rows);
-        else
-            Multiply(operation, x, false, dy, true, dw, C, OC, rows, addend: dw);
+        Multiply(operation, x, false, dy, true, dw, C, OC, rows, addend: dw);
     }
 
     /// <summary>sums += Σ x over rows.</summary>
@@ -427,21 +414,14 @@ public sealed unsafe class Cuda : IDevice {
     public void Gelu(Tensor x, Tensor y) =>
         Launch("gelu", (Blocks(x.Count, 256 * Width), 1, 1), 256, 0, 0, 2.0 * x.Bytes, x, y, x.Count);
 
-    /// <summary>c (M, N) = a·b + bias + addend in fp32; element (i, k) of a is at i·aRow + k·aColumn.</summary>
-    void Multiply(Tensor a, long aRow, long aColumn, Tensor b, long bRow, long bColumn, Tensor c, Tensor bias,
-        Tensor addend, int M, int N, int K) {
-        const int tile = 64;
-        Launch("product", (Blocks(N, tile), Blocks(M, tile), 1), 256, 0, 2.0 * M * N * K, 0,
-            a, aRow, aColumn, b, bRow, bColumn, c, bias, addend, M, N, K);
-    }
-
     /// <summary>c (M, N) = a·b + bias + addend by cuBLASLt, all of them in columns, which our rows are.</summary>
     void Multiply(string operation, Tensor a, bool transposeA, Tensor b, bool transposeB, Tensor c, int M, int N, int K,
         Tensor bias = default, Tensor addend = default) {
         Enter();
         var start = Begin();
-        var kind = new ProductKind(M, N, K, transposeA, transposeB, bias.Address != 0, addend.Address != 0, c.Type);
-        products!.Multiply(kind, a.Address, b.Address, c.Address, bias.Address, addend.Address);
+        var kind = new ProductKind(
+            M, N, K, transposeA, transposeB, bias.Address != 0, addend.Address != 0, a.Type, c.Type);
+        products.Multiply(kind, a.Address, b.Address, c.Address, bias.Address, addend.Address);
         if (Profile != null || verbose)
             End(start, $"{operation} {M} x {N} x {K}", 2.0 * M * N * K, 0);
     }
@@ -503,7 +483,7 @@ public sealed unsafe class Cuda : IDevice {
         Require(HS <= LargestHead, "the channels of a head", $"at most {LargestHead}", HS);
         Require(B <= MostSequences, "the batch", $"at most {MostSequences} sequences", B);
         var flops = 2.0 * B * T * (T + 1) * y.Columns;
-        if (products != null && HS == FlashHead && start == 0) {
+        if (Precision == DataType.Bf16 && HS == FlashHead && start == 0) {
             Launch("attention" + suffix, (Blocks(T, FlashRows), heads, B), FlashThreads, FlashShared(2, 0), flops, 0,
                 HeadsMap(0, qkv), qkv, y, lse, T, heads);
         } else {
@@ -522,7 +502,7 @@ public sealed unsafe class Cuda : IDevice {
         var partial = scratch + (nint)statistics;
         // Scores and their gradients are computed in both kernels: three products for dq, four for dk and dv.
         var flops = 1.0 * B * T * (T + 1) * C;
-        if (products != null && HS == FlashHead) {
+        if (Precision == DataType.Bf16 && HS == FlashHead) {
             var grid = (Blocks(T, FlashRows), heads, B);
             var (map, dyMap) = (HeadsMap(0, qkv), HeadsMap(1, dy));
             Launch("attention_backward_q" + suffix, grid, FlashThreads, FlashShared(4, 0), 3 * flops, 0,
@@ -696,9 +676,9 @@ readonly record struct Argument(long Bits, nint Place = 0) {
     public static implicit operator Argument(float value) => new(BitConverter.SingleToInt32Bits(value));
 }
 
-/// <summary>A kind of product: c (M, N) = a·b of depth K in bf16, in columns.</summary>
-readonly record struct ProductKind(
-    int M, int N, int K, bool TransposeA, bool TransposeB, bool HasBias, bool Adds, DataType Output);
+/// <summary>A kind of product: c (M, N) = a·b of depth K, in columns.</summary>
+readonly record struct ProductKind(int M, int N, int K, bool TransposeA, bool TransposeB, bool HasBias, bool Adds,
+    DataType Input, DataType Output);
 
 /// <summary>Products by cuBLASLt.</summary>
 sealed unsafe class Products : IDisposable {
@@ -712,7 +692,7 @@ sealed unsafe class Products : IDisposable {
             CheckProducts(cublasLtCreate(out handle), "starting cuBLASLt");
         } catch (DllNotFoundException) {
             throw new Gpt2Exception("--device cuda: expected cuBLASLt (libcublasLt.so.13 or .12, on the loader's " +
-                "path or in $CUDA_HOME/lib64), found none; --precision fp32 works without");
+                "path or in $CUDA_HOME/lib64), found none");
         }
     }
 
@@ -742,14 +722,13 @@ sealed unsafe class Products : IDisposable {
         Set(operation, Attribute.TransposeB, kind.TransposeB ? 1 : 0);
         if (kind.HasBias)
             Set(operation, Attribute.Epilogue, addBias);
-        nint Layout(int type, int rows, int columns) {
-            var status = cublasLtMatrixLayoutCreate(out var layout, type, (ulong)rows, (ulong)columns, rows);
+        nint Layout(DataType type, int rows, int columns) {
+            var status = cublasLtMatrixLayoutCreate(out var layout, type == DataType.Fp32 ? fp32 : bf16, (ulong)rows, (ulong)columns, rows);
             CheckProducts(status, "describing a product");
             return layout;
         }
-        return new Plan(operation, kind.TransposeA ? Layout(bf16, K, M) : Layout(bf16, M, K),
-            kind.TransposeB ? Layout(bf16, N, K) : Layout(bf16, K, N),
-            Layout(kind.Output == DataType.Fp32 ? fp32 : bf16, M, N));
+        return new Plan(operation, kind.TransposeA ? Layout(kind.Input, K, M) : Layout(kind.Input, M, K),
+            kind.TransposeB ? Layout(kind.Input, N, K) : Layout(kind.Input, K, N), Layout(kind.Output, M, N));
     }
 
     /// <summary>The algorithm for a product that cuBLASLt proposes first.</summary>

@@ -132,13 +132,6 @@ __device__ float warp_max(float x) {
     return x;
 }
 
-// y = x in the type of weights
-KERNEL round_to_nearest(const float* x, floatX* y, int64_t count) {
-    int64_t i = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * Width;
-    if (i < count)
-        store(y + i, load(x + i));
-}
-
 // ---- Sums of rows
 
 constexpr int SumThreads = 256;
@@ -367,47 +360,6 @@ KERNEL gelu_backward(const floatX* x, floatX* dx, int64_t count) {
         value.x[j] = gelu_slope(value.x[j]);
     store(dx + i, load(dx + i) * value);
 }
-
-// ---- Products in fp32
-
-#ifdef FP32
-constexpr int Tile = 64, Depth = 16;
-
-// c (M, N) = a·b + bias (N) + addend (M, N), which may be null, or c itself. Element (i, k) of a is
-// a[i·a_row + k·a_column], and b's likewise. A block computes a tile of c, each of its 256 threads every sixteenth of
-// four rows and columns.
-KERNEL product(const float* a, int64_t a_row, int64_t a_column, const float* b, int64_t b_row, int64_t b_column,
-    float* c, const float* bias, const float* addend, int M, int N, int K) {
-    __shared__ float rows[Depth][Tile + 1], columns[Depth][Tile + 1];
-    int i0 = blockIdx.y * Tile, j0 = blockIdx.x * Tile, ti = threadIdx.x / 16, tj = threadIdx.x % 16;
-    float sums[4][4] = {};
-    for (int k0 = 0; k0 < K; k0 += Depth) {
-        for (int e = threadIdx.x; e < Tile * Depth; e += 256) {
-            // Neighbouring threads read along the dimension that is contiguous.
-            int i = a_column == 1 ? e / Depth : e % Tile, k = a_column == 1 ? e % Depth : e / Tile;
-            rows[k][i] = i0 + i < M && k0 + k < K ? a[(i0 + i) * a_row + (k0 + k) * a_column] : 0;
-            int j = b_row == 1 ? e / Depth : e % Tile;
-            k = b_row == 1 ? e % Depth : e / Tile;
-            columns[k][j] = j0 + j < N && k0 + k < K ? b[(k0 + k) * b_row + (j0 + j) * b_column] : 0;
-        }
-        __syncthreads();
-        for (int k = 0; k < Depth; k++) {
-            for (int i = 0; i < 4; i++) {
-                for (int j = 0; j < 4; j++)
-                    sums[i][j] += rows[k][ti + 16 * i] * columns[k][tj + 16 * j];
-            }
-        }
-        __syncthreads();
-    }
-    for (int i = i0 + ti; i < min(i0 + Tile, M); i += 16) {
-        for (int j = j0 + tj; j < min(j0 + Tile, N); j += 16) {
-            int64_t at = (int64_t)i * N + j;
-            float value = sums[(i - i0) / 16][(j - j0) / 16] + (bias != nullptr ? bias[j] : 0);
-            c[at] = value + (addend != nullptr ? addend[at] : 0);
-        }
-    }
-}
-#endif
 
 // ---- Attention for any size of heads, and for generation
 

@@ -100,8 +100,6 @@ public interface IDevice : IDisposable {
     void Read(Tensor from, Span<float> values);
     /// <summary>Fills with zeros.</summary>
     void Clear(Tensor x);
-    /// <summary>y = x, which is fp32, rounded to the nearest of y's type.</summary>
-    void Round(Tensor x, Tensor y);
     /// <summary>x (B, T, C) = wte[token] + wpe[start + t].</summary>
     void Embed(ReadOnlySpan<int> tokens, Tensor wte, Tensor wpe, int start, Tensor x);
     /// <summary>dwte[token] += dx; dwpe[t] += dx.</summary>
@@ -624,8 +622,6 @@ public sealed class Model {
             Initialize(seed);
         else
             ReadWeights(file);
-        if (Master != Weights && ranks == 1)
-            Device.Round(Master.All, Weights.All);
     }
 
     void ReadWeights(BinaryFile file) {
@@ -646,15 +642,11 @@ public sealed class Model {
         }
     }
 
-    /// <summary>Writes weights of a tensor from an element on: to the master weights, from which they are rounded
-    /// later, or to the weights and this rank's master weights.</summary>
+    /// <summary>Writes weights of a tensor from an element on, and this rank's master weights among them.</summary>
     void Set(int tensor, long first, ReadOnlySpan<float> values) {
-        if (ranks == 1) {
-            Device.Write(Master.Tensors[tensor].Flat(first, values.Length), values);
-        } else {
-            Device.Write(Weights.Tensors[tensor].Flat(first, values.Length), values);
+        Device.Write(Weights.Tensors[tensor].Flat(first, values.Length), values);
+        if (Master != Weights)
             SetParts(Master, tensor, first, values);
-        }
     }
 
     /// <summary>Writes what there is to write of a tensor's elements from one on to parts of the parameters.</summary>
