@@ -28,8 +28,6 @@ public sealed class BinaryFile : IDisposable {
     /// <param name="kind">What the file should be, for messages.</param>
     /// <exception cref="Gpt2Exception">It is not of this kind.</exception>
     public BinaryFile(string path, string kind, int magic, params ReadOnlySpan<int> versions) {
-        if (path == "")
-            throw new Gpt2Exception($"expected the name of {kind}, found nothing");
         stream = new FileStream(path, FileMode.Open, FileAccess.Read, FileShare.Read);
         if (!stream.CanSeek)
             throw Fail($"{kind} in a file", "a pipe");
@@ -451,7 +449,7 @@ public sealed record MultipleChoice(int Label, int ContextLength, ushort[][] Row
             var context = Take();
             var rows = Enumerable.Range(0, words[4]).Select(_ => (ushort[])[.. context, .. Take()]).ToArray();
             if (words[3] >= rows.Length || rest.Length > 0 || context.Length == 0)
-                throw file.Fail($"example {i} with a context, a label below {rows.Length}, no more", "another");
+                throw file.Fail($"example {i} to have a context, a label below {rows.Length}, no more", "another one");
             yield return new MultipleChoice(words[3], context.Length, rows);
 
             ushort[] Take() {

@@ -37,33 +37,12 @@ public sealed record TrainOptions(
         };
     }
 
-    /// <exception cref="Gpt2Exception">A number does not fit the model or the others.</exception>
-    public void Check(Config config, int ranks) {
-        CheckSizes(config, B, T, TotalBatch, Recompute, ranks);
-        Require(Zero is 0 or 1, "--zero", "0 or 1", Zero);
-        Require(MaxSteps > 0, "--max-steps", "1 or more", MaxSteps);
-        Require(LearningRate is > 0 and < float.PositiveInfinity, "--lr", "more than 0", LearningRate);
-        Require(Warmup >= 0, "--warmup", "0 or more", Warmup);
-        Require(FinalFraction is >= 0 and <= 1, "--final-lr-frac", "0 to 1", FinalFraction);
-        Require(WeightDecay is >= 0 and < float.PositiveInfinity, "--weight-decay", "0 or more", WeightDecay);
-        Require(ValEvery >= 0, "--val-every", "0 or more", ValEvery);
-        Require(ValBatches > 0, "--val-batches", "1 or more", ValBatches);
-        Require(SampleEvery >= 0, "--sample-every", "0 or more", SampleEvery);
-        Require(GenTokens >= 0, "--gen-tokens", "0 or more", GenTokens);
-        Require(CheckpointEvery >= 0, "--checkpoint-every", "0 or more", CheckpointEvery);
-        Require(Keep > 0, "--keep", "1 or more", Keep);
-        Require(Enum.IsDefined(Schedule), "--schedule", "cosine, linear, constant or wsd", Schedule);
-        Require(SkipOutliers is >= 0 and < float.PositiveInfinity, "--skip-outliers", "0 or more", SkipOutliers);
-    }
-
-    /// <exception cref="Gpt2Exception">Batch, sequence or what is computed anew do not fit the model.</exception>
-    public static void CheckSizes(Config config, int B, int T, int totalBatch, int recompute, int ranks = 1) {
-        Require(B > 0, "--batch", "1 or more", B);
-        Require(T > 0 && T <= config.MaxT, "--seq", $"1 to {config.MaxT}, the model's longest sequence", T);
+    /// <exception cref="Gpt2Exception">Batch or sequence do not fit the model.</exception>
+    public static void CheckSizes(Config config, int B, int T, int totalBatch, int ranks = 1) {
+        Require(T <= config.MaxT, "--seq", $"1 to {config.MaxT}, the model's longest sequence", T);
         var whole = totalBatch > 0 && totalBatch % ((long)ranks * B * T) == 0;
         var each = ranks == 1 ? "" : $" on each of {ranks} ranks";
         Require(whole, "--total-batch", $"a multiple of {B} x {T} tokens{each}", totalBatch);
-        Require(recompute is >= 0 and <= 2, "--recompute", "0, 1 or 2", recompute);
     }
 }
 
@@ -94,7 +73,7 @@ public sealed class Trainer : IDisposable {
         if (options.Resume && checkpoints.Last == null)
             log.ZLogInformation($"{options.Out}: no complete checkpoint to resume, starting from step 0");
         var (file, config) = checkpoints.Last == null ? Open(options.Init ?? options.DefaultInit) : Resume();
-        options.Check(config, ranks.Size);
+        TrainOptions.CheckSizes(config, options.B, options.T, options.TotalBatch, ranks.Size);
         microSteps = options.MicroSteps(ranks.Size);
         var shuffle = options.Shuffle && !options.Overfit;
         TokenLoader Loader(string pattern, bool shuffle) =>
@@ -130,9 +109,9 @@ public sealed class Trainer : IDisposable {
     public static (BinaryFile? File, Config Config) Open(string init) {
         if (Config.Of(init) is { } config)
             return (null, config);
-        var isPath = init.Contains('/') || init.Contains('.') || File.Exists(init);
-        Require(isPath, "--init", "a model file or d6, d12, d24, d36 or d48", init);
-        return Config.Open(init);
+        var isPath = init.Contains('/') || init.Contains('.') || File.Exists(init) || Directory.Exists(init);
+        Require(isPath, "--init", "a model file, a run's folder, or d6, d12, d24, d36 or d48", init);
+        return Config.Open(Checkpoints.ModelOf(init));
     }
 
     void Describe() {
@@ -253,8 +232,6 @@ public sealed class Trainer : IDisposable {
     static int CountRight(Model model, MultipleChoice[] questions) {
         var (B, T) = (model.B, model.T);
         var rows = questions.SelectMany(q => q.Rows.Select(row => (Tokens: row, q.ContextLength))).ToArray();
-        var longest = rows.Max(row => row.Tokens.Length);
-        Require(longest <= T, "--seq", $"at least {longest}, the tokens of the longest example", T);
         var scores = new List<double>();
         foreach (var batch in rows.Chunk(B)) {
             Array.Clear(model.Tokens);
@@ -382,6 +359,11 @@ public sealed class Checkpoints(string folder) {
 
     /// <summary>The step of the last complete checkpoint, or null.</summary>
     public int? Last => Steps("DONE_*").Cast<int?>().LastOrDefault();
+
+    /// <summary>A model's file: a folder stands for its last complete checkpoint.</summary>
+    public static string ModelOf(string path) => !Directory.Exists(path) ? path
+        : new Checkpoints(path) is { Last: { } last } run ? run.ModelPath(last)
+        : throw new Gpt2Exception($"{path}: expected a folder with a complete checkpoint (DONE_...), found none");
 
     public string ModelPath(int step) => Path.Combine(folder, $"model_{step:d8}.bin");
     string StatePath(int step, int? rank) =>
@@ -587,7 +569,7 @@ public static class Benchmark {
     public static void Run(string init, int B, int T, int totalBatch, int steps, int recompute, IDevice device,
         TextWriter output) {
         var (file, config) = Trainer.Open(init);
-        TrainOptions.CheckSizes(config, B, T, totalBatch, recompute);
+        TrainOptions.CheckSizes(config, B, T, totalBatch);
         var ceilings = device.MeasureCeilings();
         var model = new Model(config, device, B, T, Purpose.Train, recompute);
         var optimizer = new Optimizer(model);
