@@ -16,6 +16,20 @@ public sealed class Gpt2Exception(string message, bool usage = false) : Exceptio
         if (!right)
             throw new Gpt2Exception($"{option}: expected {expected}, found {found}", usage: true);
     }
+
+    /// <summary>An error in our words; the runtime's put a path between quotes.</summary>
+    public static string Sentence(Exception e) => (e, e.Message.Split('\'')) switch {
+        (DecoderFallbackException, _) => "--prompt: expected UTF-8 on standard input, found bytes that are not",
+        (FileNotFoundException or DirectoryNotFoundException, [_, var path, _]) =>
+            $"{path}: expected a file of this name, found none",
+        (UnauthorizedAccessException, [_, var path, _]) => Directory.Exists(path)
+            ? $"{path}: expected a file, found a folder" : $"{path}: expected permission to use it, found none",
+        (IOException, [_, var path, " already exists."]) => $"{path}: expected a folder, found a file",
+        (IOException, [var cause, var path, var end]) =>
+            $"{path}: expected to use it, found: {cause.TrimEnd(' ', ':')}{end.TrimEnd('.')}",
+        (OutOfMemoryException, _) => "memory: expected more of it, found none left (is there a limit by ulimit -v?)",
+        _ => e.Message,
+    };
 }
 
 /// <summary>A little-endian file with llm.c's header: 256 int32, of which a magic number and a version first.</summary>
@@ -28,8 +42,6 @@ public sealed class BinaryFile : IDisposable {
     /// <param name="kind">What the file should be, for messages.</param>
     /// <exception cref="Gpt2Exception">It is not of this kind.</exception>
     public BinaryFile(string path, string kind, int magic, params ReadOnlySpan<int> versions) {
-        if (path == "")
-            throw new Gpt2Exception($"expected the name of {kind}, found nothing");
         stream = new FileStream(path, FileMode.Open, FileAccess.Read, FileShare.Read);
         if (!stream.CanSeek)
             throw Fail($"{kind} in a file", "a pipe");
@@ -140,19 +152,10 @@ public static class Files {
         return [.. names.Select(name => Path.Combine(folder, name!)).Order(StringComparer.Ordinal)];
     }
 
-    /// <summary>Makes a folder and those above it, if they are not there.</summary>
-    public static void MakeFolder(string path) {
-        try {
-            Directory.CreateDirectory(path);
-        } catch (IOException) when (File.Exists(path)) {
-            throw new Gpt2Exception($"{path}: expected a folder, found a file");
-        }
-    }
-
     /// <summary>Writes a file under a temporary name, flushes it to the disk, renames it; makes its folder.</summary>
     public static void Write(string path, Action<Stream> content) {
         var temporary = path + ".tmp";
-        MakeFolder(Path.GetDirectoryName(Path.GetFullPath(path))!);
+        Directory.CreateDirectory(Path.GetDirectoryName(Path.GetFullPath(path))!);
         try {
             using (var stream = new FileStream(temporary, FileMode.Create, FileAccess.Write, FileShare.None, 1 << 16)) {
                 content(stream);
@@ -347,13 +350,14 @@ public sealed class TokenShards : IDisposable {
     /// <summary>The shards that have no whole sample.</summary>
     public IEnumerable<string> TooShort(int tokens) => paths.Where((_, shard) => Samples(shard, tokens) == 0);
 
-    /// <summary>Where rows of T tokens begin, in order. At a shard's end rows are left out that do not make up a whole
-    /// <paramref name="group"/>.</summary>
+    /// <summary>Where the first rows of T tokens begin, in order: so many of them, whatever the batch, or those of so many
+    /// batches, which are llm.c's and end at a shard's last whole one.</summary>
     /// <exception cref="Gpt2Exception">There are none.</exception>
-    public IEnumerable<(int Shard, long First)> Rows(int T, int group) {
-        _ = Samples(group * T);
-        return Enumerable.Range(0, paths.Length).SelectMany(shard =>
-            Enumerable.Range(0, Samples(shard, group * T) * group).Select(row => (shard, (long)row * T)));
+    public (int Shard, long First)[] Rows(int T, int batchRows, int batches, int rows = int.MaxValue) {
+        (batchRows, rows) = batches == 0 ? (1, rows) : (batchRows, (int)Math.Min(int.MaxValue, (long)batches * batchRows));
+        _ = Samples(batchRows * T);
+        return [.. Enumerable.Range(0, paths.Length).SelectMany(shard => Enumerable
+            .Range(0, Samples(shard, batchRows * T) * batchRows).Select(row => (shard, (long)row * T))).Take(rows)];
     }
 
     /// <summary>Reads a row of T inputs from a shard's token <paramref name="first"/> on, and as targets the token after
@@ -524,7 +528,7 @@ public sealed record MultipleChoice(int Label, int ContextLength, ushort[][] Row
             var context = Take();
             var rows = Enumerable.Range(0, words[4]).Select(_ => (ushort[])[.. context, .. Take()]).ToArray();
             if (words[3] >= rows.Length || rest.Length > 0 || context.Length == 0)
-                throw file.Fail($"example {i} with a context, a label below {rows.Length}, no more", "another");
+                throw file.Fail($"example {i} to have a context, a label below {rows.Length}, no more", "another one");
             yield return new MultipleChoice(words[3], context.Length, rows);
 
             ushort[] Take() {

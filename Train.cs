@@ -20,17 +20,18 @@ public sealed record TrainOptions(
     string TrainData, string ValData, string? Init, string Out, int B, int T, int TotalBatch, int MaxSteps,
     float LearningRate, int Warmup, float FinalFraction, float WeightDecay, Schedule Schedule, int ValEvery,
     int ValBatches, int SampleEvery, int GenTokens, int CheckpointEvery, int Keep, bool Resume, int Recompute,
-    bool Overfit, bool Shuffle, uint Seed, float SkipOutliers = 0, string DefaultInit = "d6", int Zero = 1) {
-    /// <summary>The options that make a run what it is, as they are typed. The run's folder keeps them, and a resumed run
-    /// takes up those that its command line does not give.</summary>
-    public IEnumerable<(string Option, object Value)> Settings => [
-        ("-i|--train-data", TrainData), ("-j|--val-data", ValData), ("-b|--batch", B), ("-t|--seq", T),
-        ("-d|--total-batch", TotalBatch), ("-x|--max-steps", MaxSteps), ("-l|--lr", LearningRate),
-        ("-u|--warmup", Warmup), ("-q|--final-lr-frac", FinalFraction), ("-c|--weight-decay", WeightDecay),
-        ("-k|--schedule", Schedule), ("-v|--val-every", ValEvery), ("-m|--val-batches", ValBatches),
-        ("-s|--sample-every", SampleEvery), ("-g|--gen-tokens", GenTokens), ("-n|--checkpoint-every", CheckpointEvery),
-        ("--keep", Keep), ("-r|--recompute", Recompute), ("-a|--overfit", Overfit), ("--no-shuffle", !Shuffle),
-        ("--skip-outliers", SkipOutliers), ("--seed", Seed), ("-z|--zero", Zero),
+    bool Overfit, bool Shuffle, uint Seed, float SkipOutliers = 0, string DefaultInit = "d6", int Zero = 1,
+    DataType? Precision = null) {
+    /// <summary>The options that make a run what it is. Its folder keeps them, and a resumed run takes up those that its
+    /// command line does not give.</summary>
+    public IEnumerable<(string Option, object? Value)> Settings => [
+        ("--train-data", TrainData), ("--val-data", ValData), ("--batch", B), ("--seq", T),
+        ("--total-batch", TotalBatch), ("--max-steps", MaxSteps), ("--lr", LearningRate), ("--warmup", Warmup),
+        ("--final-lr-frac", FinalFraction), ("--weight-decay", WeightDecay), ("--schedule", Schedule),
+        ("--val-every", ValEvery), ("--val-batches", ValBatches), ("--sample-every", SampleEvery),
+        ("--gen-tokens", GenTokens), ("--checkpoint-every", CheckpointEvery), ("--keep", Keep),
+        ("--recompute", Recompute), ("--overfit", Overfit), ("--no-shuffle", !Shuffle),
+        ("--skip-outliers", SkipOutliers), ("--seed", Seed), ("--zero", Zero), ("--precision", Precision),
     ];
 
     /// <summary>Passes over B·T tokens of each rank whose gradients make one update.</summary>
@@ -52,33 +53,12 @@ public sealed record TrainOptions(
         };
     }
 
-    /// <exception cref="Gpt2Exception">A number does not fit the model or the others.</exception>
-    public void Check(Config config, int ranks) {
-        CheckSizes(config, B, T, TotalBatch, Recompute, ranks);
-        Require(Zero is 0 or 1, "--zero", "0 or 1", Zero);
-        Require(MaxSteps > 0, "--max-steps", "1 or more", MaxSteps);
-        Require(LearningRate is > 0 and < float.PositiveInfinity, "--lr", "more than 0", LearningRate);
-        Require(Warmup >= 0, "--warmup", "0 or more", Warmup);
-        Require(FinalFraction is >= 0 and <= 1, "--final-lr-frac", "0 to 1", FinalFraction);
-        Require(WeightDecay is >= 0 and < float.PositiveInfinity, "--weight-decay", "0 or more", WeightDecay);
-        Require(ValEvery >= 0, "--val-every", "0 or more", ValEvery);
-        Require(ValBatches >= 0, "--val-batches", "0 or more", ValBatches);
-        Require(SampleEvery >= 0, "--sample-every", "0 or more", SampleEvery);
-        Require(GenTokens >= 0, "--gen-tokens", "0 or more", GenTokens);
-        Require(CheckpointEvery >= 0, "--checkpoint-every", "0 or more", CheckpointEvery);
-        Require(Keep > 0, "--keep", "1 or more", Keep);
-        Require(Enum.IsDefined(Schedule), "--schedule", "cosine, linear, constant or wsd", Schedule);
-        Require(SkipOutliers is >= 0 and < float.PositiveInfinity, "--skip-outliers", "0 or more", SkipOutliers);
-    }
-
-    /// <exception cref="Gpt2Exception">Batch, sequence or what is computed anew do not fit the model.</exception>
-    public static void CheckSizes(Config config, int B, int T, int totalBatch, int recompute, int ranks = 1) {
-        Require(B > 0, "--batch", "1 or more", B);
-        Require(T > 0 && T <= config.MaxT, "--seq", $"1 to {config.MaxT}, the model's longest sequence", T);
+    /// <exception cref="Gpt2Exception">Batch or sequence do not fit the model.</exception>
+    public static void CheckSizes(Config config, int B, int T, int totalBatch, int ranks = 1) {
+        Require(T <= config.MaxT, "--seq", $"1 to {config.MaxT}, the model's longest sequence", T);
         var whole = totalBatch > 0 && totalBatch % ((long)ranks * B * T) == 0;
         var each = ranks == 1 ? "" : $" on each of {ranks} ranks";
-        Require(whole, "--total-batch", $"a multiple of {B} x {T} tokens{each}", totalBatch);
-        Require(recompute is >= 0 and <= 2, "--recompute", "0, 1 or 2", recompute);
+        Require(whole, "--total-batch", $"a multiple of --batch {B} x --seq {T}{each}", totalBatch);
     }
 }
 
@@ -112,15 +92,12 @@ public sealed class Trainer : IDisposable {
         var last = options.Resume ? NewestWhole() : null;
         firstStep = last ?? 0;
         var (file, config) = last == null ? Open(options.Init ?? options.DefaultInit) : Resume();
-        options.Check(config, ranks.Size);
+        TrainOptions.CheckSizes(config, options.B, options.T, options.TotalBatch, ranks.Size);
         microSteps = options.MicroSteps(ranks.Size);
         train = new TokenLoader(options.TrainData, options.B, options.T, config.V,
             options.Shuffle && !options.Overfit, options.Seed, ranks.Rank, ranks.Size);
         val = new TokenShards(options.ValData, config.V);
-        // llm.c's batches are of all ranks; without -m, the rows depend on nothing but T.
-        const int defaultRows = 128;
-        var group = options.ValBatches > 0 ? options.B * ranks.Size : 1;
-        valRows = [.. val.Rows(options.T, group).Take(options.ValBatches > 0 ? options.ValBatches * group : defaultRows)];
+        valRows = val.Rows(options.T, options.B * ranks.Size, options.ValBatches, rows: 128);
         var (part, parts) = options.Zero == 1 ? (ranks.Rank, ranks.Size) : (0, 1);
         model = new Model(config, device, options.B, options.T, Purpose.Train, options.Recompute, part, parts);
         optimizer = new Optimizer(model, ranks);
@@ -137,7 +114,7 @@ public sealed class Trainer : IDisposable {
         runLog = new RunLog(options.Out, firstStep);
         Describe();
         var changed = checkpoints.Keep(options.Settings);
-        if (changed != "" && last != null)
+        if (last != null && changed != "")
             log.ZLogInformation($"changed {changed}");
     }
 
@@ -175,9 +152,9 @@ public sealed class Trainer : IDisposable {
     public static (BinaryFile? File, Config Config) Open(string init) {
         if (Config.Of(init) is { } config)
             return (null, config);
-        var isPath = init.Contains('/') || init.Contains('.') || File.Exists(init);
-        Require(isPath, "--init", "a model file or d6, d12, d24, d36 or d48", init);
-        return Config.Open(init);
+        var isPath = init.Contains('/') || init.Contains('.') || File.Exists(init) || Directory.Exists(init);
+        Require(isPath, "--init", "a model file, a run's folder, or d6, d12, d24, d36 or d48", init);
+        return Config.Open(Checkpoints.ModelOf(init));
     }
 
     void Describe() {
@@ -321,8 +298,6 @@ public sealed class Trainer : IDisposable {
     static int CountRight(Model model, MultipleChoice[] questions) {
         var (B, T) = (model.B, model.T);
         var rows = questions.SelectMany(q => q.Rows.Select(row => (Tokens: row, q.ContextLength))).ToArray();
-        var longest = rows.Max(row => row.Tokens.Length);
-        Require(longest <= T, "--seq", $"at least {longest}, the tokens of the longest example", T);
         var scores = new List<double>();
         foreach (var batch in rows.Chunk(B)) {
             Array.Clear(model.Tokens);
@@ -462,7 +437,7 @@ public sealed class Checkpoints(string folder) {
     /// <param name="last">The checkpoint that this run goes on from.</param>
     /// <exception cref="Gpt2Exception">Another run has the folder, or has had it meanwhile.</exception>
     public FileStream Lock(int? last) {
-        Files.MakeFolder(folder);
+        Directory.CreateDirectory(folder);
         var file = new FileStream(Path.Combine(folder, "lock"), FileMode.OpenOrCreate, FileAccess.ReadWrite,
             FileShare.ReadWrite);
         try {
@@ -479,23 +454,30 @@ public sealed class Checkpoints(string folder) {
             : throw new Gpt2Exception($"{folder}: expected no run yet, found one that has ended since this one began");
     }
 
-    /// <summary>Writes a run's settings into its folder.</summary>
+    /// <summary>Writes a run's settings into its folder, a line each; flags stand alone, and what is not set is left out.
+    /// </summary>
     /// <returns>What differs from those that were there, in words.</returns>
-    public string Keep(IEnumerable<(string Option, object Value)> settings) {
-        var before = Settings(folder).ToDictionary();
-        var lines = settings.Select(setting => (Name: setting.Option.Split('|')[^1], Value: $"{setting.Value}")).ToArray();
-        Files.Write(SettingsPath(folder), to => to.Write(Encoding.UTF8.GetBytes(
-            string.Concat(lines.Select(line => $"{line.Name} {line.Value}\n")))));
-        return string.Join(", ", lines.Where(line => before.GetValueOrDefault(line.Name, line.Value) != line.Value)
-            .Select(line => $"{line.Name} from {before[line.Name]} to {line.Value}"));
+    public string Keep(IEnumerable<(string Option, object? Value)> settings) {
+        var lines = settings.Where(setting => setting.Value is not (null or false))
+            .Select(setting => setting.Value is true ? setting.Option : $"{setting.Option} {setting.Value}").ToArray();
+        var before = File.Exists(SettingsPath) ? File.ReadAllLines(SettingsPath) : [];
+        Files.Write(SettingsPath, to => to.Write(Encoding.UTF8.GetBytes(string.Join('\n', lines) + "\n")));
+        return before.Length == 0 || before.SequenceEqual(lines) ? ""
+            : $"{string.Join(", ", before.Except(lines))} to {string.Join(", ", lines.Except(before))}";
     }
 
-    static string SettingsPath(string folder) => Path.Combine(folder, "settings.txt");
+    string SettingsPath => Path.Combine(folder, "settings.txt");
 
-    /// <summary>The settings that a folder keeps: names of options and their values.</summary>
-    public static IEnumerable<(string Name, string Value)> Settings(string folder) =>
-        File.Exists(SettingsPath(folder)) ? File.ReadLines(SettingsPath(folder)).Select(line => line.Split(' ', 2))
-            .Where(words => words.Length == 2).Select(words => (words[0], words[1])) : [];
+    /// <summary>The words of the settings in the folder that a command line names, or none.</summary>
+    public static IEnumerable<string> Settings(string[] options) {
+        var path = new Checkpoints(options.SkipWhile(word => word != "--out").ElementAtOrDefault(1) ?? "log").SettingsPath;
+        return File.Exists(path) ? File.ReadLines(path).SelectMany(line => line.Split(' ', 2)) : [];
+    }
+
+    /// <summary>A model's file: a folder stands for its last complete checkpoint.</summary>
+    public static string ModelOf(string path) => !Directory.Exists(path) ? path
+        : new Checkpoints(path) is { Last: { } last } run ? run.ModelPath(last)
+        : throw new Gpt2Exception($"{path}: expected a folder with a complete checkpoint (DONE_...), found none");
 
     public string ModelPath(int step) => Path.Combine(folder, $"model_{step:d8}.bin");
     string StatePath(int step, int? rank) =>
@@ -523,7 +505,7 @@ public sealed class Checkpoints(string folder) {
                 .FirstOrDefault(file => !listed.Any(line => line.StartsWith(Path.GetFileName(file) + " ")));
             return missing == null || listed.Length == 0 ? "" : $"{DonePath(step)}: expected {missing} in it, found none";
         } catch (Exception e) when (e is IOException or UnauthorizedAccessException or Gpt2Exception) {
-            return $"{DonePath(step)}: {e.Message}";
+            return $"{DonePath(step)}: {Sentence(e)}";
         }
     }
 
@@ -719,7 +701,7 @@ public static class Benchmark {
     public static void Run(string init, int B, int T, int totalBatch, int steps, int recompute, IDevice device,
         TextWriter output) {
         var (file, config) = Trainer.Open(init);
-        TrainOptions.CheckSizes(config, B, T, totalBatch, recompute);
+        TrainOptions.CheckSizes(config, B, T, totalBatch);
         var ceilings = device.MeasureCeilings();
         var model = new Model(config, device, B, T, Purpose.Train, recompute);
         var optimizer = new Optimizer(model);

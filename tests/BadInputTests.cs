@@ -47,7 +47,7 @@ public partial class BadInputTests {
         await Assert.That(watch.Elapsed).IsLessThan(TimeSpan.FromSeconds(10));
     }
 
-    [GeneratedRegex(@"\bat Gpt2|\bException\b|\(Parameter '")]
+    [GeneratedRegex(@"\bat Gpt2|\bException\b|\(Parameter '|Argument '|Access to the path|Could not find")]
     private static partial Regex RuntimesOwnWords();
 
     // ---- Formats. In the tables a line is an index into the file as int32, the value put there, and words.
@@ -192,8 +192,15 @@ public partial class BadInputTests {
         // The third completion takes two words of the last one, of which nothing but a length of 0 is left.
         yield return new("choices, completion of no tokens", eval, 1, "bad.bin expected found", folder =>
             Folders.WriteChoices(folder["bad.bin"], 2, example => (example[15], example[20]) = (4, 0)));
-        yield return new("choices longer than --seq", eval.Replace("-t 32", "-t 4"), 2, "--seq 5 4", folder =>
+        // Each is seen before anything is computed, whatever the number of batches before it.
+        yield return new("choices longer than --seq", eval.Replace("-t 32", "-t 4"), 2, "bad.bin --seq 5 4", folder =>
             Folders.WriteChoices(folder["bad.bin"], 2));
+        yield return new("choices longer than the model's longest sequence", eval.Replace("-t 32", "-t 4")
+            .Replace("model.bin", "short.bin"), 2, "bad.bin at most 4 tokens (the model's longest sequence), found 5",
+            folder => {
+                Folders.WriteModel(folder["short.bin"], 4, 211, 1, 3, 48, 256);
+                Folders.WriteChoices(folder["bad.bin"], 2);
+            });
     }
 
     // ---- Checkpoints: a run of two steps, to be resumed
@@ -294,8 +301,8 @@ public partial class BadInputTests {
                 CopyRun(folder);
                 Folders.WriteModel(folder["other.bin"], 32, 211, 1, 3, 48, 256);
             });
-        yield return new("resuming with another batch size", $"{Resume} -b 3", 2, "--total-batch 42 63", CopyRun);
-        yield return new("resuming with another sequence length", $"{Resume} -t 20", 1, $"{State} 20 42", CopyRun);
+        yield return new("resuming with another batch size", $"{Resume} -b 3", 2, "--batch 3 --total-batch 42", CopyRun);
+        yield return new("resuming with another sequence length", $"{Resume} -t 20", 2, "--seq 20 --total-batch 42", CopyRun);
         yield return new("resuming with --no-shuffle", $"{Resume} --no-shuffle", 1, $"{State} shuffle", CopyRun);
         yield return new("resuming with --overfit", $"{Resume} --overfit", 1, $"{State} shuffle", CopyRun);
         yield return new("resuming with more shards", $"{Resume} -i *a*n.bin", 1, $"{State} shards 2 1", folder => {
@@ -320,7 +327,7 @@ public partial class BadInputTests {
             train -t --seq 0 -21 33
             train -d --total-batch -42 41 43 63
             train -x --max-steps 0 -1
-            train -l --lr 0 -1 NaN Infinity
+            train -l --lr 0 -1 NaN Infinity 1e39
             train -u --warmup -1
             train -q --final-lr-frac -0.1 1.1 NaN
             train -c --weight-decay -1 NaN Infinity
@@ -332,6 +339,9 @@ public partial class BadInputTests {
             train --keep --keep 0 -1
             train -r --recompute -1 3
             train --skip-outliers --skip-outliers -1 NaN Infinity
+            train -z --zero 2
+            train --gpus --gpus 0 -1
+            train --timeout --timeout 0 1000001
             train --precision --precision bf16
             sample -n --tokens 0 -1
             sample --temperature --temperature -1 NaN
@@ -358,15 +368,15 @@ public partial class BadInputTests {
         }
         // Values that are none at all, and then nothing in their place.
         const string unreadable = """
-            train batch x 1.5 '' 99999999999
+            train batch x 1.5 '' 99999999999 1,000 0x10 4_0
             train seq x
             train total-batch x
-            train max-steps 1e3
-            train lr x
+            train max-steps 1e3 1,0
+            train lr x 0,001 1e-3,5 0.001f
             train warmup x
-            train final-lr-frac x
-            train weight-decay x
-            train schedule cos 7 ''
+            train final-lr-frac x 0,1
+            train weight-decay x 0,1
+            train schedule cos 7 0 ''
             train val-every x
             train val-batches x
             train sample-every x
@@ -374,26 +384,43 @@ public partial class BadInputTests {
             train checkpoint-every x
             train keep x
             train recompute x
+            train skip-outliers x 1,5
             train seed -1 x 4294967296
-            train device tpu 9
+            train gpus x
+            train zero x
+            train timeout x
+            train device tpu 9 0
+            train precision fp16 1
+            train out '' -b
+            train train-data '' -j
+            train val-data ''
+            train init ''
+            sample init '' -n
             sample tokens x
-            sample temperature x
-            sample top-k x
-            sample top-p x
+            sample temperature x 0,7
+            sample top-k x 1,0
+            sample top-p x 0,9
             sample num x
             sample seed -1
-            sample prompt-ids x 1,x 1,,2 '' [1
+            sample prompt-ids x 1,x 1,,2 '' [1 [1,2] 1;2 1.5,2
             eval val-batches x
+            eval val-data ''
+            eval hellaswag ''
+            eval gpus x
+            verify state '' -e
+            tokenize out ''
+            tokenize val-tokens x 1,000
             bench steps x
             """;
         foreach (var line in unreadable.Split('\n')) {
             var fields = line.Split(' ');
-            var (command, option) = (fields[0], fields[1]);
-            // The parser calls an option by its parameter, in which --top-k is topk.
-            var word = option.Split('-')[0];
-            foreach (var value in fields[2..])
-                yield return new($"{command} --{option} {value}", Full(command, $"--{option} {value}"), 2, word);
-            yield return new($"{command} --{option} without a value", Full(command, $"--{option}"), 2, word);
+            var (command, option) = (fields[0], $"--{fields[1]}");
+            foreach (var value in fields[2..]) {
+                yield return new($"{command} {option} {value}", Full(command, $"{option} {value}"), 2,
+                    $"gpt2: {option}: expected found '{value.Trim('\'')}'", WriteText);
+            }
+            yield return new($"{command} {option} without a value", $"{Full(command, "")}{option}", 2,
+                $"gpt2: {option}: expected found nothing", WriteText);
         }
 
         static string Full(string command, string option) => command switch {
@@ -401,32 +428,50 @@ public partial class BadInputTests {
             "sample" => $"{Sample} {option}",
             "eval" => $"{Eval} {option}",
             "bench" => $"{Bench} {option}",
-            // Files come last.
-            _ => $"tokenize -o new {option} text.txt",
+            "verify" => $"verify -e model.bin {option}",
+            _ => $"tokenize text.txt -o new {option}",
         };
     }
 
     static IEnumerable<BadInput> Usage() => [
-        new("unknown command", "trian -b 4", 2, "trian"),
-        new("unknown option", $"{Train} --frobnicate", 2, "--frobnicate"),
-        new("option of another command", $"{Train} --temperature 3", 2, "--temperature"),
-        new("a word too many", $"{Train} more", 2, "more"),
-        new("a word after --", $"{Train} -- more", 2, "--"),
-        new("sample without a model", "sample -n 3", 2, "init"),
-        new("eval without a model", "eval -j val.bin", 2, "init"),
-        new("verify without a state", "verify -e model.bin", 2, "state"),
-        new("tokenize without a prefix", "tokenize text.txt", 2, "out", WriteText),
+        new("unknown command", "trian -b 4", 2, "COMMAND gpt2 --help 'trian'"),
+        new("help about an unknown command", "help trian", 2, "COMMAND gpt2 --help 'trian'"),
+        new("an option in place of a command", "-e model.bin", 2, "COMMAND gpt2 --help '-e'"),
+        new("an empty command", "''", 2, "COMMAND gpt2 --help ''"),
+        new("unknown option", $"{Train} --frobnicate", 2, "gpt2 train --help '--frobnicate'"),
+        new("unknown option of tokenize", "tokenize -o new --frobnicate text.txt", 2, "'--frobnicate'", WriteText),
+        new("unknown option with a value", $"{Train} --frobnicate=3", 2, "gpt2 train --help '--frobnicate=3'"),
+        new("short option with =", $"{Train} -b=4", 2, "gpt2 train --help '-b=4'"),
+        new("option of another command", $"{Train} --temperature 3", 2, "gpt2 train --help '--temperature'"),
+        new("a flag's value", $"{Train} --resume=no", 2, "--resume expected found 'no'"),
+        new("a bad value after =", $"{Train} --lr=0,1", 2, "--lr expected found '0,1'"),
+        new("no value after =", $"{Train} --out=", 2, "--out expected found ''"),
+        new("a word too many", $"{Train} more", 2, "gpt2 train --help 'more'"),
+        new("an empty word", $"{Train} ''", 2, "gpt2 train --help ''"),
+        new("a pattern that the shell took", $"{Train} -i a_train.bin b_train.bin", 2, "quote patterns 'b_train.bin'"),
+        new("a text of two words", "sample -e model.bin -p Hello world", 2, "quote texts 'world'"),
+        new("a word after --", $"{Train} -- more", 2, "gpt2 train --help '--'"),
+        new("a text after --", "tokenize -o new -- text.txt", 2, "gpt2 tokenize --help '--'", WriteText),
+        new("an empty name of a text", "tokenize -o new ''", 2, "gpt2 tokenize --help ''"),
+        new("sample without a model", "sample -n 3", 2, "sample --init"),
+        new("eval without a model", "eval -j val.bin", 2, "eval --init"),
+        new("verify without a state", "verify -e model.bin", 2, "verify --state"),
+        new("tokenize without a prefix", "tokenize text.txt", 2, "tokenize --out", WriteText),
         new("tokenize without a text", "tokenize -o new", 2, "FILE"),
-        new("empty name of a model", "sample -e '' --prompt-ids 1", 1, "expected model"),
         new("unknown descriptor", $"train {Data} -o out -e d7", 2, "--init d6 d48 d7"),
+        // A batch of 2^27 x 32 tokens wraps around to none.
+        new("2^32 tokens, eval", "eval -e model.bin -j val.bin -b 134217728", 2, "--batch 67108863 32 134217728"),
+        new("2^32 tokens, train", $"{Train} -t 32 -b 134217728", 2, "--batch 67108863 32 134217728"),
+        new("2^32 tokens, bench", "bench -e model.bin -t 32 -b 134217728", 2, "--batch 67108863 32 134217728"),
         new("--device cuda without kernels", $"{Train} --device cuda", 1, "--device cuda expected found"),
         new("--device cuda without kernels, sample", $"{Sample} --device cuda", 1, "--device cuda expected found"),
         new("prompt and ids", $"{Sample} -p text", 2, "--prompt-ids --prompt"),
         new("prompt for another vocabulary", "sample -e model.bin -p text", 1, "model.bin 50257 211 --prompt-ids"),
         new("no prompt for another vocabulary", "sample -e model.bin", 1, "model.bin 50257 211 --prompt-ids"),
-        new("id out of range", "sample -e model.bin --prompt-ids 1,211", 2, "--prompt-ids 210 211"),
-        new("negative id", "sample -e model.bin --prompt-ids 1,-1", 2, "--prompt-ids 210 -1"),
-        new("prompt longer than the context", Sample + string.Concat(Enumerable.Repeat(",1", 32)), 2, "prompt 32 33"),
+        new("id out of range", "sample -e model.bin --prompt-ids 1,211", 2, "--prompt-ids 210 found 211"),
+        new("negative id", "sample -e model.bin --prompt-ids 1,-1", 2, "--prompt-ids 210 found -1"),
+        new("more ids than the context has", Sample + string.Concat(Enumerable.Repeat(",1", 32)), 2,
+            "gpt2: --prompt-ids: 32 33"),
         new("more memory than there is", "bench -e model.bin -b 60000000 -t 32 -x 1", 1, "memory expected found"),
     ];
 
@@ -438,18 +483,32 @@ public partial class BadInputTests {
             $"{Eval} --hellaswag bad", "eval -e model.bin -b 2 -t 21 -j bad", "tokenize -o new bad",
         ];
         foreach (var command in commands) {
-            BadInput Bad(string what, Action<TemporaryFolder>? prepare) =>
-                new($"{what}: {command}", command, 1, "bad", prepare);
-            yield return Bad("no such file", null);
-            yield return Bad("a directory", folder => Directory.CreateDirectory(folder["bad"]));
-            yield return Bad("a dangling link", folder => File.CreateSymbolicLink(folder["bad"], "nowhere"));
-            yield return Bad("a link to itself", folder => File.CreateSymbolicLink(folder["bad"], "bad"));
-            yield return Bad("a device", folder => File.CreateSymbolicLink(folder["bad"], "/dev/null"));
+            BadInput Bad(string what, string found, Action<TemporaryFolder>? prepare) =>
+                new($"{what}: {command}", command, 1, $"bad expected found {found}", prepare);
+            yield return Bad("no such file", "none", null);
+            yield return Bad("a directory", "", folder => Directory.CreateDirectory(folder["bad"]));
+            yield return Bad("a dangling link", "none", folder => File.CreateSymbolicLink(folder["bad"], "nowhere"));
+            yield return Bad("a link to itself", "", folder => File.CreateSymbolicLink(folder["bad"], "bad"));
+            yield return Bad("a device", "", folder => File.CreateSymbolicLink(folder["bad"], "/dev/null"));
         }
+        const string noCheckpoint = "sub expected a folder with complete checkpoint found none";
+        (string Command, string Words)[] folders = [
+            ("sample --prompt-ids 1 -e sub", noCheckpoint), ("eval -j val.bin -e sub", noCheckpoint),
+            ("verify --state state.bin -e sub", noCheckpoint), ("bench -t 21 -e sub", noCheckpoint),
+            ($"train {Data} -o out -e sub", noCheckpoint), ("verify -e model.bin --state sub", "found a folder"),
+            ($"{Eval} --hellaswag sub", "found a folder"), ("tokenize -o new sub", "found a folder"),
+            ($"{Train} -i sub", "sub/*train*.bin: shards"), ($"{Train} -j sub", "sub/*val*.bin: shards"),
+        ];
+        foreach (var (command, words) in folders) {
+            yield return new($"a folder: {command}", command, 1, words, folder =>
+                Directory.CreateDirectory(folder["sub"]));
+        }
+        yield return new("a name that is too long", $"sample --prompt-ids 1 -e {new string('a', 300)}", 1,
+            "aaa: expected to use it, found: the too long");
         // Standard input is a closed pipe here.
         yield return new("a pipe", "sample --prompt-ids 1 -e /dev/stdin", 1, "/dev/stdin expected found");
         foreach (var options in (string[])["-o val.bin", "-o val.bin/out", "-v 0 -o val.bin/out"])
-            yield return new($"a file in the way of {options}", $"{Train} {options}", 1, "val.bin");
+            yield return new($"a file in the way of {options}", $"{Train} {options}", 1, "val.bin expected found");
     }
 
     static IEnumerable<BadInput> Texts() {
@@ -478,7 +537,8 @@ public partial class BadInputTests {
                 WriteText(folder);
                 File.WriteAllText(folder["old_train_000001.bin"], "");
             });
-        yield return new("prefix in a file", "tokenize -o val.bin/new text.txt", 1, "val.bin", WriteText);
+        yield return new("prefix in a file", "tokenize -o val.bin/new text.txt", 1,
+            "val.bin expected a folder, found a file", WriteText);
     }
 
     // ---- What goes on after a failure, or goes beyond one
@@ -532,7 +592,7 @@ public partial class BadInputTests {
             var result = await Gpt2Process.RunIn($"shift; exec {user}./gpt2 \"$@\"", folder.Path, command);
             await Assert.That(result.ExitCode).IsEqualTo(1).Because($"{command}: {result}");
             await Assert.That(result.Sentences).Count().IsEqualTo(1).Because($"{command}: {result}");
-            await Assert.That(result.Sentences[0]).StartsWith("gpt2: ").And.Contains(name);
+            await Assert.That(result.Sentences[0]).StartsWith("gpt2: ").And.Contains(name).And.Contains("permission");
         }
         File.SetUnixFileMode(folder["locked"], read | enter | UnixFileMode.UserWrite);
     }

@@ -127,6 +127,23 @@ public partial class BinaryTests {
     }
 
     [Test]
+    public async Task Multiple_choices_need_no_shards() {
+        using var folder = Folders.Goldens();
+        const string eval = "eval -e model.bin -b 2 --hellaswag choices.bin";
+        var alone = await Gpt2Process.Succeed(folder.Path, eval);
+        await Assert.That(alone.Output).Matches(@"^accuracy \d\.\d{4} \| 2 examples\n$");
+        await Assert.That(alone.Error).IsEmpty();
+        // Where the default's shards are, or some were asked for, the loss comes first.
+        Directory.CreateDirectory(folder["data"]);
+        File.Copy(folder["val.bin"], folder["data/text_val_000000.bin"]);
+        foreach (var option in (string[])["", " -j val.bin"]) {
+            var both = await Gpt2Process.Succeed(folder.Path, eval + option);
+            await Assert.That(both.Lines[0]).Matches(@"^loss \d\.\d{6} \| perplexity .* tokens$");
+            await Assert.That(both.Output).EndsWith($"\n{alone.Output}");
+        }
+    }
+
+    [Test]
     public async Task Verify_tells_a_right_model_from_a_wrong_one() {
         using var folder = Folders.Goldens();
         var right = await Gpt2Process.Succeed(folder.Path, "verify -e model.bin --state state.bin");
@@ -192,6 +209,119 @@ public partial class BinaryTests {
     }
 
     [Test]
+    // A value after = or in the next word; what is given last counts, as in make's ARGS; capitals are the same.
+    [Arguments("-n 4 --seed 7 --top-k 5", "--tokens=4 --seed=7 --top-k=5", "--seed 7 --TOP-K 5 -n 9 -n 4",
+        "--num 3 --seed 1 -n 4 --seed=7 --topk 5 --num=1", "-n +4 --seed 7 --top-k 5 --top-p 1e0 --temperature 1.")]
+    public async Task Options_are_written_in_several_ways(string first, params string[] others) {
+        using var folder = Folders.Goldens();
+        const string sample = "sample -e model.bin --prompt-ids 1,2,3";
+        var expected = await Gpt2Process.Succeed(folder.Path, $"{sample} {first}");
+        await Assert.That(expected.Output).Matches(@"^1 2 3( \d+){4}\n$");
+        foreach (var options in others)
+            await Assert.That((await Gpt2Process.Succeed(folder.Path, $"{sample} {options}")).Output)
+                .IsEqualTo(expected.Output).Because(options);
+    }
+
+    [Test]
+    public async Task Options_stand_before_and_after_files() {
+        using var folder = new TemporaryFolder();
+        File.WriteAllText(folder["a.txt"], "Once upon a time");
+        File.WriteAllText(folder["b.txt"], "there were two");
+        string[] orders = [
+            "-o NAME --val-tokens 2 a.txt b.txt", "a.txt b.txt -o NAME --val-tokens 2",
+            "a.txt --val-tokens=2 b.txt --verbose --out=NAME",
+        ];
+        foreach (var (i, order) in orders.Index()) {
+            await Gpt2Process.Succeed(folder.Path, $"tokenize {order.Replace("NAME", $"text{i}")}");
+            foreach (var shard in (string[])["val_000000", "train_000001"]) {
+                await Assert.That(File.ReadAllBytes(folder[$"text{i}_{shard}.bin"]).AsSpan()
+                    .SequenceEqual(File.ReadAllBytes(folder[$"text0_{shard}.bin"]))).IsTrue().Because(order);
+            }
+        }
+    }
+
+    [Test]
+    [Arguments("help", "--help")]
+    [Arguments("", "--help")]
+    [Arguments("-h", "--help")]
+    [Arguments("help train", "train --help")]
+    [Arguments("train -b 4 -h", "train --help")]
+    [Arguments("tokenize a.txt --help", "tokenize --help")]
+    [Arguments("train --version", "--version")]
+    public async Task Help_can_be_asked_for_in_several_ways(string command, string other) {
+        using var folder = new TemporaryFolder();
+        var expected = await Gpt2Process.Succeed(folder.Path, other);
+        var found = await Gpt2Process.Succeed(folder.Path, [.. command.Split(' ').Where(word => word != "")]);
+        await Assert.That(found.Output).IsEqualTo(expected.Output).And.IsNotEmpty();
+        await Assert.That(found.Error).IsEmpty();
+    }
+
+    [Test]
+    public async Task A_prompt_is_any_text() {
+        using var folder = new TemporaryFolder();
+        Folders.WriteModel(folder["model.bin"], 32, 50257, 1, 1, 8, 50304);
+        const string sample = "sample -e model.bin -n 2 --seed 5";
+        string[] prompts = ["--", "-h", "--help", "-n", "-5 degrees", "--seed=7", "@model.bin", "a=b", "", "caf\u00e9"];
+        foreach (var prompt in prompts) {
+            var one = await Gpt2Process.Succeed(folder.Path, [.. sample.Split(' '), "-p", prompt]);
+            var two = await Gpt2Process.Succeed(folder.Path, [.. sample.Split(' '), $"--prompt={prompt}"]);
+            await Assert.That(one.Output).StartsWith(prompt).And.IsEqualTo(two.Output);
+            // The same on standard input, without the end of its last line.
+            File.WriteAllText(folder["prompt.txt"], $"{prompt}\n");
+            var piped = await Gpt2Process.RunIn("cat prompt.txt | \"$@\"", folder.Path, $"{sample} -p -");
+            await Assert.That(piped.Output).IsEqualTo(one.Output).Because(piped.ToString());
+        }
+        File.WriteAllBytes(folder["prompt.txt"], [.. "good"u8, 0xff, .. "bad"u8]);
+        var bad = await Gpt2Process.RunIn("exec \"$@\" <prompt.txt", folder.Path, $"{sample} -p -");
+        await Assert.That(bad.ExitCode).IsEqualTo(1).Because(bad.ToString());
+        await Assert.That(bad.Sentences.Single()).Contains("--prompt").And.Contains("UTF-8");
+        var tooLong = await Gpt2Process.RunIn("seq 100 | \"$@\"", folder.Path, $"{sample} -p -");
+        await Assert.That(tooLong.ExitCode).IsEqualTo(2).Because(tooLong.ToString());
+        await Assert.That(tooLong.Sentences.Single()).StartsWith("gpt2: --prompt: expected at most 32 tokens");
+    }
+
+    [Test]
+    public async Task A_folder_stands_for_its_newest_checkpoint_and_its_shards() {
+        using var folder = Folders.Goldens();
+        await Gpt2Process.Succeed(folder.Path, $"{TenSteps} -x 3 -n 1 --keep 3");
+        // The third was never completed, and a fourth is just being written.
+        File.Delete(folder["out/DONE_00000003"]);
+        File.WriteAllText(folder["out/DONE_00000004.tmp"], "");
+        string[] commands = [
+            "sample --prompt-ids 1,2 -n 4 -e", "eval -j val.bin -e", "verify --state state.bin -e",
+            $"{TenSteps.Replace("-o out", "-o new")} -e",
+        ];
+        foreach (var command in commands) {
+            var outputs = new List<string>();
+            foreach (var init in (string[])["out/model_00000002.bin", "out", "out/"]) {
+                if (Directory.Exists(folder["new"]))
+                    Directory.Delete(folder["new"], recursive: true);
+                outputs.Add(Untimed(await Gpt2Process.Run(folder.Path, $"{command} {init}")));
+            }
+            await Assert.That(outputs[0]).IsNotEmpty();
+            await Assert.That(outputs.Distinct()).Count().IsEqualTo(1).Because(command);
+        }
+        var timed = await Gpt2Process.Succeed(folder.Path, "bench -b 1 -t 21 -x 1 -e out");
+        await Assert.That(timed.Output).Contains("2 layers, 3 heads, 48 channels");
+
+        Directory.CreateDirectory(folder["shards"]);
+        foreach (var name in (string[])["b_train_1", "a_train_2", "a_val_0", "other"]) {
+            var source = name.Contains("train") ? "train.bin" : "val.bin";
+            File.Copy(folder[source], folder[$"shards/{name}.bin"]);
+        }
+        var steps = $"{TenSteps.Replace("-i train.bin -j val.bin ", "").Replace("-o out", "-x 3 -o")}";
+        var files = await Gpt2Process.Succeed(
+            folder.Path, $"{steps} one -i shards/?_train_?.bin -j shards/a_val_0.bin");
+        var whole = await Gpt2Process.Succeed(folder.Path, $"{steps} two -i shards -j shards/");
+        await Assert.That(Untimed(whole)).IsEqualTo(Untimed(files));
+        await Assert.That(whole.Error).Contains("8000 tokens");
+
+        // Without what differs from run to run.
+        static string Untimed(Result result) =>
+            Regex.Replace(result.Output, @"\| \d+\.\d+ ms \| .*", "");
+    }
+
+    [Test]
     [Arguments("train", "-i,--train-data -j,--val-data -e,--init -o,--out -b,--batch -t,--seq -d,--total-batch " +
         "-x,--max-steps -l,--lr -u,--warmup -q,--final-lr-frac -c,--weight-decay -k,--schedule -v,--val-every " +
         "-m,--val-batches -s,--sample-every -g,--gen-tokens -n,--checkpoint-every --keep -y,--resume -r,--recompute " +
@@ -215,6 +345,11 @@ public partial class BinaryTests {
             await Assert.That(help.Lines.Count(line.IsMatch)).IsEqualTo(1).Because($"{command} {option}");
         }
         await Assert.That(help.Error).IsEmpty();
+        // The program reads them there: the range of a number, and the values of an enumeration.
+        foreach (var line in help.Lines.Where(line => Regex.IsMatch(line, @" <(int|float)\??> ")))
+            await Assert.That(line).Matches(@"\((0 or 1|(above )?\d+ (or more|to \d+|and up to \d+)|above 0)\)");
+        foreach (var line in help.Lines.Where(line => Regex.IsMatch(line, " <[A-Z]")))
+            await Assert.That(line).Matches(@"( |: )\w+(, \w+)* or \w+\. ");
     }
 
     [Test]
@@ -326,7 +461,7 @@ public partial class BinaryTests {
         await Assert.That((await Sample("", "--temperature", "0")).ExitCode).IsEqualTo(0);
         var tooLong = await Sample(string.Concat(Enumerable.Repeat("a ", 1100)));
         await Assert.That(tooLong.ExitCode).IsEqualTo(2);
-        await Assert.That(tooLong.Sentences.Single()).Contains("prompt").And.Contains("1024");
+        await Assert.That(tooLong.Sentences.Single()).StartsWith("gpt2: --prompt: ").And.Contains("1024");
 
         Task<Result> Sample(string text, params string[] options) => Gpt2Process.Run(
             folder.Path, ["sample", "-e", "out/model_00000001.bin", "-n", "3", "-p", text, .. options]);

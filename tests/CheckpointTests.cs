@@ -224,7 +224,8 @@ public partial class CheckpointTests {
     public async Task A_second_signal_ends_it_at_once() {
         using var folder = Folders.Inputs();
         Support.WriteShard(folder["val.bin"], [.. Support.Tokens(1, 1_000_000, 211).Select(token => (ushort)token)]);
-        using var stopped = Gpt2Process.Start(folder.Path, $"{Train} -x 1000 -n 1 -v 2 -m 31000 -o part");
+        await Gpt2Process.Succeed(folder.Path, $"{Train} -x 1 -v 0 -o part");
+        using var stopped = Gpt2Process.Start(folder.Path, $"{Train} -x 1000 -n 0 -v 2 -m 31000 -o part -y");
         await stopped.ReadToStep(2);
         // A launcher passes on what the terminal has sent already: two within a second are one.
         foreach (var milliseconds in (int[])[50, 50, 1100]) {
@@ -232,7 +233,7 @@ public partial class CheckpointTests {
             stopped.Signal(Gpt2Process.Terminate);
         }
         await Assert.That((await stopped.End()).ExitCode).IsEqualTo(128 + Gpt2Process.Terminate);
-        var resumed = await Gpt2Process.Succeed(folder.Path, $"{Train} -x 4 -n 1 -v 0 -o part -y");
+        var resumed = await Gpt2Process.Succeed(folder.Path, $"{Train} -x 4 -n 1 -v 0 -m 1 -o part -y");
         await Assert.That(FirstStep(resumed.Lines)).IsEqualTo(2);
     }
 

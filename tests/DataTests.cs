@@ -350,9 +350,12 @@ public class TokenLoaderTests {
         foreach (var (name, count) in ((string, int)[])[("a", 10), ("b", 3), ("c", 14)])
             WriteShard(folder[$"{name}.bin"], new ushort[count]);
         using var shards = new TokenShards(folder["*.bin"], 1);
-        await Same(shards.Rows(3, 1), [(0, 0), (0, 3), (0, 6), (2, 0), (2, 3), (2, 6), (2, 9)]);
-        await Same(shards.Rows(3, 2), [(0, 0), (0, 3), (2, 0), (2, 3), (2, 6), (2, 9)]);
-        await Assert.That(() => shards.Rows(7, 2)).Throws<Gpt2Exception>();
+        (int, long)[] all = [(0, 0), (0, 3), (0, 6), (2, 0), (2, 3), (2, 6), (2, 9)], pairs = [.. all[..2], .. all[3..]];
+        await Same(shards.Rows(3, 2, 0), all);
+        await Same(shards.Rows(3, 2, 0, rows: 4), all[..4]);
+        await Same(shards.Rows(3, 2, 2), pairs[..4]);
+        await Same(shards.Rows(3, 2, int.MaxValue), pairs);
+        await Assert.That(() => shards.Rows(7, 2, 1)).Throws<Gpt2Exception>();
     }
 
     [Test]

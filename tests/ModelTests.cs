@@ -313,7 +313,7 @@ public abstract class ModelTests(DeviceUnderTest deviceUnderTest) : IDisposable 
         ushort[] tokens = [.. Tokens(7, 3 * B * T + 1, Small.V).Select(token => (ushort)token)];
         WriteShard(folder["val.bin"], tokens);
         using var shards = new TokenShards(folder["val.bin"], Small.V);
-        var rows = shards.Rows(T, 1).ToArray();
+        var rows = shards.Rows(T, 1, 0);
         var model = RandomModel(Small, B, T, Purpose.Evaluate);
         double[] losses = [.. Enumerable.Range(0, 3).Select(i => {
             for (var j = 0; j < B * T; j++)

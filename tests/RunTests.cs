@@ -57,7 +57,7 @@ public partial class RunTests {
             var model = new Model(config, cpu, 2, 7, Purpose.Evaluate);
             model.Load(file);
             using var shards = new TokenShards(folder["val.bin"], config.V);
-            losses[collective.Rank] = Trainer.Evaluate(model, shards, [.. shards.Rows(7, 1)], collective);
+            losses[collective.Rank] = Trainer.Evaluate(model, shards, shards.Rows(7, 1, 0), collective);
         });
         var alone = await Gpt2Process.Succeed(folder.Path, "eval -e model.bin -j val.bin -b 1 -t 7");
         foreach (var loss in losses)
@@ -136,12 +136,12 @@ public partial class RunTests {
         await Gpt2Process.Succeed(folder.Path, $"{Train} -l 3e-3 -x 4 -k linear -o out");
         var resumed = await Gpt2Process.Succeed(folder.Path, "train -y -o out -x 8 --lr=0.001 -k linear");
         await Assert.That(resumed.Error.Split('\n').Where(line => line.StartsWith("changed"))).Count().IsEqualTo(1);
-        await Assert.That(resumed.Error).Contains("changed --max-steps from 4 to 8, --lr from 0.003 to 0.001\n");
+        await Assert.That(resumed.Error).Contains("changed --max-steps 4, --lr 0.003 to --max-steps 8, --lr 0.001\n");
         await Assert.That(File.ReadAllText(InRun(folder, "settings.txt"))).Contains("--lr 0.001\n")
             .And.Contains("--total-batch 96\n");
         // And so it stays.
         var again = await Gpt2Process.Succeed(folder.Path, "train -y -o out -x 9");
-        await Assert.That(again.Error).Contains("changed --max-steps from 8 to 9\n");
+        await Assert.That(again.Error).Contains("changed --max-steps 8 to --max-steps 9\n");
     }
 
     [Test]
