@@ -1,7 +1,8 @@
 // The kernels of the GPU backend, in the order of the operations in Model.cs and Cuda.cs. The file is compiled twice,
 // for bf16 and (-DFP32) for fp32: floatX is the type of weights and activations. Sums and statistics are fp32, and no
 // result depends on the order in which blocks run. Columns are multiples of 8: a thread moves eight elements at a
-// time, in loads and stores of 128 bits.
+// time, in loads and stores of 128 bits. nvcc unrolls loops of a constant length by itself; a pragma stands where it
+// does not.
 #include <cuda.h>
 #include <cuda_bf16.h>
 #include <stdint.h>
@@ -41,7 +42,6 @@ __device__ Pack load(const __nv_bfloat16* from) {
     uint4 bits = *(const uint4*)from;
     uint32_t pairs[4] = {bits.x, bits.y, bits.z, bits.w};
     Pack pack;
-#pragma unroll
     for (int i = 0; i < 4; i++) {
         pack.x[2 * i] = __uint_as_float(pairs[i] << 16);
         pack.x[2 * i + 1] = __uint_as_float(pairs[i] & 0xffff0000);
@@ -66,14 +66,12 @@ __device__ void store(__nv_bfloat16* to, Pack pack) {
 }
 
 __device__ Pack operator+(Pack a, Pack b) {
-#pragma unroll
     for (int i = 0; i < Width; i++)
         a.x[i] += b.x[i];
     return a;
 }
 
 __device__ Pack operator*(Pack a, Pack b) {
-#pragma unroll
     for (int i = 0; i < Width; i++)
         a.x[i] *= b.x[i];
     return a;
@@ -85,7 +83,6 @@ __device__ float sum(Pack a) {
 
 // (x - mean) * rstd
 __device__ Pack normalize(Pack x, float mean, float rstd) {
-#pragma unroll
     for (int i = 0; i < Width; i++)
         x.x[i] = (x.x[i] - mean) * rstd;
     return x;
@@ -93,7 +90,6 @@ __device__ Pack normalize(Pack x, float mean, float rstd) {
 
 // a = x from element first on.
 __device__ void fill(Pack& a, int first, float x) {
-#pragma unroll
     for (int i = 0; i < Width; i++)
         a.x[i] = i < first ? a.x[i] : x;
 }
@@ -107,7 +103,6 @@ __device__ void cp_async(uint32_t to, const void* from, bool inside) {
 }
 
 __device__ float warp_sum(float x) {
-#pragma unroll
     for (int lane = Warp / 2; lane > 0; lane /= 2)
         x += __shfl_xor_sync(~0u, x, lane);
     return x;
@@ -116,9 +111,7 @@ __device__ float warp_sum(float x) {
 // Sums over the lanes that are so far apart.
 template <int Stride>
 __device__ Pack sum_lanes(Pack a) {
-#pragma unroll
     for (int i = 0; i < Width; i++) {
-#pragma unroll
         for (int lane = Stride; lane < Warp; lane *= 2)
             a.x[i] += __shfl_xor_sync(~0u, a.x[i], lane);
     }
@@ -126,7 +119,6 @@ __device__ Pack sum_lanes(Pack a) {
 }
 
 __device__ float warp_max(float x) {
-#pragma unroll
     for (int lane = Warp / 2; lane > 0; lane /= 2)
         x = fmaxf(x, __shfl_xor_sync(~0u, x, lane));
     return x;
@@ -249,7 +241,6 @@ KERNEL __launch_bounds__(NormBackwardThreads) layer_norm_backward(const floatX* 
         float2 statistics;
     } own[Together], next[Together];
     auto load_next = [&](int first) {
-#pragma unroll
         for (int r = 0; r < Together; r++) {
             int row = min(first + r, rows - 1);
             int64_t at = (int64_t)row * C + (inside ? c : 0);
@@ -258,7 +249,6 @@ KERNEL __launch_bounds__(NormBackwardThreads) layer_norm_backward(const floatX* 
     };
     load_next(first);
     for (; first < rows; first += step, turn ^= 1) {
-#pragma unroll
         for (int r = 0; r < Together; r++) {
             own[r] = next[r];
             if (!inside || first + r >= rows)
@@ -266,7 +256,6 @@ KERNEL __launch_bounds__(NormBackwardThreads) layer_norm_backward(const floatX* 
         }
         load_next(first + step);
         // With g = dy·w and the normalized input z: dx = rstd·(g − mean(g) − z·mean(g·z)).
-#pragma unroll
         for (int r = 0; r < Together; r++) {
             Pack z = normalize(load(own[r].x.x), own[r].statistics.x, own[r].statistics.y), dout = load(own[r].dy.x);
             Pack g = dout * load(weights.x);
@@ -286,7 +275,6 @@ KERNEL __launch_bounds__(NormBackwardThreads) layer_norm_backward(const floatX* 
             }
             Pack z = normalize(load(own[r].x.x), own[r].statistics.x, rstd), g = load(own[r].dy.x) * load(weights.x);
             Pack result = load(own[r].dx.x);
-#pragma unroll
             for (int i = 0; i < Width; i++)
                 result.x[i] += rstd * (g.x[i] - mean_g - z.x[i] * mean_gz);
             if (inside && first + r < rows) {
@@ -300,7 +288,6 @@ KERNEL __launch_bounds__(NormBackwardThreads) layer_norm_backward(const floatX* 
     for (int i = 0; i < groups; i++) {
         __syncthreads();
         Pack all[3] = {db, dw, dbias};
-#pragma unroll
         for (int k = 0; k < 3; k++) {
             float* at = i < groups - 1 ? total + k * C + c : partial + ((int64_t)k * gridDim.x + blockIdx.x) * C + c;
             if (group == i && inside && k < sums)
@@ -343,7 +330,6 @@ KERNEL gelu(const floatX* x, floatX* y, int64_t count) {
     if (i >= count)
         return;
     Pack value = load(x + i);
-#pragma unroll
     for (int j = 0; j < Width; j++)
         value.x[j] *= gelu_gate(value.x[j]);
     store(y + i, value);
@@ -355,7 +341,6 @@ KERNEL gelu_backward(const floatX* x, floatX* dx, int64_t count) {
     if (i >= count)
         return;
     Pack value = load(x + i);
-#pragma unroll
     for (int j = 0; j < Width; j++)
         value.x[j] = gelu_slope(value.x[j]);
     store(dx + i, load(dx + i) * value);
@@ -372,7 +357,6 @@ struct Head {
     __device__ Head() : x() { }
 
     __device__ Head(const floatX* from, int HS) : x() {
-#pragma unroll
         for (int j = 0; j < LargestHead / Warp; j++) {
             if (int i = j * Warp + threadIdx.x % Warp; i < HS)
                 x[j] = from[i];
@@ -380,7 +364,6 @@ struct Head {
     }
 
     __device__ void add(float factor, const Head& other) {
-#pragma unroll
         for (int j = 0; j < LargestHead / Warp; j++)
             x[j] += factor * other.x[j];
     }
@@ -388,7 +371,6 @@ struct Head {
 
 __device__ float dot(const Head& a, const Head& b) {
     float total = 0;
-#pragma unroll
     for (int j = 0; j < LargestHead / Warp; j++)
         total += a.x[j] * b.x[j];
     return warp_sum(total);
@@ -398,7 +380,6 @@ __device__ float dot(const Head& a, const Head& b) {
 __device__ void combine(const Head& own, float factor, floatX* to, int HS) {
     __shared__ float all[HeadWarps][LargestHead];
     __syncthreads();
-#pragma unroll
     for (int j = 0; j < LargestHead / Warp; j++)
         all[threadIdx.x / Warp][j * Warp + threadIdx.x % Warp] = factor * own.x[j];
     __syncthreads();
@@ -496,9 +477,7 @@ typedef uint32_t Fragments[4][4]; // (16, 64) of a warp in bf16
 // body(j, i) for each of a thread's accumulators.
 template <typename Body>
 __device__ void each(Body body) {
-#pragma unroll
     for (int j = 0; j < 8; j++) {
-#pragma unroll
         for (int i = 0; i < 4; i++)
             body(j, i);
     }
@@ -570,7 +549,6 @@ struct Rows {
             int row = threadIdx.x / 8, step = FlashThreads / 8, stride = heads * HS;
             uint32_t to = chunk(tiles, row, threadIdx.x % 8);
             const floatX* at = from + (int64_t)(first + row) * stride + threadIdx.x % 8 * Width;
-#pragma unroll
             for (int i = 0; i < Count; i += step)
                 cp_async(to + i * 128, at + i * stride, first + row + i < T);
         }
@@ -749,14 +727,11 @@ __device__ void multiply_transposed(Accumulators& scores, uint32_t rows, uint32_
         wgmma_commit();
     } else {
         int lane = threadIdx.x % Warp, row = threadIdx.x / Warp % 4 * 16;
-#pragma unroll
         for (int j = 0; j < 8; j++)
             scores[j][0] = scores[j][1] = scores[j][2] = scores[j][3] = 0;
-#pragma unroll
         for (int k = 0; k < 4; k++) {
             uint32_t a[4], b[4];
             ldmatrix(a, chunk(rows, row + lane % 16, 2 * k + lane / 16));
-#pragma unroll
             for (int j = 0; j < 8; j += 2) {
                 ldmatrix(b, chunk(tile, j * 8 + lane / 16 * 8 + lane % 8, 2 * k + lane / 8 % 2));
                 mma(scores[j], a, b[0], b[1]);
@@ -771,15 +746,12 @@ template <bool Hopper>
 __device__ void multiply_add(Accumulators& sums, const Fragments& weights, uint32_t tile) {
     if constexpr (Hopper) {
         wgmma_fence();
-#pragma unroll
         for (int k = 0; k < 4; k++)
             wgmma(sums, weights[k], descriptor(tile, k * 16 * 128));
         wgmma_commit();
     } else {
         int lane = threadIdx.x % Warp;
-#pragma unroll
         for (int k = 0; k < 4; k++) {
-#pragma unroll
             for (int j = 0; j < 8; j += 2) {
                 uint32_t b[4];
                 ldmatrix_transposed(b, chunk(tile, k * 16 + lane % 16, j + lane / 16));
@@ -792,7 +764,6 @@ __device__ void multiply_add(Accumulators& sums, const Fragments& weights, uint3
 
 // Accumulators in bf16, as the weights of the next product.
 __device__ void to_fragments(Fragments& to, const Accumulators& from) {
-#pragma unroll
     for (int k = 0; k < 4; k++) {
         to[k][0] = pair(from[2 * k][0], from[2 * k][1]);
         to[k][1] = pair(from[2 * k][2], from[2 * k][3]);
@@ -825,7 +796,6 @@ __device__ void store_rows(const Accumulators& from, float factor0, float factor
     int heads, int head, int first, int T) {
     int lane = threadIdx.x % Warp, row = threadIdx.x / Warp * 16;
     floatX* to = array + ((int64_t)(blockIdx.z * T + first + row) * heads + head) * HS;
-#pragma unroll
     for (int j = 0; j < 8; j++) {
         uint32_t above = chunk(tile, row + lane / 4, j) + lane % 4 * 4, below = above + 8 * 128;
         asm volatile("st.shared.b32 [%0], %1;" ::"r"(above), "r"(pair(from[j][0] * factor0, from[j][1] * factor0)));
@@ -857,7 +827,6 @@ __device__ void store_sums(uint32_t tile, float* partial) {
     if (threadIdx.x >= HS)
         return;
     float total = 0;
-#pragma unroll
     for (int row = 0; row < Rows; row += 16)
         total += ((float*)__cvta_shared_to_generic(tile + row * 128))[threadIdx.x];
     partial[threadIdx.x] = total;
@@ -907,7 +876,6 @@ __device__ void flash_forward(const CUtensorMap* map, const floatX* qkv, floatX*
             // What is subtracted need not be the maximum, only near it: exponentials may reach 2^8.
             if (__any_sync(~0u, fmaxf(new_max[0] - max[0], new_max[1] - max[1]) * scale > 8)) {
                 float keep[2];
-#pragma unroll
                 for (int i = 0; i < 2; i++) {
                     keep[i] = exp2_approximate((max[i] - new_max[i]) * scale);
                     max[i] = new_max[i];
@@ -929,7 +897,6 @@ __device__ void flash_forward(const CUtensorMap* map, const floatX* qkv, floatX*
     total[1] = row_sum(total[1]);
     __syncthreads();
     store_rows<false>(sums, 1 / total[0], 1 / total[1], queries, y, NH, blockIdx.y, first, T);
-#pragma unroll
     for (int i = 0; i < 2; i++) {
         int row = own_first + row_of(2 * i);
         if (threadIdx.x % 4 == 0 && row < T)
@@ -971,7 +938,6 @@ __device__ void flash_backward_q(const CUtensorMap* map, const CUtensorMap* dy_m
         int64_t at = ((int64_t)(blockIdx.z * T + row) * NH + blockIdx.y) * HS + threadIdx.x % 8 * Width;
         deltas[i] = sum(load(y + at) * load(dy + at));
     }
-#pragma unroll
     for (int i = 0; i < FlashRows / RowsAtATime; i++) {
         int own = i * RowsAtATime + threadIdx.x / 8, row = first + own;
         deltas[i] = row_sum(deltas[i]);
@@ -1053,20 +1019,16 @@ __device__ void flash_backward_kv(const CUtensorMap* map, const CUtensorMap* dy_
             wgmma_wait<Hopper, 1>(scores);
             if (pairs.tile * TileRows == own_first)
                 mask(scores, true);
-#pragma unroll
             for (int j = 0; j < 8; j++) {
                 float4 both = columns[column_of(j, 0) / 2];
-#pragma unroll
                 for (int i = 0; i < 4; i++)
                     scores[j][i] = exp2_approximate(scores[j][i] * (scale * Log2E) - (i % 2 ? both.z : both.x));
             }
             to_fragments(weights, scores);
             multiply_add<Hopper>(dv, weights, douts);
             wgmma_wait<Hopper, 1>(products);
-#pragma unroll
             for (int j = 0; j < 8; j++) {
                 float4 both = columns[column_of(j, 0) / 2];
-#pragma unroll
                 for (int i = 0; i < 4; i += 2) {
                     uint32_t p = weights[j / 2][j % 2 * 2 + i / 2]; // not the scores, whose registers are needed
                     products[j][i] = __uint_as_float(p << 16) * (products[j][i] - both.y);
@@ -1224,7 +1186,6 @@ __device__ void place_of(int i, int down, int across, int& row, int& column) {
 
 // Products in bf16.
 __device__ Eight operator*(Eight a, Eight b) {
-#pragma unroll
     for (int i = 0; i < Width; i += 2)
         *(__nv_bfloat162*)(a.x + i) = __hmul2(*(__nv_bfloat162*)(a.x + i), *(__nv_bfloat162*)(b.x + i));
     return a;
@@ -1234,7 +1195,6 @@ __device__ Eight operator*(Eight a, Eight b) {
 template <typename F>
 __device__ void apply(Eight& a, F f) {
     Pack pack = load(a.x);
-#pragma unroll
     for (int i = 0; i < Width; i++)
         pack.x[i] = f(pack.x[i]);
     store(a.x, pack);
@@ -1250,7 +1210,6 @@ __device__ float gelu_slope_approximate(float x) {
 
 // e^(x - ClassShift), with zeros from element first on.
 __device__ Pack exponentials(Pack x, int first) {
-#pragma unroll
     for (int i = 0; i < Width; i++)
         x.x[i] = exp2_approximate(fminf(x.x[i] * Log2E - ClassShift * Log2E, LargestClass));
     if (first < Width)
@@ -1335,11 +1294,9 @@ __device__ void multiply(const CUtensorMap* a, const CUtensorMap* b, const CUten
                     mbarrier_expect(barrier, StageBytes + bytes);
                     if (bytes > 0)
                         bulk_load(shared_address(biases[turn % Turns]), bias + column, bytes, barrier);
-#pragma unroll
                     for (int i = 0; i < ProductRows; i += 32)
                         load_box(rows + i * 128, a, k * Depth, row + i, barrier, false);
                     // Half of b's tile, for both.
-#pragma unroll
                     for (int i = 0; i < ProductColumns / 2; i += 32) {
                         int half = rank * (Transposed ? ProductColumns / 2 : Depth / 2);
                         uint32_t to = columns + ((Transposed ? i : 2 * i) + half) * 128;
@@ -1371,7 +1328,6 @@ __device__ void multiply(const CUtensorMap* a, const CUtensorMap* b, const CUten
             column += part * 64;
             rows = column + lane % 8 * Width < N ? M - row - lane / 8 : 0;
             at = (int64_t)(row + lane / 8) * N + column + lane % 8 * Width;
-#pragma unroll
             for (int i = 0; Then == Then::GeluBackward && i < 16; i++)
                 *(uint4*)&slopes[i] = 4 * i < rows ? __ldcs((const uint4*)(gelu + at + 4 * i * N)) : uint4{};
         };
@@ -1381,7 +1337,6 @@ __device__ void multiply(const CUtensorMap* a, const CUtensorMap* b, const CUten
                 load_box(place, residual, column, row, free, false);
                 load_box(place + TileBytes / 2, residual, column, row + 32, free, false);
             }
-#pragma unroll
             for (int i = 0; Then == Then::GeluBackward && i < 16; i++)
                 apply(slopes[i], gelu_slope_approximate);
             mbarrier_wait(filled, turn);
@@ -1394,7 +1349,6 @@ __device__ void multiply(const CUtensorMap* a, const CUtensorMap* b, const CUten
                     Pack e = exponentials(load(x.x), V - column - lane % 8 * Width);
                     store(x.x, e);
                     float total = sum(e);
-#pragma unroll
                     for (int other = 1; other < 8; other *= 2)
                         total += __shfl_xor_sync(~0u, total, other);
                     if (4 * i < rows && lane % 8 == 0)
@@ -1419,7 +1373,6 @@ __device__ void multiply(const CUtensorMap* a, const CUtensorMap* b, const CUten
                 }
             } else if (Then == Then::GeluBackward) {
                 Pack sums = {};
-#pragma unroll
                 for (int i = 0; i < 16; i++)
                     sums = sums + load(slopes[i].x);
                 sums = sum_lanes<8>(sums);
@@ -1443,13 +1396,11 @@ __device__ void multiply(const CUtensorMap* a, const CUtensorMap* b, const CUten
             float of_row[2];
             if (Then == Then::Exponentials || Then == Then::ScaleRows) {
                 go_to_tile();
-#pragma unroll
                 for (int i = 0; i < 2; i++)
                     of_row[i] = of_rows[min(row + warpgroup * 64 + row_of(2 * i), M - 1)];
             }
             if (Transposed && bias != nullptr) {
                 mbarrier_wait(full + 8 * stage, phase); // brings the biases, too
-#pragma unroll
                 for (int j = 0; j < ProductColumns / 8; j++) {
                     uint32_t both = *(const uint32_t*)(biases[turn % Turns] + j * 8 + lane % 4 * 2);
                     sums[j][0] = sums[j][2] = __uint_as_float(both << 16);
@@ -1476,7 +1427,6 @@ __device__ void multiply(const CUtensorMap* a, const CUtensorMap* b, const CUten
                 to = chunk(to, warp % 4 * 16 + lane % 16, j % 8 + lane / 16);
                 if (Then == Then::AddResidual)
                     ldmatrix(there, to);
-#pragma unroll
                 for (int i = 0; i < 4; i++) {
                     float low = sums[j + i / 2][i % 2 * 2], high = sums[j + i / 2][i % 2 * 2 + 1];
                     if (Then == Then::AddResidual) {
@@ -1564,7 +1514,6 @@ KERNEL normalize_classes(const float* partial, int chunks, const int* targets, f
     for (int i = part; i < Warp && first + i < rows; i += Parts) {
         for (int c = lane * Width; c < C; c += Warp * Width) {
             Pack value = load(x + (int64_t)(first + i) * C + c);
-#pragma unroll
             for (int j = 0; j < Width; j++)
                 value.x[j] *= factors[i];
             store(scaled + (int64_t)(first + i) * C + c, value);
@@ -1594,11 +1543,9 @@ KERNEL __launch_bounds__(ClassifyThreads) classify(floatX* logits, const int* ta
         if (c + Width > V)
             fill(x, V - c, Lowest);
         float new_max = own_max;
-#pragma unroll
         for (int i = 0; i < Width; i++)
             new_max = fmaxf(new_max, x.x[i]);
         own *= exp2_approximate((own_max - new_max) * Log2E);
-#pragma unroll
         for (int i = 0; i < Width; i++)
             own += exp2_approximate((x.x[i] - new_max) * Log2E);
         own_max = new_max;
@@ -1622,7 +1569,6 @@ KERNEL __launch_bounds__(ClassifyThreads) classify(floatX* logits, const int* ta
     float factor = scale / total;
     for (int c = threadIdx.x * Width; c < Vp; c += ClassifyThreads * Width) {
         Pack x = c < V ? load(kept + c) : Pack{};
-#pragma unroll
         for (int i = 0; i < Width; i++)
             x.x[i] = exp2_approximate((x.x[i] - max) * Log2E) * factor;
         if (c + Width > V)
@@ -1667,7 +1613,6 @@ struct AdamWPart {
 // A well mixed number for each counter and seed (the finalizer of MurmurHash3, twice).
 __device__ uint32_t random_bits(uint32_t counter, uint32_t seed) {
     uint32_t x = counter;
-#pragma unroll
     for (int round = 0; round < 2; round++) {
         x = (x ^ seed) * 0x9e3779b9;
         x = (x ^ x >> 16) * 0x85ebca6b;
@@ -1693,7 +1638,6 @@ __device__ Pack load_some(const T* from, int64_t count) {
     if (are_whole(from, count))
         return load(from);
     Pack pack = {};
-#pragma unroll
     for (int i = 0; i < Width; i++) {
         if (i < count)
             pack.x[i] = from[i];
@@ -1705,7 +1649,6 @@ template <typename T>
 __device__ void store_some(T* to, int64_t count, Pack pack) {
     if (are_whole(to, count))
         return store(to, pack);
-#pragma unroll
     for (int i = 0; i < Width; i++) {
         if (i < count)
             to[i] = pack.x[i];
@@ -1721,7 +1664,6 @@ KERNEL adamw(const AdamWPart* parts, float learning_rate, float weight_decay, fl
     for (int64_t i = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * Width; i < part.count; i += stride) {
         Pack dw = load(part.dw + i), m = load(part.m + i), v = load(part.v + i);
         Pack w = load_some(part.master + i, part.count - i);
-#pragma unroll
         for (int j = 0; j < Width; j++) {
             float g = dw.x[j] * gradient_scale;
             m.x[j] = beta1 * m.x[j] + (1 - beta1) * g;
@@ -1734,7 +1676,6 @@ KERNEL adamw(const AdamWPart* parts, float learning_rate, float weight_decay, fl
         store(part.v + i, v);
         store_some(part.master + i, part.count - i, w);
 #ifndef FP32
-#pragma unroll
         for (int j = 0; j < Width; j += 2) {
             uint64_t counter = (part.first + i + j) / 2;
             uint32_t random = random_bits((uint32_t)counter, seed + (uint32_t)(counter >> 32));

@@ -80,7 +80,7 @@ public abstract class ModelTests(DeviceUnderTest deviceUnderTest) : IDisposable 
     public async Task VerificationFindsAResultThatIsNotANumber() {
         using var folder = new TemporaryFolder();
         var numbers = MemoryMarshal.Cast<byte, float>(File.ReadAllBytes(Golden("model.bin"))).ToArray();
-        numbers[^1] = float.NaN;
+        numbers.AsSpan()[^96..^48].Fill(3e38f); // the last layer norm's weights: the logits overflow
         File.WriteAllBytes(folder["model.bin"], MemoryMarshal.AsBytes(numbers.AsSpan()));
         foreach (var (name, _, relative) in Verification.Run(folder["model.bin"], Golden("state.bin"), device))
             await Assert.That(relative < Verification.Tolerance(device.Precision)).IsFalse().Because(name);
