@@ -723,7 +723,8 @@ sealed unsafe class Products : IDisposable {
         if (kind.HasBias)
             Set(operation, Attribute.Epilogue, addBias);
         nint Layout(DataType type, int rows, int columns) {
-            var status = cublasLtMatrixLayoutCreate(out var layout, type == DataType.Fp32 ? fp32 : bf16, (ulong)rows, (ulong)columns, rows);
+            var status = cublasLtMatrixLayoutCreate(
+                out var layout, type == DataType.Fp32 ? fp32 : bf16, (ulong)rows, (ulong)columns, rows);
             CheckProducts(status, "describing a product");
             return layout;
         }

@@ -337,38 +337,41 @@ public sealed class TokenShards : IDisposable {
         return file;
     }
 
-    /// <summary>Number of whole samples of so many tokens in a shard; each is followed by at least one more token.
-    /// </summary>
+    /// <summary>Number of a shard's whole samples of so many tokens, each followed by another token.</summary>
     public int Samples(int shard, int tokens) => Math.Max(0, Counts[shard] - 1) / tokens;
 
     /// <summary>The same of all shards together.</summary>
     /// <exception cref="Gpt2Exception">There are none.</exception>
     public long Samples(int tokens) =>
         Counts.Select((_, shard) => (long)Samples(shard, tokens)).Sum() is > 0 and var samples ? samples
-            : throw new Gpt2Exception($"{pattern}: expected more than a sample's {tokens} tokens, found {Counts.Max()}");
+            : throw new Gpt2Exception($"{pattern}: expected more than {tokens} tokens a shard, found {Counts.Max()}");
 
     /// <summary>The shards that have no whole sample.</summary>
     public IEnumerable<string> TooShort(int tokens) => paths.Where((_, shard) => Samples(shard, tokens) == 0);
 
-    /// <summary>Where the first rows of T tokens begin, in order: so many of them, whatever the batch, or those of so many
-    /// batches, which are llm.c's and end at a shard's last whole one.</summary>
+    /// <summary>Where the first rows of T tokens begin, in order. For 0 batches they do not depend on the batch size;
+    /// else they are those of llm.c's batches, which leaves out a shard's last rows if they are no whole batch.</summary>
     /// <exception cref="Gpt2Exception">There are none.</exception>
     public (int Shard, long First)[] Rows(int T, int batchRows, int batches, int rows = int.MaxValue) {
-        (batchRows, rows) = batches == 0 ? (1, rows) : (batchRows, (int)Math.Min(int.MaxValue, (long)batches * batchRows));
+        if (batches > 0)
+            rows = (int)Math.Min(int.MaxValue, (long)batches * batchRows);
+        else
+            batchRows = 1;
         _ = Samples(batchRows * T);
         return [.. Enumerable.Range(0, paths.Length).SelectMany(shard => Enumerable
             .Range(0, Samples(shard, batchRows * T) * batchRows).Select(row => (shard, (long)row * T))).Take(rows)];
     }
 
-    /// <summary>Reads a row of T inputs from a shard's token <paramref name="first"/> on, and as targets the token after
-    /// each.</summary>
+    /// <summary>Reads T inputs from a shard's token <paramref name="first"/> on, and as targets the token after each.
+    /// </summary>
     /// <exception cref="Gpt2Exception">A token is not in the vocabulary.</exception>
     public void Read(int shard, long first, Span<int> inputs, Span<int> targets) {
         var tokens = new ushort[inputs.Length + 1].AsSpan();
         Open(shard).Read(tokens, BinaryFile.HeaderBytes + first * sizeof(ushort));
         for (var i = 0; i < tokens.Length; i++) {
             if (tokens[i] >= vocabulary)
-                throw file!.Fail($"tokens below the vocabulary of {vocabulary}", $"{tokens[i]} at position {first + i}");
+                throw file!.Fail(
+                    $"tokens below the vocabulary of {vocabulary}", $"{tokens[i]} at position {first + i}");
         }
         for (var t = 0; t < inputs.Length; t++)
             (inputs[t], targets[t]) = (tokens[t], tokens[t + 1]);

@@ -673,8 +673,8 @@ public sealed class Model {
             var values = buffer.AsSpan(0, (int)part.Count);
             Device.Read(part, values);
             if (Numbers.NotFinite(values) is { } value)
-                throw new Gpt2Exception($"checkpoint: expected finite weights and moments, found {value}; nothing was " +
-                    "saved, and the checkpoint before stands");
+                throw new Gpt2Exception($"checkpoint: expected finite weights and moments, found {value}; " +
+                    "nothing was saved");
             if (part.Type == DataType.Bf16) {
                 BFloat16.Round(values, halves);
                 to.Write(MemoryMarshal.AsBytes(halves.AsSpan(0, values.Length)));
@@ -696,7 +696,7 @@ public sealed class Sampler(float temperature, int topK, float topP, uint seed) 
     public int Next(float[] logits) {
         var max = logits.Max();
         if (Numbers.NotFinite(logits) is { } value)
-            throw new Gpt2Exception($"--init: expected finite logits, found {value}: the model's weights are too large");
+            throw new Gpt2Exception($"--init: expected finite logits, found {value}: the weights are too large");
         if (temperature == 0)
             return Array.IndexOf(logits, max);
         for (var i = 0; i < logits.Length; i++)

@@ -18,8 +18,10 @@ return Commands.Guard(args.Contains("--verbose"), () => {
     args = args is ["help", .. var about] ? [.. about, "--help"] : args;
     app.Run([.. args.Take(1), "--help"]);
     var words = Commands.Normalize(args, help: $"{log}");
-    if (words is ["train", .. var options] && options.Contains("--resume"))
-        words = Commands.Normalize(["train", .. Checkpoints.Settings(options), .. options], help: $"{log}");
+    if (words is ["train", .. var options] && options.Contains("--resume")) {
+        var folder = options.SkipWhile(word => word != "--out").ElementAtOrDefault(1) ?? "log";
+        words = Commands.Normalize(["train", .. Checkpoints.SettingsOf(folder), .. options], help: $"{log}");
+    }
     log.GetStringBuilder().Clear();
     app.Run(words);
     Console.Out.Write(log);

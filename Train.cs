@@ -22,8 +22,8 @@ public sealed record TrainOptions(
     int ValBatches, int SampleEvery, int GenTokens, int CheckpointEvery, int Keep, bool Resume, int Recompute,
     bool Overfit, bool Shuffle, uint Seed, float SkipOutliers = 0, string DefaultInit = "d6", int Zero = 1,
     DataType? Precision = null) {
-    /// <summary>The options that make a run what it is. Its folder keeps them, and a resumed run takes up those that its
-    /// command line does not give.</summary>
+    /// <summary>The options that make a run what it is. Its folder keeps them, and a resumed run takes up those that are
+    /// not given again.</summary>
     public IEnumerable<(string Option, object? Value)> Settings => [
         ("--train-data", TrainData), ("--val-data", ValData), ("--batch", B), ("--seq", T),
         ("--total-batch", TotalBatch), ("--max-steps", MaxSteps), ("--lr", LearningRate), ("--warmup", Warmup),
@@ -118,25 +118,24 @@ public sealed class Trainer : IDisposable {
             log.ZLogInformation($"changed {changed}");
     }
 
-    /// <summary>The step of the newest checkpoint that is whole, or null if there is none at all; rank 0 decides, and says
-    /// what is wrong with newer ones.</summary>
+    /// <summary>The step of the newest checkpoint that is whole, or null. Rank 0 decides, and says what is wrong with
+    /// newer ones.</summary>
+    /// <exception cref="Gpt2Exception">There are checkpoints, and none is whole.</exception>
     int? NewestWhole() {
-        var (found, fault) = (-1, "");
-        foreach (var step in ranks.Rank == 0 ? checkpoints.Complete.Reverse() : []) {
-            if (fault != "")
-                log.ZLogInformation($"{fault}; trying the checkpoint of step {step}");
-            fault = checkpoints.FaultOf(step);
-            if (fault == "") {
-                found = step;
+        var (step, fault) = (-1, (string?)null);
+        foreach (var candidate in ranks.Rank == 0 ? checkpoints.Complete.Reverse() : []) {
+            if (fault != null)
+                log.ZLogInformation($"{fault}; trying the checkpoint of step {candidate}");
+            (step, fault) = (candidate, checkpoints.FaultOf(candidate));
+            if (fault == null)
                 break;
-            }
         }
-        if (fault != "")
+        if (fault != null)
             throw new Gpt2Exception(fault);
-        found = (int)ranks.Sum(found + 1) - 1;
-        if (found < 0)
+        step = (int)ranks.Sum(step + 1) - 1;
+        if (step < 0)
             log.ZLogInformation($"{options.Out}: no complete checkpoint to resume, starting from step 0");
-        return found < 0 ? null : found;
+        return step < 0 ? null : step;
     }
 
     (BinaryFile? File, Config Config) Resume() {
@@ -163,10 +162,11 @@ public sealed class Trainer : IDisposable {
         log.ZLogInformation($"data    {o.TrainData}: {train.Tokens} tokens; {o.ValData}: {val.Tokens}, of which " +
             $"{valRows.Length} x {o.T} are validated on");
         foreach (var path in train.TooShort)
-            log.ZLogInformation($"data    {path} is passed over: it has no whole sample of {train.SampleTokens} tokens");
+            log.ZLogInformation($"data    {path} is passed over: it has no sample of {train.SampleTokens} tokens");
         var many = ranks.Size > 1 ? $" x {ranks.Size} ranks" : "";
         log.ZLogInformation($"batch   {o.B} x {o.T} tokens x {microSteps} micro-steps{many} = {o.TotalBatch} tokens");
-        log.ZLogInformation($"steps   {firstStep} to {o.MaxSteps}; {train.Samples * train.SampleTokens / (double)o.TotalBatch:F1} an epoch");
+        var epoch = (double)train.Samples * train.SampleTokens / o.TotalBatch;
+        log.ZLogInformation($"steps   {firstStep} to {o.MaxSteps}; {epoch:F1} an epoch");
         log.ZLogInformation($"device  {model.Device.Name}{many}");
         (string Name, long Bytes)[] memory = [.. model.Memory, ("workspace", model.Device.Workspace)];
         foreach (var (name, bytes) in memory.Append(("together", memory.Sum(part => part.Bytes))))
@@ -224,8 +224,7 @@ public sealed class Trainer : IDisposable {
             log.ZLogInformation($"nothing to do: {firstStep} steps are done, and --max-steps is {options.MaxSteps}");
     }
 
-    /// <summary>Writes a checkpoint of a model that still has a finite loss; a useless one must not take a good one's place.
-    /// </summary>
+    /// <summary>Writes a checkpoint if the loss is still finite: a useless one takes no good one's place.</summary>
     void Save(int step) {
         model.Forward();
         model.Loss();
@@ -235,9 +234,9 @@ public sealed class Trainer : IDisposable {
 
     void CheckFinite(int step, double value, string what, string consequence) {
         if (!double.IsFinite(value))
-            throw new Gpt2Exception($"step {step}: expected a finite {what}, found {value}: the weights have grown too " +
-                $"large, and a lower --lr may help; {consequence}, and " + (checkpoints.Last is { } last
-                    ? $"the checkpoint of step {last} stands: {checkpoints.ModelPath(last)}" : "there is no checkpoint yet"));
+            throw new Gpt2Exception($"step {step}: expected a finite {what}, found {value} (a lower --lr may help); " +
+                $"{consequence}, and " + (checkpoints.Last is { } last ? $"the checkpoint of step {last} stands: " +
+                checkpoints.ModelPath(last) : "there is no checkpoint yet"));
     }
 
     /// <summary>One update: the mean loss, the gradient's norm before clipping, whether they stood out.</summary>
@@ -311,7 +310,7 @@ public sealed class Trainer : IDisposable {
             model.Loss();
             model.MeanLoss();
             if (!model.Losses.All(float.IsFinite))
-                throw new Gpt2Exception("--hellaswag: expected finite losses, found others: the model's weights are too large");
+                throw new Gpt2Exception("--hellaswag: expected finite losses, found others: the weights are too large");
             scores.AddRange(batch.Select((row, b) => model.Losses.AsSpan(b * T, T)[(row.ContextLength - 1)..]
                 [..(row.Tokens.Length - row.ContextLength)].ToArray().Average(loss => (double)loss)));
         }
@@ -454,8 +453,7 @@ public sealed class Checkpoints(string folder) {
             : throw new Gpt2Exception($"{folder}: expected no run yet, found one that has ended since this one began");
     }
 
-    /// <summary>Writes a run's settings into its folder, a line each; flags stand alone, and what is not set is left out.
-    /// </summary>
+    /// <summary>Writes a run's settings into its folder, a line each.</summary>
     /// <returns>What differs from those that were there, in words.</returns>
     public string Keep(IEnumerable<(string Option, object? Value)> settings) {
         var lines = settings.Where(setting => setting.Value is not (null or false))
@@ -468,11 +466,10 @@ public sealed class Checkpoints(string folder) {
 
     string SettingsPath => Path.Combine(folder, "settings.txt");
 
-    /// <summary>The words of the settings in the folder that a command line names, or none.</summary>
-    public static IEnumerable<string> Settings(string[] options) {
-        var path = new Checkpoints(options.SkipWhile(word => word != "--out").ElementAtOrDefault(1) ?? "log").SettingsPath;
-        return File.Exists(path) ? File.ReadLines(path).SelectMany(line => line.Split(' ', 2)) : [];
-    }
+    /// <summary>The settings of the run in a folder as words of a command line; none if it has no checkpoint.</summary>
+    public static IEnumerable<string> SettingsOf(string folder) =>
+        new Checkpoints(folder) is { Last: not null } run && File.Exists(run.SettingsPath)
+            ? File.ReadLines(run.SettingsPath).SelectMany(line => line.Split(' ', 2)) : [];
 
     /// <summary>A model's file: a folder stands for its last complete checkpoint.</summary>
     public static string ModelOf(string path) => !Directory.Exists(path) ? path
@@ -489,9 +486,9 @@ public sealed class Checkpoints(string folder) {
             @"model_(?<step>\d{8})\.bin|state_(?<step>\d{8})_\d{5}\.bin)$"))
         .Where(match => match.Success).Select(match => int.Parse(match.Groups["step"].Value)).Distinct().Order()];
 
-    /// <summary>What is wrong with a checkpoint, or nothing: DONE must list each of its files, unchanged. llm.c's DONE is
+    /// <summary>What is wrong with a checkpoint, or null: DONE must list each of its files, unchanged. llm.c's DONE is
     /// empty and vouches for nothing.</summary>
-    public string FaultOf(int step) {
+    public string? FaultOf(int step) {
         try {
             var listed = File.ReadAllLines(DonePath(step));
             foreach (var line in listed) {
@@ -499,18 +496,19 @@ public sealed class Checkpoints(string folder) {
                 if (found != line)
                     return $"{DonePath(step)}: expected '{line}' (name, size, hash), found '{found}'";
             }
-            using var state = OpenState(step, 0);
             Config.Open(ModelPath(step)).File.Dispose();
-            var missing = FilesOf(step, listed.Length == 0 ? 1 : state.Header[2])
-                .FirstOrDefault(file => !listed.Any(line => line.StartsWith(Path.GetFileName(file) + " ")));
-            return missing == null || listed.Length == 0 ? "" : $"{DonePath(step)}: expected {missing} in it, found none";
+            using var state = OpenState(step, 0);
+            var missing = FilesOf(step, Math.Max(1, state.Header[2])).Select(Path.GetFileName)
+                .FirstOrDefault(name => !listed.Any(line => line.StartsWith($"{name} ")));
+            return listed.Length == 0 || missing == null ? null
+                : $"{DonePath(step)}: expected a line for {missing}, found none";
         } catch (Exception e) when (e is IOException or UnauthorizedAccessException or Gpt2Exception) {
             return $"{DonePath(step)}: {Sentence(e)}";
         }
     }
 
-    string[] FilesOf(int step, int parts) =>
-        [ModelPath(step), .. Enumerable.Range(0, parts).Select(rank => StatePath(step, rank))];
+    IEnumerable<string> FilesOf(int step, int parts) =>
+        Enumerable.Range(0, parts).Select(rank => StatePath(step, rank)).Prepend(ModelPath(step));
 
     BinaryFile OpenState(int step, int part) => new(StatePath(step, part), "a training state", Magic, 1);
 
@@ -540,7 +538,7 @@ public sealed class Checkpoints(string folder) {
         ranks.Sum([]);
         if (ranks.Rank > 0)
             return;
-        var files = FilesOf(step, parts);
+        string[] files = [.. FilesOf(step, parts)];
         var list = string.Concat(files.Select(file => Files.Describe(file) + "\n"));
         // State files left over from a killed run with more ranks.
         foreach (var stale in Files.Glob(StatePath(step, null)).Except(files))
@@ -764,7 +762,7 @@ static class Terminal {
         Environment.GetEnvironmentVariable("TERM") != "dumb" &&
         string.IsNullOrEmpty(Environment.GetEnvironmentVariable("NO_COLOR"));
 
-    /// <summary>A line of fields between bars, without the last ones where it would be wider than the terminal.</summary>
+    /// <summary>A line of fields between bars, without the last ones if it would be wider than the terminal.</summary>
     public static string Over(string line) {
         var width = Console.IsOutputRedirected || Console.WindowWidth <= 0 ? int.MaxValue : Console.WindowWidth;
         while (line.Length >= width && line.LastIndexOf(" | ") is > 0 and var bar)
