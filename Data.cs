@@ -104,18 +104,13 @@ public sealed class BinaryFile : IDisposable {
     public void Dispose() => stream.Dispose();
 }
 
-/// <summary>Checks of many numbers at a time.</summary>
+/// <summary>Checks of many numbers.</summary>
 public static class Numbers {
-    /// <summary>The first number that is infinite or none at all, or null.</summary>
+    /// <summary>The first infinity or NaN, or null.</summary>
     public static float? NotFinite(ReadOnlySpan<float> values) {
-        var sum = 0u; // of the exponents' highest values: more than 0 if there is one
-        foreach (var value in values)
-            sum |= (BitConverter.SingleToUInt32Bits(value) & 0x7f800000) + 0x800000;
-        if (sum >> 31 != 0) {
-            foreach (var value in values) {
-                if (!float.IsFinite(value))
-                    return value;
-            }
+        foreach (var value in values) {
+            if (!float.IsFinite(value))
+                return value;
         }
         return null;
     }

@@ -319,7 +319,7 @@ public class TokenLoaderTests {
         foreach (var count in (int[])[0, 3, B * T])
             WriteShard(folder[$"a{count}.bin"], new ushort[count]);
         var error = Assert.Throws<Gpt2Exception>(() => new TokenLoader(folder["*.bin"], B, T, 9, shuffle: true));
-        await Assert.That(error.Message).Contains(folder["*.bin"]).And.Contains("6 tokens, found 6");
+        await Assert.That(error.Message).Contains(folder["*.bin"]).And.Contains("6 tokens a shard, found 6");
         WriteShard(folder["long.bin"], [.. Enumerable.Range(1, B * T + 1).Select(token => (ushort)token)]);
         foreach (var shuffle in (bool[])[false, true]) {
             using var loader = new TokenLoader(folder["*.bin"], B, T, 9, shuffle);
