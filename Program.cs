@@ -234,7 +234,7 @@ internal sealed class Commands {
         Job? job = null;
         return Guard(verbose, () => {
             Require(timeout is > 0 and <= 1_000_000, "--timeout", "1 to 1000000 seconds", timeout);
-            job = Job.OfEnvironment();
+            job = Job.OfEnvironment(gpus, device);
             if (job == null && Job.Gpus(gpus, device) is > 1 and var ranks)
                 return Job.Start(ranks);
             var patience = TimeSpan.FromSeconds(timeout);
