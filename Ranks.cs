@@ -99,7 +99,7 @@ internal sealed partial record Job(int Rank, int Size, int LocalRank, string Hos
         if (host == null && names is [_, _, _, var localSize] && Number(localSize) != size)
             throw new Gpt2Exception("MASTER_ADDR: expected rank 0's host (mpirun -x or -genv sets it), found none");
         host ??= "127.0.0.1";
-        if (Uri.CheckHostName(host) == UriHostNameType.Unknown || host is "0.0.0.0" or "::")
+        if (host is "0.0.0.0" or "::" || !IPAddress.TryParse(host, out _) && !Regex.IsMatch(host, @"^[\w.-]{1,253}$"))
             throw new Gpt2Exception($"MASTER_ADDR: expected rank 0's host name or address, found '{host}'");
         var id = (isTorch ? Variable("TORCHELASTIC_RUN_ID") : isSlurm ? $"{Variable("SLURM_JOB_ID")}.{step}"
             : Variable("PMIX_NAMESPACE") ?? Variable("OMPI_MCA_ess_base_jobid")) ?? "";
@@ -129,15 +129,14 @@ internal sealed partial record Job(int Rank, int Size, int LocalRank, string Hos
     }
 
     /// <summary>Connects the ranks.</summary>
-    public Peers Meet(TimeSpan timeout) {
-        void Say(string what) => Console.Error.WriteLine($"gpt2: {what}");
-        return new(Rank, Size, Host, Port, Key, timeout, Say, why => {
-            // Only one rank reports the loss: rank 0, the lost rank itself, or rank 1 if rank 0 is the one lost.
-            if (Rank == 0 || why.StartsWith($"rank {Rank}:") || Rank == 1 && why.StartsWith("rank 0 "))
-                Say(why);
-            _exit(1); // at once: another thread may wait for a GPU that waits for the lost rank
-        });
-    }
+    public Peers Meet(TimeSpan timeout) => new(Rank, Size, Host, Port, Key, timeout, Say, why => {
+        // Only one rank reports the loss: rank 0, the lost rank itself, or rank 1 if rank 0 is the one lost.
+        if (Rank == 0 || why.StartsWith($"rank {Rank}:") || Rank == 1 && why.StartsWith("rank 0 "))
+            Say(why);
+        _exit(1); // at once: another thread may wait for a GPU that waits for the lost rank
+    });
+
+    static void Say(string what) => Console.Error.WriteLine($"gpt2: {what}");
 
     /// <summary>Starts this program once for each of so many GPUs, and waits for all. If one fails, all end.</summary>
     public static int Start(int ranks) {
@@ -151,18 +150,6 @@ internal sealed partial record Job(int Rank, int Size, int LocalRank, string Hos
         (environment["WORLD_SIZE"], environment[Own], environment[Parent]) = (ranks, key, Environment.ProcessId);
         (environment["MASTER_ADDR"], environment["MASTER_PORT"]) = ("127.0.0.1", port);
         var running = new Dictionary<int, int>(); // ranks by process
-        for (var rank = 0; rank < ranks; rank++) {
-            environment["RANK"] = environment["LOCAL_RANK"] = rank;
-            // NCCL refuses two ranks on one GPU of one host: ranks that share a GPU pretend to be on several hosts.
-            if (Variable("GPT2_SHARE_GPUS") != null)
-                environment["NCCL_HOSTID"] = $"rank {rank}";
-            var lines = environment.Cast<DictionaryEntry>().Select(variable => $"{variable.Key}={variable.Value}");
-            var error = posix_spawn(out var process, Environment.ProcessPath!, 0, 0, arguments,
-                [.. lines.Where(line => !Regex.IsMatch(line, "^(TORCHELASTIC|OMPI|PMIX?|MPI|SLURM)_")), null]);
-            if (error != 0)
-                throw new Gpt2Exception($"--gpus: expected to start rank {rank}, found error {error}");
-            running[process] = rank;
-        }
         void Send(int signal) {
             lock (running) {
                 foreach (var process in running.Keys)
@@ -176,6 +163,20 @@ internal sealed partial record Job(int Rank, int Size, int LocalRank, string Hos
         using var terminate = PosixSignalRegistration.Create(PosixSignal.SIGTERM, Pass);
         using var hangUp = PosixSignalRegistration.Create(PosixSignal.SIGHUP, Pass);
         using var interrupt = PosixSignalRegistration.Create(PosixSignal.SIGINT, Pass);
+        lock (running) { // a signal waits until all can have it
+            for (var rank = 0; rank < ranks; rank++) {
+                environment["RANK"] = environment["LOCAL_RANK"] = rank;
+                // NCCL refuses two ranks on one GPU of one host: ranks that share a GPU pretend to be on several hosts.
+                if (Variable("GPT2_SHARE_GPUS") != null)
+                    environment["NCCL_HOSTID"] = $"rank {rank}";
+                var lines = environment.Cast<DictionaryEntry>().Select(variable => $"{variable.Key}={variable.Value}");
+                var error = posix_spawn(out var process, Environment.ProcessPath!, 0, 0, arguments,
+                    [.. lines.Where(line => !Regex.IsMatch(line, "^(TORCHELASTIC|OMPI|PMIX?|MPI|SLURM)_")), null]);
+                if (error != 0)
+                    throw new Gpt2Exception($"--gpus: expected to start rank {rank}, found error {error}");
+                running[process] = rank;
+            }
+        }
         const int patience = 2_000; // with those who should have noticed by themselves
         using var killer = new Timer(_ => Send(Kill));
         var result = 0;
@@ -190,7 +191,7 @@ internal sealed partial record Job(int Rank, int Size, int LocalRank, string Hos
                 running.Remove(process);
             var (signal, code) = (status & 0x7f, status >> 8 & 0xff);
             if (signal != 0 && result == 0)
-                Console.Error.WriteLine($"gpt2: rank {rank} was ended by signal {signal}");
+                Say($"rank {rank} was ended by signal {signal}");
             if (status != 0 && result == 0) {
                 result = signal != 0 ? 1 : code;
                 killer.Change(patience, Timeout.Infinite);
@@ -217,8 +218,8 @@ public sealed class Peers : IDisposable {
     const int ChallengeBytes = 32;
     const int LongestMessage = 1024; // NCCL's id has 128 bytes, a sum of numbers fewer
     const int End = -1; // in place of the meetings
-
     static readonly TimeSpan Patience = TimeSpan.FromSeconds(5); // with a greeting; and until we say whom we await
+
     readonly Link[] links; // to every other rank for the first, to the first for every other
     readonly byte[] key;
     readonly TimeSpan timeout;
