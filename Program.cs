@@ -296,7 +296,7 @@ internal sealed class Commands {
         Action<IDevice, ICollective> action) {
         Job? job = null;
         return Guard(verbose, () => {
-            job = Job.OfEnvironment();
+            job = Job.OfEnvironment(gpus, device);
             if (job == null && Job.Gpus(gpus, device) is > 1 and var ranks)
                 return Job.Start(ranks);
             var patience = TimeSpan.FromSeconds(timeout);

@@ -5,6 +5,7 @@ using System.IO.Hashing;
 using System.Net;
 using System.Net.Sockets;
 using System.Runtime.InteropServices;
+using System.Security.Cryptography;
 using System.Text;
 using System.Text.RegularExpressions;
 using static Gpt2.Driver;
@@ -64,55 +65,57 @@ internal sealed partial record Job(int Rank, int Size, int LocalRank, string Hos
     static string? Variable(string name) =>
         Environment.GetEnvironmentVariable(name) is { Length: > 0 } text ? text : null;
 
-    static int? Number(string name, int least = 0) => Variable(name) is not { } text ? null
-        : int.TryParse(text, out var number) && number >= least ? number
-        : throw new Gpt2Exception($"{name}: expected a number from {least} on, found '{text}'");
+    static int? Number(string name, int least = 0, int most = 1 << 22) => Variable(name) is not { } text ? null
+        : int.TryParse(text, out var number) && number >= least && number <= most ? number
+        : throw new Gpt2Exception($"{name}: expected a number from {least} to {most}, found '{text}'");
 
-    /// <summary>What the environment says; null for a process alone.</summary>
-    public static Job? OfEnvironment() {
-        var (rank, size, local) = (Number("RANK"), Number("WORLD_SIZE", 1), Number("LOCAL_RANK"));
-        var (port, host, id) = (Number("MASTER_PORT", 1), Variable("MASTER_ADDR"), Variable("TORCHELASTIC_RUN_ID"));
-        if (rank != null && id != null)
-            port++; // torchrun itself listens at the port
-        if (rank == null && Number("OMPI_COMM_WORLD_RANK") is { } ompi) {
-            (rank, size, local) = (ompi, Number("OMPI_COMM_WORLD_SIZE", 1), Number("OMPI_COMM_WORLD_LOCAL_RANK"));
-            id = Variable("PMIX_NAMESPACE") ?? Variable("OMPI_MCA_ess_base_jobid");
-            if (host == null && Number("OMPI_COMM_WORLD_LOCAL_SIZE") != size)
-                throw new Gpt2Exception("MASTER_ADDR: expected rank 0's host (mpirun -x MASTER_ADDR=...), found none");
-        } else if (rank == null && Number("SLURM_PROCID") is { } slurm) {
-            (rank, size, local) = (slurm, Number("SLURM_NTASKS", 1), Number("SLURM_LOCALID"));
-            id = Variable("SLURM_JOB_ID");
-            host ??= FirstHost(Variable("SLURM_STEP_NODELIST") ?? Variable("SLURM_JOB_NODELIST"));
-        }
-        if (rank == null || size is null or 1)
-            return null;
-        if (rank >= size)
-            throw new Gpt2Exception($"RANK: expected 0 to {size - 1}, found {rank}");
-        id ??= "";
-        const int firstPort = 20_000, ports = 10_000;
-        port ??= firstPort + (int)(XxHash3.HashToUInt64(Encoding.UTF8.GetBytes(id)) % ports);
-        if (Number(Parent) is { } parent) {
+    /// <summary>What the environment says, if --gpus and --device leave it open; null for a process alone.</summary>
+    public static Job? OfEnvironment(int? gpus, DeviceKind device) {
+        var parent = Number(Parent);
+        if (parent != null) {
             const int deathSignal = 1;
-            // Signals of the terminal reach the parent alone, which passes them on; the children end with it.
-            _ = setpgid(0, 0);
-            _ = prctl(deathSignal, Kill);
-            if (getppid() != parent)
-                _exit(1);
+            _ = prctl(deathSignal, Kill); // children end with their parent
+            // A child that took itself for a parent would start children that start children.
+            if (getppid() != parent || Number("RANK") == null || Number("WORLD_SIZE") is null or 1)
+                throw new Gpt2Exception($"{Parent}: expected nothing (gpt2 sets it for its children), found {parent}");
+            _ = setpgid(0, 0); // signals of the terminal reach the parent alone, which passes them on
+        } else if (gpus != null || device == DeviceKind.Cpu) {
+            return null;
         }
-        return new Job(rank.Value, size.Value, local ?? rank.Value, host ?? "127.0.0.1", port.Value,
-            Variable(Own) ?? id);
+        // A batch script has SLURM_PROCID too, but no step; the steps of shells have numbers from the top down.
+        var isStep = uint.TryParse(Variable("SLURM_STEP_ID"), out var step) && step < 0xffff_fff0;
+        // PMI's are of MPICH and Intel MPI; but srun --mpi=pmi2 sets the first two as well.
+        string[] names = parent != null || Variable("RANK") != null && Variable("WORLD_SIZE") != null
+                ? ["RANK", "WORLD_SIZE", "LOCAL_RANK"]
+            : Variable("OMPI_COMM_WORLD_RANK") != null ? ["OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE",
+                "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"]
+            : Variable("PMI_RANK") != null && (!isStep || Variable("MPI_LOCALRANKID") != null)
+                ? ["PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"]
+            : isStep ? ["SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"] : ["", ""];
+        if (Number(names[1], 1) is not { } size || size == 1 || Number(names[0], 0, size - 1) is not { } rank)
+            return null;
+        var (isTorch, isSlurm) = (names[0] == "RANK", names[0] == "SLURM_PROCID");
+        var host = Variable("MASTER_ADDR") ?? (isSlurm ? FirstHost(Variable("SLURM_STEP_NODELIST")) : null);
+        if (host == null && names is [_, _, _, var localSize] && Number(localSize) != size)
+            throw new Gpt2Exception("MASTER_ADDR: expected rank 0's host (mpirun -x or -genv sets it), found none");
+        host ??= "127.0.0.1";
+        if (host is "0.0.0.0" or "::" || !IPAddress.TryParse(host, out _) && !Regex.IsMatch(host, @"^[\w.-]{1,253}$"))
+            throw new Gpt2Exception($"MASTER_ADDR: expected rank 0's host name or address, found '{host}'");
+        var id = (isTorch ? Variable("TORCHELASTIC_RUN_ID") : isSlurm ? $"{Variable("SLURM_JOB_ID")}.{step}"
+            : Variable("PMIX_NAMESPACE") ?? Variable("OMPI_MCA_ess_base_jobid")) ?? "";
+        var next = isTorch && id != "" ? 1 : 0; // torchrun itself listens at the port
+        const int firstPort = 20_000, ports = 10_000;
+        var port = Number("MASTER_PORT", 1, ushort.MaxValue - next) + next ??
+            firstPort + (int)(XxHash3.HashToUInt64(Encoding.UTF8.GetBytes(id)) % ports);
+        return new Job(rank, size, Number(names[2]) ?? rank, host, port, Variable(Own) ?? id);
     }
 
-    /// <summary>The first of Slurm's hosts: node[03-05,9],other is node03.</summary>
+    /// <summary>First host of a Slurm node list: "node[03-05,9],other" gives "node03".</summary>
     internal static string? FirstHost(string? list) =>
-        list == null ? null : FirstOfList().Replace(list, "$1$2", 1).Split(',')[0];
-
-    [GeneratedRegex(@"^([^,\[]*)\[(\d+)[^\]]*\]")]
-    private static partial Regex FirstOfList();
+        list == null ? null : Regex.Replace(list, @"^([^,\[]*)\[(\d+)[^\]]*\]", "$1$2").Split(',')[0];
 
     /// <summary>How many processes to start: as many as asked for, or as there are GPUs.</summary>
     public static int Gpus(int? asked, DeviceKind device) {
-        Require(asked is null or > 0, "--gpus", "1 or more", asked ?? 0);
         Require(device != DeviceKind.Cpu || asked is null or 1, "--gpus", "1 for the CPU", asked ?? 0);
         if (asked == 1 || device is not (DeviceKind.Auto or DeviceKind.Cuda) ||
             asked == null && device == DeviceKind.Auto && !Cuda.IsAvailable)
@@ -125,12 +128,14 @@ internal sealed partial record Job(int Rank, int Size, int LocalRank, string Hos
     }
 
     /// <summary>Connects the ranks.</summary>
-    public Peers Meet(TimeSpan timeout) => new(Rank, Size, Host, Port, Key, timeout, why => {
-        // One rank is enough to say it: the first, that which knows it of itself, or the second of the first.
+    public Peers Meet(TimeSpan timeout) => new(Rank, Size, Host, Port, Key, timeout, Say, why => {
+        // Only one rank reports the loss: rank 0, the lost rank itself, or rank 1 if rank 0 is the one lost.
         if (Rank == 0 || why.StartsWith($"rank {Rank}:") || Rank == 1 && why.StartsWith("rank 0 "))
-            Console.Error.WriteLine($"gpt2: {why}");
+            Say(why);
         _exit(1); // at once: another thread may wait for a GPU that waits for the lost rank
     });
+
+    static void Say(string what) => Console.Error.WriteLine($"gpt2: {what}");
 
     /// <summary>Starts this program once for each of so many GPUs, and waits for all. If one fails, all end.</summary>
     public static int Start(int ranks) {
@@ -140,19 +145,10 @@ internal sealed partial record Job(int Rank, int Size, int LocalRank, string Hos
         listener.Stop();
         var key = $"{Guid.NewGuid():N}";
         string?[] arguments = [.. Environment.GetCommandLineArgs(), null];
-        var inherited = Environment.GetEnvironmentVariables().Cast<DictionaryEntry>().Select(e => $"{e.Key}={e.Value}");
+        var environment = Environment.GetEnvironmentVariables(); // each once: of two, a child would take the first
+        (environment["WORLD_SIZE"], environment[Own], environment[Parent]) = (ranks, key, Environment.ProcessId);
+        (environment["MASTER_ADDR"], environment["MASTER_PORT"]) = ("127.0.0.1", port);
         var running = new Dictionary<int, int>(); // ranks by process
-        for (var rank = 0; rank < ranks; rank++) {
-            // NCCL takes one GPU of a host but once, so that ranks which share it say that they are on several.
-            string[] shared = Variable("GPT2_SHARE_GPUS") == null ? [] : [$"NCCL_HOSTID=rank {rank}"];
-            string?[] environment = [.. inherited, .. shared, $"RANK={rank}", $"LOCAL_RANK={rank}",
-                $"WORLD_SIZE={ranks}", "MASTER_ADDR=127.0.0.1", $"MASTER_PORT={port}", $"{Own}={key}",
-                $"{Parent}={Environment.ProcessId}", null];
-            var error = posix_spawn(out var process, Environment.ProcessPath!, 0, 0, arguments, environment);
-            if (error != 0)
-                throw new Gpt2Exception($"--gpus: expected to start rank {rank}, found error {error}");
-            running[process] = rank;
-        }
         void Send(int signal) {
             lock (running) {
                 foreach (var process in running.Keys)
@@ -164,7 +160,22 @@ internal sealed partial record Job(int Rank, int Size, int LocalRank, string Hos
             Send(Terminate);
         }
         using var terminate = PosixSignalRegistration.Create(PosixSignal.SIGTERM, Pass);
+        using var hangUp = PosixSignalRegistration.Create(PosixSignal.SIGHUP, Pass);
         using var interrupt = PosixSignalRegistration.Create(PosixSignal.SIGINT, Pass);
+        lock (running) { // a signal waits until all can have it
+            for (var rank = 0; rank < ranks; rank++) {
+                environment["RANK"] = environment["LOCAL_RANK"] = rank;
+                // NCCL refuses two ranks on one GPU of one host: ranks that share a GPU pretend to be on several hosts.
+                if (Variable("GPT2_SHARE_GPUS") != null)
+                    environment["NCCL_HOSTID"] = $"rank {rank}";
+                var lines = environment.Cast<DictionaryEntry>().Select(variable => $"{variable.Key}={variable.Value}");
+                var error = posix_spawn(out var process, Environment.ProcessPath!, 0, 0, arguments,
+                    [.. lines.Where(line => !Regex.IsMatch(line, "^(TORCHELASTIC|OMPI|PMIX?|MPI|SLURM)_")), null]);
+                if (error != 0)
+                    throw new Gpt2Exception($"--gpus: expected to start rank {rank}, found error {error}");
+                running[process] = rank;
+            }
+        }
         const int patience = 2_000; // with those who should have noticed by themselves
         using var killer = new Timer(_ => Send(Kill));
         var result = 0;
@@ -179,7 +190,7 @@ internal sealed partial record Job(int Rank, int Size, int LocalRank, string Hos
                 running.Remove(process);
             var (signal, code) = (status & 0x7f, status >> 8 & 0xff);
             if (signal != 0 && result == 0)
-                Console.Error.WriteLine($"gpt2: rank {rank} was ended by signal {signal}");
+                Say($"rank {rank} was ended by signal {signal}");
             if (status != 0 && result == 0) {
                 result = signal != 0 ? 1 : code;
                 killer.Change(patience, Timeout.Infinite);
@@ -203,27 +214,37 @@ internal sealed partial record Job(int Rank, int Size, int LocalRank, string Hos
 /// <summary>The connections between a job's ranks, a star around the first. They carry what the hosts agree on, and
 /// tell when a rank is gone or silent.</summary>
 public sealed class Peers : IDisposable {
-    const int KeyBytes = 64, HelloBytes = KeyBytes + 2 * sizeof(int); // the key, rank, size
+    const int ChallengeBytes = 32;
+    const int LongestMessage = 1024; // NCCL's id has 128 bytes, a sum of numbers fewer
     const int End = -1; // in place of the meetings
+    static readonly TimeSpan Patience = TimeSpan.FromSeconds(5); // with a greeting; and until we say whom we await
 
     readonly Link[] links; // to every other rank for the first, to the first for every other
+    readonly byte[] key;
     readonly TimeSpan timeout;
     readonly Action<string> lost;
+    Func<string> awaited = () => ""; // for whom this rank waits at the start
     readonly Timer heartbeat;
     volatile bool closing;
     int reported;
 
     /// <summary>A connection, whose messages are read as they come: a length, how far the sender is, and so many
-    /// bytes; none is a heartbeat.</summary>
+    /// bytes; none is a heartbeat. No rank sends another message before the last one is taken.</summary>
     sealed record Link(int Rank, TcpClient Client) {
-        public BlockingCollection<byte[]> Messages { get; } = [];
+        public BlockingCollection<byte[]> Messages { get; } = new(boundedCapacity: 1);
         public int Meetings { get; private set; }
 
-        public void Send(ReadOnlySpan<byte> message, int meetings) {
-            lock (Client) {
-                int[] header = [message.Length, meetings];
-                Client.GetStream().Write(MemoryMarshal.AsBytes(header.AsSpan()));
-                Client.GetStream().Write(message);
+        /// <returns>False if the connection is gone; the thread that listens says so.</returns>
+        public bool Send(ReadOnlySpan<byte> message, int meetings) {
+            try {
+                lock (Client) {
+                    int[] header = [message.Length, meetings];
+                    Client.GetStream().Write(MemoryMarshal.AsBytes(header.AsSpan()));
+                    Client.GetStream().Write(message);
+                }
+                return true;
+            } catch (Exception e) when (e is IOException or InvalidOperationException) {
+                return false;
             }
         }
 
@@ -231,27 +252,39 @@ public sealed class Peers : IDisposable {
             var header = new byte[2 * sizeof(int)];
             Client.GetStream().ReadExactly(header);
             Meetings = BitConverter.ToInt32(header, sizeof(int));
-            var message = new byte[BitConverter.ToInt32(header)];
+            var length = BitConverter.ToInt32(header);
+            if (length is < 0 or > LongestMessage)
+                throw new InvalidDataException($"it sent a message of {length} bytes");
+            var message = new byte[length];
             Client.GetStream().ReadExactly(message);
             return message;
         }
     }
 
     /// <summary>Meets the other ranks.</summary>
-    /// <param name="host">Of the first rank, which listens there: to this machine alone if it is 127.0.0.1.</param>
-    /// <param name="key">What every rank of the job knows; who does not is turned away.</param>
+    /// <param name="host">Rank 0's. If it is a loopback address, rank 0 listens to this machine alone.</param>
+    /// <param name="key">What every rank of the job knows and none sends; who does not know it is turned away.</param>
     /// <param name="timeout">How long another may be silent.</param>
+    /// <param name="say">Is told once for whom this rank waits, if that takes long.</param>
     /// <param name="lost">Is told once, on another thread, which rank is gone, or nothing if the first rank has said
     /// it already; must end the process.</param>
     /// <exception cref="Gpt2Exception">A rank did not come in time.</exception>
-    public Peers(int rank, int size, string host, int port, string key, TimeSpan timeout, Action<string> lost) {
+    public Peers(int rank, int size, string host, int port, string key, TimeSpan timeout, Action<string> say,
+        Action<string> lost) {
         (Rank, Size, this.timeout, this.lost) = (rank, size, timeout, lost);
-        byte[] Hello(int rank) => [.. Encoding.UTF8.GetBytes(key.PadRight(KeyBytes)).Take(KeyBytes),
-            .. BitConverter.GetBytes(rank), .. BitConverter.GetBytes(size)];
-        links = rank == 0 ? Gather(host, port, Hello) : [Reach(host, port, Hello(rank))];
+        this.key = Encoding.UTF8.GetBytes(key);
+        // .NET takes HMAC and random bytes from OpenSSL, and aborts where there is none.
+        if (!NativeLibrary.TryLoad("libssl.so.3", out _) && !NativeLibrary.TryLoad("libssl.so.1.1", out _))
+            throw new Gpt2Exception("--gpus: expected OpenSSL (libssl.so.3, on the loader's path), found none");
+        using var end = new CancellationTokenSource(timeout);
+        using (new Timer(_ => say($"rank {rank}: waiting for {awaited()}"), null, Patience, Timeout.InfiniteTimeSpan))
+            links = (rank == 0 ? Gather(host, port, end) : Reach(host, port, end)).GetAwaiter().GetResult();
+        if (links.Length < (rank == 0 ? size - 1 : 1))
+            throw new Gpt2Exception($"rank {rank}: expected {awaited()} in {timeout.TotalSeconds:F0} s, found none");
         foreach (var link in links)
             new Thread(() => Listen(link)) { IsBackground = true }.Start();
-        heartbeat = new Timer(_ => Array.ForEach(links, link => Beat(link, Meetings)), null, TimeSpan.Zero, timeout / 8);
+        void Beat(object? _) => Array.ForEach(links, link => link.Send([], Meetings));
+        heartbeat = new Timer(Beat, null, TimeSpan.Zero, timeout / 8);
     }
 
     public int Rank { get; }
@@ -267,82 +300,114 @@ public sealed class Peers : IDisposable {
     /// </summary>
     public int? Absent => Array.Find(links, link => link.Meetings < Meetings)?.Rank;
 
-    Link[] Gather(string host, int port, Func<int, byte[]> hello) {
+    byte[] Proof(byte[] sender, byte[] receiver) => HMACSHA256.HashData(key, (byte[])[.. sender, .. receiver]);
+
+    /// <summary>Makes sure that the other end is a rank of this job: each sends its rank, the number of ranks and a
+    /// random challenge, and then a proof, over both, that it knows the key. Rank 0 is the last to prove it.</summary>
+    /// <returns>The other's rank.</returns>
+    async Task<int> Greet(TcpClient client, Predicate<int> admits, CancellationToken end) {
+        using var patience = CancellationTokenSource.CreateLinkedTokenSource(end);
+        patience.CancelAfter(Patience);
+        (client.NoDelay, client.ReceiveTimeout) = (true, (int)timeout.TotalMilliseconds);
+        var stream = client.GetStream();
+        byte[] own = [.. BitConverter.GetBytes(Rank), .. BitConverter.GetBytes(Size),
+            .. RandomNumberGenerator.GetBytes(ChallengeBytes)];
+        await stream.WriteAsync(own, patience.Token);
+        var (other, proof) = (new byte[own.Length], new byte[HMACSHA256.HashSizeInBytes]);
+        await stream.ReadExactlyAsync(other, patience.Token);
+        if (Rank > 0)
+            await stream.WriteAsync(Proof(own, other), patience.Token);
+        await stream.ReadExactlyAsync(proof, patience.Token);
+        var (rank, size) = (BitConverter.ToInt32(other), BitConverter.ToInt32(other, sizeof(int)));
+        if (size != Size || !admits(rank) || !CryptographicOperations.FixedTimeEquals(proof, Proof(other, own)))
+            throw new IOException();
+        if (Rank == 0)
+            await stream.WriteAsync(Proof(own, other), patience.Token);
+        return rank;
+    }
+
+    /// <summary>Rank 0's side: listens, on loopback alone if the host is that, and greets whoever comes.</summary>
+    async Task<Link[]> Gather(string host, int port, CancellationTokenSource end) {
         var found = new Link?[Size];
-        var listener = new TcpListener(host is "127.0.0.1" or "localhost" ? IPAddress.Loopback : IPAddress.Any, port);
+        var room = new SemaphoreSlim(256); // strangers must not use up the files that a process may open
+        awaited = () => {
+            var missing = Enumerable.Range(1, Size - 1).Where(rank => found[rank] == null).ToArray();
+            var some = string.Join(", ", missing.Take(8)) + (missing.Length > 8 ? ", ..." : "");
+            return $"rank{(missing.Length > 1 ? "s" : "")} {some} of {Size} on port {port}";
+        };
+        bool Admits(int rank) => !end.IsCancellationRequested && rank > 0 && rank < Size && found[rank] == null;
+        async Task Admit(TcpClient client) {
+            try {
+                var rank = await Greet(client, Admits, end.Token);
+                lock (found) {
+                    found[rank] = Admits(rank) ? new(rank, client) : throw new IOException();
+                    if (Array.IndexOf(found, null, 1) < 0)
+                        _ = end.CancelAsync();
+                }
+            } catch (Exception) {
+                client.Dispose(); // whatever it sent, it ends its own greeting alone
+            } finally {
+                room.Release();
+            }
+        }
+        static string Label(string name) => name.Split('.')[0].ToLowerInvariant();
+        var lookup = Dns.GetHostAddressesAsync(host, end.Token).WaitAsync(end.Token);
+        await ((Task)lookup).ConfigureAwait(ConfigureAwaitOptions.SuppressThrowing); // the other ranks name the error
+        // By its hosts file a machine's own name may be a loopback address to itself, and another one to others.
+        var isLoopback = (Label(host) == "localhost" || Label(host) != Label(Dns.GetHostName())) &&
+            lookup.IsCompletedSuccessfully && lookup.Result.All(IPAddress.IsLoopback);
+        using var listener = isLoopback ? new TcpListener(lookup.Result[0], port) : TcpListener.Create(port);
         try {
             listener.Start();
         } catch (SocketException e) {
             throw new Gpt2Exception($"rank 0: expected port {port} to be free, found: {e.Message}");
         }
-        using var _ = listener;
-        var begin = Stopwatch.GetTimestamp();
-        while (Array.IndexOf(found, null, 1) is var missing and > 0) {
-            var left = timeout - Stopwatch.GetElapsedTime(begin);
-            if (left < TimeSpan.Zero || !listener.Server.Poll(left, SelectMode.SelectRead))
-                throw new Gpt2Exception($"rank 0: expected rank {missing} of {Size} on port {port} within " +
-                    $"{timeout.TotalSeconds:F0} s, found {found.Count(link => link != null) + 1} ranks");
-            const int patience = 5_000; // with a stranger who says nothing, while ours wait
-            var client = listener.AcceptTcpClient();
-            (client.NoDelay, client.ReceiveTimeout) = (true, patience);
-            var said = new byte[HelloBytes];
+        while (!end.IsCancellationRequested) {
             try {
-                client.GetStream().ReadExactly(said);
-            } catch (IOException) {
-                // Nobody of ours, as below: its rank is 0.
-            }
-            var rank = BitConverter.ToInt32(said, KeyBytes);
-            if (rank > 0 && rank < Size && found[rank] == null && hello(rank).AsSpan().SequenceEqual(said)) {
-                client.ReceiveTimeout = (int)timeout.TotalMilliseconds;
-                found[rank] = new(rank, client);
-            } else {
-                client.Dispose();
+                var client = await listener.AcceptTcpClientAsync(end.Token);
+                await room.WaitAsync(end.Token);
+                _ = Admit(client);
+            } catch (Exception e) when (e is OperationCanceledException or SocketException) {
+                // All have come, or the time is up, or a connection ended before it was accepted.
             }
         }
-        return [.. found.Skip(1).Select(link => link!)];
+        return [.. found.OfType<Link>()];
     }
 
-    Link Reach(string host, int port, byte[] hello) {
-        var begin = Stopwatch.GetTimestamp();
-        while (true) {
-            var client = new TcpClient { NoDelay = true, ReceiveTimeout = (int)timeout.TotalMilliseconds };
+    /// <summary>Every other rank's side: tries until rank 0 listens and admits it.</summary>
+    async Task<Link[]> Reach(string host, int port, CancellationTokenSource end) {
+        var why = "no answer";
+        awaited = () => $"rank 0 on {(host.Contains(':') ? $"[{host}]" : host)}:{port} ({why})";
+        while (!end.IsCancellationRequested) {
+            var client = new TcpClient();
             try {
-                client.Connect(host, port);
-                client.GetStream().Write(hello);
-                return new(0, client);
-            } catch (Exception e) when (e is SocketException or IOException) {
+                await client.ConnectAsync(host, port, end.Token).AsTask().WaitAsync(end.Token);
+                why = $"it is another job, by GPT2_JOB_KEY or size, or has a rank {Rank} already";
+                return [new(await Greet(client, rank => rank == 0, end.Token), client)];
+            } catch (Exception e) when (e is SocketException or IOException or OperationCanceledException) {
+                why = (e as SocketException)?.Message ?? why;
                 client.Dispose();
-                if (Stopwatch.GetElapsedTime(begin) > timeout)
-                    throw new Gpt2Exception($"rank {Rank}: expected rank 0 on {host}:{port} within " +
-                        $"{timeout.TotalSeconds:F0} s, found: {e.Message}");
-                Thread.Sleep(50); // it may not listen yet
+                await Task.Delay(50);
             }
         }
+        return [];
     }
 
     void Listen(Link link) {
         try {
             while (true) {
                 var message = link.Receive();
-                if (link.Meetings == End)
+                if (Rank > 0 && link.Meetings == End)
                     Report(""); // it has said why
-                else if (message.Length > 0)
-                    link.Messages.Add(message);
+                else if (message.Length > 0 && !link.Messages.TryAdd(message))
+                    throw new InvalidDataException("it sent more than it was asked for");
             }
-        } catch (Exception e) when (e is IOException or SocketException or ObjectDisposedException or
-            InvalidOperationException) {
+        } catch (Exception e) when (e is IOException or InvalidOperationException or InvalidDataException) {
             var isSilent = e.InnerException is SocketException { SocketErrorCode: SocketError.TimedOut };
             Report(isSilent ? $"rank {link.Rank} has said nothing for {timeout.TotalSeconds:F0} s at {Place}"
-                : $"rank {link.Rank} was lost at {Place}: its connection ended");
+                : $"rank {link.Rank} was lost at {Place}: " +
+                    (e is InvalidDataException ? e.Message : "its connection ended"));
             Array.ForEach(links, other => other.Messages.CompleteAdding()); // nobody need wait for any of them now
-        }
-    }
-
-    void Beat(Link link, int meetings) {
-        try {
-            link.Send([], meetings);
-        } catch (Exception e) when (e is IOException or ObjectDisposedException or InvalidOperationException) {
-            // The thread that listens says so.
         }
     }
 
@@ -351,38 +416,28 @@ public sealed class Peers : IDisposable {
         if (closing || Interlocked.Exchange(ref reported, 1) != 0)
             return;
         if (Rank == 0)
-            Array.ForEach(links, link => Beat(link, End));
+            Array.ForEach(links, link => link.Send([], End));
         lost(why);
     }
 
-    byte[] Take(Link link) {
-        if (link.Messages.TryTake(out var message, timeout))
+    byte[] Take(Link link, int length) {
+        if (link.Messages.TryTake(out var message, timeout) && message.Length == length)
             return message;
-        throw new Gpt2Exception($"rank {Rank}: expected rank {link.Rank} at {Place}, found it " +
-            (link.Messages.IsCompleted ? "gone" : $"elsewhere for {timeout.TotalSeconds:F0} s"));
+        throw new Gpt2Exception($"rank {Rank}: expected rank {link.Rank} at {Place}, found " +
+            (message != null ? $"{message.Length} bytes from it in place of {length}" : "it " +
+            (link.Messages.IsCompleted ? "gone" : $"elsewhere for {timeout.TotalSeconds:F0} s")));
     }
 
-    void Send(Link link, ReadOnlySpan<byte> message) {
-        try {
-            link.Send(message, Meetings);
-        } catch (Exception e) when (e is IOException or ObjectDisposedException or InvalidOperationException) {
-            throw new Gpt2Exception($"rank {Rank}: expected rank {link.Rank} at {Place}, found it gone");
-        }
-    }
-
-    /// <summary>What the first rank says, once all have come here.</summary>
+    /// <summary>What the first rank says, once all have come here: as many bytes as each gives.</summary>
     public byte[] Exchange(Func<byte[][], byte[]> combine, ReadOnlySpan<byte> own) {
-        byte[] answer;
-        if (Rank == 0) {
-            byte[][] all = [own.ToArray(), .. links.Select(Take)];
-            answer = combine(all);
-            foreach (var link in links)
-                Send(link, answer);
-        } else {
-            Send(links[0], own);
-            answer = Take(links[0]);
+        var message = own.ToArray();
+        if (Rank == 0)
+            message = combine([message, .. links.Select(link => Take(link, message.Length))]);
+        foreach (var link in links) {
+            if (!link.Send(message, Meetings))
+                throw new Gpt2Exception($"rank {Rank}: expected rank {link.Rank} at {Place}, found it gone");
         }
-        return answer;
+        return Rank == 0 ? message : Take(links[0], message.Length);
     }
 
     /// <summary>Sums numbers over ranks, in the order of ranks, when all have come here.</summary>

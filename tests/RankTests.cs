@@ -2,7 +2,9 @@ using System.Collections.Concurrent;
 using System.Diagnostics;
 using System.Globalization;
 using System.Net;
+using System.Net.NetworkInformation;
 using System.Net.Sockets;
+using System.Security.Cryptography;
 using System.Text;
 using System.Text.RegularExpressions;
 using Microsoft.Extensions.Logging.Abstractions;
@@ -259,8 +261,47 @@ public sealed class PeersTests {
     static readonly TimeSpan Long = TimeSpan.FromSeconds(30), Short = TimeSpan.FromSeconds(1);
 
     static Task<Peers> Join(int rank, int size, int port, TimeSpan timeout, Action<string>? lost = null,
-        string key = "key") => Task.Factory.StartNew(() => new Peers(rank, size, "127.0.0.1", port, key, timeout,
-            lost ?? (_ => { })), TaskCreationOptions.LongRunning);
+        string key = "key", string host = "127.0.0.1") => Task.Factory.StartNew(() => new Peers(rank, size, host, port,
+            key, timeout, _ => { }, lost ?? (_ => { })), TaskCreationOptions.LongRunning);
+
+    /// <summary>Connects as soon as somebody listens.</summary>
+    static async Task<TcpClient> Connect(int port, string host = "127.0.0.1") {
+        while (true) {
+            var client = new TcpClient { ReceiveTimeout = (int)Long.TotalMilliseconds };
+            try {
+                await client.ConnectAsync(host, port);
+                return client;
+            } catch (SocketException) {
+                client.Dispose();
+                await Task.Delay(10);
+            }
+        }
+    }
+
+    static byte[] Greeting(int rank, int size = 2) => [.. BitConverter.GetBytes(rank), .. BitConverter.GetBytes(size),
+        .. RandomNumberGenerator.GetBytes(32)];
+
+    static byte[] Read(TcpClient client, int count) {
+        var bytes = new byte[count];
+        client.GetStream().ReadExactly(bytes);
+        return bytes;
+    }
+
+    /// <summary>Greets by a protocol written anew: greetings both ways, then the other ranks' proof, then rank 0's.
+    /// </summary>
+    /// <returns>All that the other side has sent.</returns>
+    static byte[] Greet(TcpClient client, int rank, int size = 2, string key = "key") {
+        var own = Greeting(rank, size);
+        client.GetStream().Write(own);
+        var other = Read(client, own.Length);
+        var proof = HMACSHA256.HashData(Encoding.UTF8.GetBytes(key), (byte[])[.. own, .. other]);
+        if (rank > 0)
+            client.GetStream().Write(proof);
+        byte[] said = [.. other, .. Read(client, proof.Length)];
+        if (rank == 0)
+            client.GetStream().Write(proof);
+        return said;
+    }
 
     static async Task<Peers[]> All(int size, TimeSpan timeout, ConcurrentQueue<string>? lost = null) {
         var port = FreePort();
@@ -295,29 +336,281 @@ public sealed class PeersTests {
     }
 
     [Test]
-    public async Task WhoDoesNotKnowTheKeyIsTurnedAway() {
+    [Arguments(1, 2, "another")]
+    [Arguments(1, 3, "key")]
+    [Arguments(2, 3, "key")]
+    public async Task WhoIsNotOfTheJobIsTurnedAway(int rank, int size, string key) {
         var port = FreePort();
         var first = Join(0, 2, port, Long);
-        var stranger = await Join(1, 2, port, Long, key: "another");
-        await Assert.That(() => stranger.Sum([])).Throws<Gpt2Exception>();
-        using (var client = new TcpClient("127.0.0.1", port))
-            client.GetStream().Write(new byte[3]);
-        var second = await Join(1, 2, port, Long);
-        Peers[] both = [await first, second];
+        var error = await Assert.That(async () => await Join(rank, size, port, Short, key: key))
+            .Throws<Gpt2Exception>();
+        await Assert.That(error!.Message).IsEqualTo($"rank {rank}: expected rank 0 on 127.0.0.1:{port} (it is " +
+            $"another job, by GPT2_JOB_KEY or size, or has a rank {rank} already) in 1 s, found none");
+        await MeetsAt(port, first);
+    }
+
+    [Test]
+    public async Task ARankThatIsThereAlreadyIsTurnedAway() {
+        var port = FreePort();
+        var first = Join(0, 3, port, Long);
+        var second = await Join(1, 3, port, Long);
+        await Assert.That(async () => await Join(1, 3, port, Short)).Throws<Gpt2Exception>();
+        Peers[] all = [await Join(2, 3, port, Long), await first, second];
+        await OnEach(all, peers => peers.Sum([]));
+        Array.ForEach(all, peers => peers.Dispose());
+    }
+
+    /// <summary>Rank 1 of 2 comes, and both can work.</summary>
+    static async Task MeetsAt(int port, Task<Peers> first) {
+        Peers[] both = [await Join(1, 2, port, Long), await first];
         await OnEach(both, peers => peers.Sum([]));
-        Array.ForEach([.. both, stranger], peers => peers.Dispose());
+        Array.ForEach(both, peers => peers.Dispose());
+    }
+
+    /// <summary>What strangers may send in place of a greeting, part by part.</summary>
+    static byte[][] Strange(string what, byte[] recorded) => what switch {
+        "nothing" => [],
+        "slowly" => [.. Greeting(1).Concat(recorded).Select(value => (byte[])[value])],
+        "text" => [Encoding.ASCII.GetBytes("GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")],
+        "long" => [new byte[1 << 20]],
+        "noProof" => [Greeting(1), new byte[32]],
+        "noRank" => [Greeting(int.MinValue), new byte[32]],
+        "hugeRank" => [Greeting(int.MaxValue, int.MaxValue), new byte[32]],
+        "replay" => [recorded],
+        _ => throw new ArgumentException(what),
+    };
+
+    [Test]
+    [Arguments("nothing")]
+    [Arguments("slowly")]
+    [Arguments("text")]
+    [Arguments("long")]
+    [Arguments("noProof")]
+    [Arguments("noRank")]
+    [Arguments("hugeRank")]
+    [Arguments("replay")]
+    public async Task StrangersEndTheirOwnGreetingsAlone(string what) {
+        // What a true rank 1 has sent to the same rank 0.
+        byte[] recorded;
+        using (var listener = new TcpListener(IPAddress.Loopback, 0)) {
+            listener.Start();
+            var true1 = Join(1, 2, ((IPEndPoint)listener.LocalEndpoint).Port, Short);
+            using var server = await listener.AcceptTcpClientAsync();
+            server.GetStream().Write(Greeting(0));
+            recorded = Read(server, 40 + 32);
+            server.Dispose();
+            await Assert.That(async () => await true1).Throws<Gpt2Exception>();
+        }
+        var port = FreePort();
+        var first = Join(0, 2, port, Long);
+        var strangers = await Task.WhenAll(Enumerable.Range(0, 100).Select(_ => Connect(port)));
+        using var stop = new CancellationTokenSource();
+        var sending = strangers.Select(async stranger => {
+            try {
+                foreach (var part in Strange(what, recorded)) {
+                    await stranger.GetStream().WriteAsync(part, stop.Token);
+                    await Task.Delay(500, stop.Token);
+                }
+            } catch (Exception e) when (e is IOException or OperationCanceledException) {
+                // It was turned away, or the test is over.
+            }
+        }).ToArray();
+        await Task.Delay(200);
+        var begin = Stopwatch.GetTimestamp();
+        await MeetsAt(port, first);
+        await Assert.That(Stopwatch.GetElapsedTime(begin)).IsLessThan(TimeSpan.FromSeconds(2));
+        stop.Cancel();
+        await Task.WhenAll(sending);
+        Array.ForEach(strangers, stranger => stranger.Dispose());
+    }
+
+    [Test]
+    public async Task NothingThatIsSentHoldsTheKeyNorFitsAnotherGreeting() {
+        var port = FreePort();
+        var first = Join(0, 3, port, Long, key: "a secret of this job");
+        byte[][] said = new byte[2][];
+        TcpClient[] clients = [await Connect(port), await Connect(port)];
+        for (var i = 0; i < 2; i++)
+            said[i] = Greet(clients[i], i + 1, 3, "a secret of this job");
+        using var peers = await first;
+        await Assert.That(Encoding.Latin1.GetString(said[0])).DoesNotContain("secret");
+        await Assert.That(said[0][8..40].SequenceEqual(said[1][8..40])).IsFalse(); // a challenge of its own
+        await Assert.That(said[0][40..].SequenceEqual(said[1][40..])).IsFalse();
+        Array.ForEach(clients, client => client.Dispose());
+    }
+
+    [Test]
+    [Arguments("silent")]
+    [Arguments("slow")]
+    [Arguments("echo")]
+    [Arguments("text")]
+    [Arguments("anotherKey")]
+    [Arguments("replay")]
+    public async Task AFalseFirstRankIsNotBelieved(string what) {
+        // What a true rank 0 has sent to a true rank 1.
+        var truePort = FreePort();
+        var first = Join(0, 2, truePort, Long);
+        using var second = await Connect(truePort);
+        var recorded = Greet(second, 1);
+        (await first).Dispose();
+        using var listener = new TcpListener(IPAddress.Loopback, 0);
+        listener.Start();
+        using var stop = new CancellationTokenSource();
+        async Task Serve(TcpClient client) {
+            try {
+                var stream = client.GetStream();
+                if (what == "text")
+                    await stream.WriteAsync(Encoding.ASCII.GetBytes(new string('x', 200)), stop.Token);
+                if (what == "replay")
+                    await stream.WriteAsync(recorded, stop.Token);
+                if (what == "echo")
+                    await stream.CopyToAsync(stream, stop.Token);
+                for (var i = 0; what == "slow" && i < 72; i++) {
+                    await stream.WriteAsync((byte[])[0], stop.Token);
+                    await Task.Delay(100, stop.Token);
+                }
+                if (what == "anotherKey")
+                    await Task.Run(() => Greet(client, 0, key: "another"), stop.Token);
+                await Task.Delay(Long, stop.Token);
+            } catch (Exception e) when (e is IOException or OperationCanceledException) {
+                // It was turned away, or the test is over.
+            }
+            client.Dispose();
+        }
+        async Task Accept() {
+            while (true)
+                _ = Serve(await listener.AcceptTcpClientAsync(stop.Token));
+        }
+        _ = Accept();
+        var begin = Stopwatch.GetTimestamp();
+        var port = ((IPEndPoint)listener.LocalEndpoint).Port;
+        var error = await Assert.That(async () => await Join(1, 2, port, 2 * Short)).Throws<Gpt2Exception>();
+        await Assert.That(error!.Message).StartsWith("rank 1: expected rank 0 on 127.0.0.1:").And
+            .Contains("(it is another job, by GPT2_JOB_KEY or size, or has a rank 1 already) in 2 s");
+        await Assert.That(Stopwatch.GetElapsedTime(begin)).IsBetween(1.9 * Short, 3 * Short);
+        stop.Cancel();
+    }
+
+    static byte[] Message(int length, int meetings, int bytes) =>
+        [.. BitConverter.GetBytes(length), .. BitConverter.GetBytes(meetings), .. new byte[bytes]];
+
+    /// <summary>A rank that has proved itself and then sends what no rank does ends the job with a sentence.</summary>
+    [Test]
+    [Arguments(0, "it sent a message of -1 bytes")]
+    [Arguments(1, "it sent a message of -1 bytes")]
+    [Arguments(0, "it sent a message of 2147483647 bytes")]
+    [Arguments(1, "it sent a message of 2147483647 bytes")]
+    [Arguments(0, "it sent a message of 1025 bytes")]
+    [Arguments(1, "it sent more than it was asked for")]
+    [Arguments(0, "its connection ended")]
+    [Arguments(1, "its connection ended")]
+    [Arguments(1, "")]
+    public async Task ABrokenRankIsLost(int rank, string why) {
+        var bytes = why switch {
+            "" => Message(0, -1, 0), // as rank 0 tells that it has said why
+            _ when why.Contains("-1") => Message(-1, 0, 0),
+            _ when why.Contains("2147483647") => Message(int.MaxValue, 0, 0),
+            _ when why.Contains("1025") => Message(1025, 0, 1025),
+            _ when why.Contains("more") => [.. Enumerable.Repeat(Message(1024, 0, 1024), 20).SelectMany(x => x)],
+            _ => Message(16, 0, 3), // and then its end
+        };
+        var lost = new BlockingCollection<string>();
+        Peers peers;
+        TcpClient broken;
+        if (rank == 1) {
+            var port = FreePort();
+            var first = Join(0, 2, port, Long, lost.Add);
+            Greet(broken = await Connect(port), 1);
+            peers = await first;
+        } else {
+            using var listener = new TcpListener(IPAddress.Loopback, 0);
+            listener.Start();
+            var second = Join(1, 2, ((IPEndPoint)listener.LocalEndpoint).Port, Long, lost.Add);
+            Greet(broken = await listener.AcceptTcpClientAsync(), 0);
+            peers = await second;
+        }
+        var memory = GC.GetTotalAllocatedBytes();
+        try {
+            broken.GetStream().Write(bytes);
+        } catch (IOException) {
+            // The other side has closed.
+        }
+        if (why is "" or "its connection ended")
+            broken.Dispose();
+        await Assert.That(lost.TryTake(out var said, Long)).IsTrue();
+        why = why == "" ? "its connection ended" : why;
+        await Assert.That(said).IsEqualTo($"rank {rank} was lost at the start: {why}");
+        await Assert.That(GC.GetTotalAllocatedBytes() - memory).IsLessThan(1 << 30); // of all tests that run now
+        peers.Dispose();
+        broken.Dispose();
+    }
+
+    [Test]
+    public async Task AMessageOfAnotherLengthIsAnError() {
+        var port = FreePort();
+        var first = Join(0, 2, port, Long);
+        using var client = await Connect(port);
+        Greet(client, 1);
+        using var peers = await first;
+        client.GetStream().Write(Message(3, 0, 3));
+        var error = Assert.Throws<Gpt2Exception>(() => peers.Sum([1]));
+        await Assert.That(error.Message).IsEqualTo(
+            "rank 0: expected rank 1 at the start, found 3 bytes from it in place of 16");
+    }
+
+    [Test]
+    public async Task ALongTimeoutIsNoError() {
+        var port = FreePort();
+        Peers[] both = await Task.WhenAll(Enumerable.Range(0, 2)
+            .Select(rank => Join(rank, 2, port, TimeSpan.FromSeconds(1_000_000))));
+        await OnEach(both, peers => peers.Sum([]));
+        Array.ForEach(both, peers => peers.Dispose());
+    }
+
+    [Test]
+    [Arguments("127.0.0.1", "127.0.0.1")]
+    [Arguments("127.0.1.1", "127.0.1.1")]
+    [Arguments("localhost", "127.0.0.1")]
+    [Arguments("LOCALHOST", "127.0.0.1")]
+    [Arguments("::1", "::1")]
+    [Arguments("[::1]", "::1")]
+    [Arguments("HOST", "::")]
+    public async Task LoopbackStaysLoopback(string host, string address) {
+        var port = FreePort();
+        host = host == "HOST" ? Dns.GetHostName() : host;
+        if (host == "localhost" && address == "::" || address.Contains(':') && !File.Exists("/proc/net/if_inet6"))
+            Skip.Test("this machine has no name of its own, or no IPv6");
+        var first = Join(0, 2, port, Long, host: host);
+        IPEndPoint[] found = [];
+        while (found.Length == 0) {
+            await Task.Delay(10);
+            var listeners = IPGlobalProperties.GetIPGlobalProperties().GetActiveTcpListeners();
+            found = [.. listeners.Where(listener => listener.Port == port)];
+        }
+        await Assert.That(found.Length).IsEqualTo(1);
+        await Assert.That(found[0].Address).IsEqualTo(IPAddress.Parse(address));
+        Peers[] both = [await Join(1, 2, port, Long, host: host), await first];
+        await OnEach(both, peers => peers.Sum([]));
+        Array.ForEach(both, peers => peers.Dispose());
     }
 
     [Test]
     public async Task ARankThatNeverComesIsNamed() {
         var port = FreePort();
-        var first = Join(0, 3, port, Short);
-        using var second = await Join(1, 3, port, Short);
+        var begin = Stopwatch.GetTimestamp();
+        var first = Join(0, 3, port, 2 * Short);
+        using var second = await Join(1, 3, port, 2 * Short);
+        // Not even those who hold their greeting back have it wait longer.
+        var strangers = await Task.WhenAll(Enumerable.Range(0, 5).Select(_ => Connect(port)));
         var error = await Assert.That(async () => await first).Throws<Gpt2Exception>();
-        await Assert.That(error!.Message).IsEqualTo(
-            $"rank 0: expected rank 2 of 3 on port {port} within 1 s, found 2 ranks");
+        await Assert.That(error!.Message).IsEqualTo($"rank 0: expected rank 2 of 3 on port {port} in 2 s, found none");
+        await Assert.That(Stopwatch.GetElapsedTime(begin)).IsBetween(1.9 * Short, 3 * Short);
+        Array.ForEach(strangers, stranger => stranger.Dispose());
         error = await Assert.That(async () => await Join(2, 3, FreePort(), Short)).Throws<Gpt2Exception>();
-        await Assert.That(error!.Message).StartsWith("rank 2: expected rank 0 on 127.0.0.1:");
+        await Assert.That(error!.Message).StartsWith("rank 2: expected rank 0 on 127.0.0.1:").And
+            .Contains("(Connection refused)");
+        error = await Assert.That(async () => await Join(0, 20, FreePort(), Short)).Throws<Gpt2Exception>();
+        await Assert.That(error!.Message).StartsWith("rank 0: expected ranks 1, 2, 3, 4, 5, 6, 7, 8, ... of 20 on");
     }
 
     [Test]
@@ -344,16 +637,8 @@ public sealed class PeersTests {
         var port = FreePort();
         var lost = new BlockingCollection<string>();
         var first = Join(0, 2, port, Short, lost.Add);
-        using var client = new TcpClient();
-        while (!client.Connected) {
-            try {
-                client.Connect("127.0.0.1", port);
-            } catch (SocketException) {
-                await Task.Delay(10); // it does not listen yet
-            }
-        }
-        client.GetStream().Write([.. Encoding.UTF8.GetBytes("key".PadRight(64)), .. BitConverter.GetBytes(1),
-            .. BitConverter.GetBytes(2)]);
+        using var client = await Connect(port);
+        Greet(client, 1);
         using var peers = await first;
         var begin = Stopwatch.GetTimestamp();
         await Assert.That(lost.TryTake(out var why, Long)).IsTrue();
@@ -387,10 +672,11 @@ public sealed class PeersTests {
 
 /// <summary>The binary among others, as far as that goes without a GPU.</summary>
 public sealed class JobTests {
-    const string Train = "train -i train_*.bin -j val.bin -b 1 -t 8 --device cpu";
+    const string Train = "train -i train_*.bin -j val.bin -b 1 -t 8";
 
-    static Task<Result> Run(TemporaryFolder folder, string environment, string arguments = "") =>
-        Gpt2Process.RunIn($"export {environment}; exec \"$@\"", folder.Path, $"{Train} {arguments}".Trim());
+    static Task<Result> Run(
+        TemporaryFolder folder, string environment, string arguments = "", string command = Train) =>
+        Gpt2Process.RunIn($"export {environment}; exec \"$@\"", folder.Path, $"{command} {arguments}".Trim());
 
     static async Task IsRefused(Result result, params string[] parts) {
         await Assert.That(result.ExitCode).IsEqualTo(1).Because(result.ToString());
@@ -404,7 +690,16 @@ public sealed class JobTests {
     [Arguments("RANK={0} WORLD_SIZE=2 LOCAL_RANK={0} MASTER_ADDR=127.0.0.1 MASTER_PORT={1} TORCHELASTIC_RUN_ID=none")]
     [Arguments("OMPI_COMM_WORLD_RANK={0} OMPI_COMM_WORLD_SIZE=2 OMPI_COMM_WORLD_LOCAL_RANK={0} " +
         "OMPI_COMM_WORLD_LOCAL_SIZE=2 PMIX_NAMESPACE=job{1}")]
-    [Arguments("SLURM_PROCID={0} SLURM_NTASKS=2 SLURM_LOCALID={0} SLURM_JOB_ID={1} SLURM_STEP_NODELIST=localhost")]
+    [Arguments("PMI_RANK={0} PMI_SIZE=2 MPI_LOCALRANKID={0} MPI_LOCALNRANKS=2 MASTER_PORT={1}")]
+    [Arguments("PMI_RANK={0} PMI_SIZE=2 MASTER_ADDR=LOCALHOST MASTER_PORT={1}")]
+    [Arguments("SLURM_PROCID={0} SLURM_STEP_NUM_TASKS=2 SLURM_LOCALID={0} SLURM_JOB_ID={1} SLURM_STEP_ID=0 " +
+        "SLURM_STEP_NODELIST=localhost")]
+    [Arguments("SLURM_PROCID={0} SLURM_STEP_NUM_TASKS=2 SLURM_LOCALID={0} SLURM_JOB_ID={1} SLURM_STEP_ID=3 " +
+        "SLURM_STEP_NODELIST=localhost PMI_RANK={0} PMI_SIZE=2")]
+    [Arguments("PMI_RANK={0} PMI_SIZE=2 MPI_LOCALRANKID={0} MPI_LOCALNRANKS=2 MASTER_PORT={1} SLURM_PROCID=0 " +
+        "SLURM_STEP_NUM_TASKS=1 SLURM_STEP_ID=0")]
+    [Arguments("RANK={0} WORLD_SIZE=2 MASTER_ADDR=::1 MASTER_PORT={1} GPT2_JOB_KEY=secret")]
+    [Arguments("RANK={0} WORLD_SIZE=2 MASTER_ADDR=127.0.1.1 MASTER_PORT={1} SLURM_PROCID=0 SLURM_NTASKS=1")]
     public async Task RanksMeetHoweverTheyAreStarted(string environment) {
         using var folder = new TemporaryFolder();
         var port = PeersTests.FreePort();
@@ -422,9 +717,65 @@ public sealed class JobTests {
         using var folder = new TemporaryFolder();
         var port = PeersTests.FreePort();
         await IsRefused(await Run(folder, $"RANK=0 WORLD_SIZE=3 MASTER_PORT={port}", "--timeout 1"),
-            "rank 0: expected rank 1 of 3", $"{port}", "1 s");
-        await IsRefused(await Run(folder, $"SLURM_PROCID=2 SLURM_NTASKS=3 SLURM_JOB_NODELIST=127.0.0.[1-3],other " +
-            $"MASTER_PORT={port}", "--timeout 1"), "rank 2: expected rank 0 on 127.0.0.1", $"{port}");
+            $"rank 0: expected ranks 1, 2 of 3 on port {port} in 1 s");
+        await IsRefused(await Run(folder, "SLURM_STEP_ID=0 SLURM_PROCID=2 SLURM_STEP_NUM_TASKS=3 " +
+            $"SLURM_STEP_NODELIST=127.0.0.[1-3],other MASTER_PORT={port}", "--timeout 1"),
+            $"rank 2: expected rank 0 on 127.0.0.1:{port} (Connection refused) in 1 s");
+        await IsRefused(await Run(folder, $"RANK=1 WORLD_SIZE=2 MASTER_ADDR=no.such.invalid MASTER_PORT={port}",
+            "--timeout 1"), $"rank 1: expected rank 0 on no.such.invalid:{port} (");
+    }
+
+    [Test]
+    public async Task WhoWaitsSaysSoOnce() {
+        using var folder = new TemporaryFolder();
+        var port = PeersTests.FreePort();
+        var begin = Stopwatch.GetTimestamp();
+        var results = await Task.WhenAll(((int[])[0, 2]).Select(rank =>
+            Run(folder, $"RANK={rank} WORLD_SIZE=4 MASTER_PORT={port + rank}", "--timeout 7")));
+        await Assert.That(Stopwatch.GetElapsedTime(begin).TotalSeconds).IsBetween(6.9, 9);
+        await Assert.That(results[0].Sentences.Length).IsEqualTo(2).Because(results[0].ToString());
+        await Assert.That(results[1].Sentences.Length).IsEqualTo(2).Because(results[1].ToString());
+        await Assert.That(results[0].Error).StartsWith(
+            $"gpt2: rank 0: waiting for ranks 1, 2, 3 of 4 on port {port}\n");
+        await Assert.That(results[1].Error).StartsWith(
+            $"gpt2: rank 2: waiting for rank 0 on 127.0.0.1:{port + 2} (Connection refused)\n");
+    }
+
+    [Test]
+    public async Task WithoutOpenSslRanksCannotMeet() {
+        using var folder = new TemporaryFolder();
+        foreach (var name in (string[])["libssl.so.3", "libssl.so.1.1"])
+            File.WriteAllText(folder[name], "");
+        await IsRefused(await Run(folder, "RANK=0 WORLD_SIZE=2 LD_LIBRARY_PATH=$PWD"), "OpenSSL", "libssl.so.3");
+    }
+
+    const string Torch = "RANK=3 WORLD_SIZE=8 LOCAL_RANK=3 MASTER_ADDR=nosuch MASTER_PORT=1 TORCHELASTIC_RUN_ID=none";
+    const string OpenMpi = "OMPI_COMM_WORLD_RANK=0 OMPI_COMM_WORLD_SIZE=8 OMPI_COMM_WORLD_LOCAL_SIZE=2";
+    const string Mpich = "PMI_RANK=0 PMI_SIZE=8 MPI_LOCALRANKID=0 MPI_LOCALNRANKS=8";
+    const string Slurm = "SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_NTASKS=8 SLURM_JOB_ID=5 SLURM_JOB_NODELIST=localhost";
+
+    [Test]
+    [Arguments(Torch, "--gpus 1")]
+    [Arguments(Torch, "--device cpu")]
+    [Arguments("RANK=x WORLD_SIZE=y", "--gpus 1")]
+    [Arguments(OpenMpi, "--gpus 1")]
+    [Arguments(OpenMpi, "--device cpu --gpus 1")]
+    [Arguments(Mpich, "--device cpu")]
+    [Arguments($"{Slurm} SLURM_STEP_ID=0 SLURM_STEP_NUM_TASKS=8", "--gpus 1")]
+    [Arguments(Slurm, "")]
+    [Arguments($"{Slurm} SLURM_STEP_ID=4294967290", "")]
+    [Arguments($"{Slurm} SLURM_STEP_ID=4294967291 SLURM_STEP_NUM_TASKS=8", "")]
+    [Arguments($"{Slurm} SLURM_STEP_ID=batch SLURM_STEP_NUM_TASKS=8", "")]
+    [Arguments($"{Slurm} SLURM_STEP_ID=0 SLURM_STEP_NUM_TASKS=1", "")]
+    [Arguments("RANK=5", "")]
+    [Arguments("WORLD_SIZE=8", "")]
+    [Arguments("PMI_RANK=0 PMI_SIZE=1", "")]
+    public async Task ThisIsAnOrdinaryRun(string environment, string arguments) {
+        using var folder = Folders.Inputs();
+        const string run = "train -e model.bin -i train_0.bin -j val.bin -b 2 -t 16 -x 1 -v 0 -g 0 -o out";
+        var result = await Run(folder, environment, $"--timeout 1 {arguments}".Trim(), run);
+        await Assert.That(result.ExitCode).IsEqualTo(0).Because(result.ToString());
+        await Assert.That(result.Lines[0]).StartsWith("step    1/1");
     }
 
     [Test]
@@ -432,6 +783,20 @@ public sealed class JobTests {
     [Arguments("RANK=2 WORLD_SIZE=2", "RANK 1 2")]
     [Arguments("RANK=0 WORLD_SIZE=0", "WORLD_SIZE 1 0")]
     [Arguments("OMPI_COMM_WORLD_RANK=0 OMPI_COMM_WORLD_SIZE=4 OMPI_COMM_WORLD_LOCAL_SIZE=2", "MASTER_ADDR")]
+    [Arguments("PMI_RANK=0 PMI_SIZE=4 MPI_LOCALRANKID=0 MPI_LOCALNRANKS=2", "MASTER_ADDR")]
+    [Arguments("RANK=0 WORLD_SIZE=2147483647", "WORLD_SIZE 4194304 2147483647")]
+    [Arguments("RANK=0 WORLD_SIZE=2 MASTER_PORT=0", "MASTER_PORT 65535 0")]
+    [Arguments("RANK=0 WORLD_SIZE=2 MASTER_PORT=65536", "MASTER_PORT 65535 65536")]
+    [Arguments("RANK=0 WORLD_SIZE=2 MASTER_PORT=65535 TORCHELASTIC_RUN_ID=none", "MASTER_PORT 65534 65535")]
+    [Arguments("RANK=1 WORLD_SIZE=2 MASTER_ADDR=0.0.0.0", "MASTER_ADDR 0.0.0.0")]
+    [Arguments("RANK=1 WORLD_SIZE=2 MASTER_ADDR=host:123", "MASTER_ADDR host:123")]
+    [Arguments("RANK=0 WORLD_SIZE=2 MASTER_ADDR=$(printf 'a%.0s' {1..300})", "MASTER_ADDR aaa")]
+    [Arguments("GPT2_PARENT=1", "GPT2_PARENT")]
+    [Arguments("GPT2_PARENT=$$", "GPT2_PARENT")]
+    [Arguments("GPT2_PARENT=$PPID", "GPT2_PARENT")]
+    [Arguments("GPT2_PARENT=x", "GPT2_PARENT x")]
+    [Arguments("GPT2_PARENT=$PPID WORLD_SIZE=1 RANK=0", "GPT2_PARENT")]
+    [Arguments("GPT2_PARENT=4000000 RANK=0 WORLD_SIZE=2", "GPT2_PARENT 4000000")]
     public async Task AWrongEnvironmentIsRefused(string environment, string parts) {
         using var folder = new TemporaryFolder();
         await IsRefused(await Run(folder, environment), parts.Split(' '));
@@ -442,6 +807,7 @@ public sealed class JobTests {
 public sealed class LaunchTests {
     // Rank 2's GPU cannot be opened; rank 1 sleeps there, or dies.
     const string Driver = """
+        #include <fcntl.h>
         #include <signal.h>
         #include <stdlib.h>
         #include <unistd.h>
@@ -452,6 +818,7 @@ public sealed class LaunchTests {
         int cuGetErrorString(int status, char **text) { *text = "no such thing"; return 0; }
         int cuDeviceGet(int *device, int ordinal) {
             char *rank = getenv("RANK");
+            open(rank, O_CREAT | O_WRONLY, 0666); // a file that tells that this rank has come here
             if (*rank == '1' && getenv("DIES")) kill(getpid(), SIGKILL);
             if (*rank == '2' && !getenv("DIES") && !getenv("WAITS")) return 101;
             sleep(60);
@@ -459,11 +826,56 @@ public sealed class LaunchTests {
         }
         """;
 
-    static async Task<Gpt2Process> Start(TemporaryFolder folder, string environment, string arguments) {
+    static async Task<Gpt2Process> Start(TemporaryFolder folder, string environment, string arguments,
+        string command = "exec") {
         File.WriteAllText(folder["driver.c"], Driver);
         await Gpt2Process.RunIn("gcc -shared -fPIC -o libcuda.so.1 driver.c", folder.Path, "");
-        return Gpt2Process.StartIn($"export LD_LIBRARY_PATH=$PWD {environment}; exec \"$@\"", folder.Path,
-            $"train -i {Golden("tokens_train.bin")} {arguments}");
+        return Gpt2Process.StartIn($"export LD_LIBRARY_PATH=$PWD {environment}; {command} \"$@\"", folder.Path,
+            $"train -i {Golden("tokens_train.bin")} {arguments}".Trim());
+    }
+
+    /// <summary>Whatever a launcher has left in the environment, each rank is started once and starts nothing. As many
+    /// processes as a machine can bear are allowed, to a user of their own, should a child start children.</summary>
+    [Test]
+    [Arguments("RANK=0 WORLD_SIZE=1", "")]
+    [Arguments("RANK=0", "")]
+    [Arguments("RANK=7 WORLD_SIZE=1 LOCAL_RANK=7 MASTER_ADDR=nosuch MASTER_PORT=1 TORCHELASTIC_RUN_ID=none", "")]
+    [Arguments("RANK=1 WORLD_SIZE=2 LOCAL_RANK=1 MASTER_ADDR=nosuch MASTER_PORT=1 GPT2_JOB_KEY=mine", "--gpus 3")]
+    [Arguments("OMPI_COMM_WORLD_RANK=0 OMPI_COMM_WORLD_SIZE=1 PMIX_NAMESPACE=job", "")]
+    [Arguments("PMI_RANK=0 PMI_SIZE=1 MPI_LOCALRANKID=0 MPI_LOCALNRANKS=1", "")]
+    [Arguments("SLURM_PROCID=0 SLURM_NTASKS=8 SLURM_LOCALID=0 SLURM_JOB_ID=5", "")]
+    [Arguments("SLURM_PROCID=0 SLURM_STEP_NUM_TASKS=1 SLURM_STEP_ID=0", "")]
+    [Arguments("GPT2_SHARE_GPUS=1 NCCL_HOSTID=mine RANK=0 WORLD_SIZE=1", "")]
+    public async Task ChildrenNeverLaunch(string environment, string arguments) {
+        using var folder = new TemporaryFolder();
+        File.Copy(Gpt2Process.Binary, folder["gpt2"]);
+        var threads = File.ReadAllText("/proc/loadavg").Split(' ', '/')[4];
+        var user = Environment.IsPrivilegedProcess ? "setpriv --reuid 65534 --regid 65534 --clear-groups" : "";
+        using var run = await Start(folder, $"WAITS=1 {environment}", arguments,
+            $"chmod 777 .; ulimit -u $(({threads} + 300)); shift; exec {user} ./gpt2");
+        string Come() => string.Join(' ', Directory.GetFiles(folder.Path).Select(path => Path.GetFileName(path))
+            .Where(name => int.TryParse(name, out _)).Order());
+        for (var i = 0; i < 200 && Come().Length < 5; i++)
+            await Task.Delay(50);
+        var children = run.Children();
+        try {
+            await Assert.That(Come()).IsEqualTo("0 1 2");
+            await Assert.That(children.Length).IsEqualTo(3);
+            foreach (var child in children) {
+                var started = Directory.GetDirectories($"/proc/{child}/task")
+                    .Select(task => File.ReadAllText($"{task}/children"));
+                await Assert.That(string.Concat(started)).IsEqualTo("");
+                var lines = File.ReadAllText($"/proc/{child}/environ").Split('\0', '\n');
+                var variables = lines.Where(line => Regex.IsMatch(line,
+                    "^(RANK|WORLD_SIZE|LOCAL_RANK|MASTER_|GPT2_(JOB|PARENT)|NCCL_HOSTID|.*(MPI|SLURM|TORCH))"));
+                var found = string.Join(' ', variables.Order(StringComparer.Ordinal));
+                await Assert.That(found).Matches($"^GPT2_JOB_KEY=[0-9a-f]{{32}} GPT2_PARENT=\\d+ LOCAL_RANK=(.) " +
+                    "MASTER_ADDR=127.0.0.1 MASTER_PORT=\\d+ (NCCL_HOSTID=rank \\1 )?RANK=\\1 WORLD_SIZE=3$");
+            }
+        } finally {
+            run.Signal(Gpt2Process.Kill); // which takes the children with it
+            await run.End();
+        }
     }
 
     [Test]
@@ -492,6 +904,21 @@ public sealed class LaunchTests {
         for (var i = 0; i < 200 && children.Any(child => Directory.Exists($"/proc/{child}")); i++)
             await Task.Delay(50);
         await Assert.That(children.Any(child => Directory.Exists($"/proc/{child}"))).IsFalse();
+    }
+
+    [Test]
+    [Arguments(1)]
+    [Arguments(Gpt2Process.Interrupt)]
+    [Arguments(Gpt2Process.Terminate)]
+    public async Task SignalsArePassedOn(int signal) {
+        using var folder = new TemporaryFolder();
+        using var run = await Start(folder, "WAITS=1", "--gpus 3");
+        for (var i = 0; i < 200 && !File.Exists(folder["2"]); i++)
+            await Task.Delay(50);
+        run.Signal(signal);
+        var result = await run.End();
+        await Assert.That(result.ExitCode).IsEqualTo(1).Because(result.ToString());
+        await Assert.That(result.Error).Matches(@"^gpt2: rank \d was ended by signal 15\n$");
     }
 
     [Test]
