@@ -1166,7 +1166,7 @@ FLASH_KERNEL(attention_backward_kv, 1, 2 * KeyRows<true>, flash_backward_kv, (co
 // ---- Products for Hopper, with what comes after them
 
 #if !defined(FP32) && defined(__CUDA_ARCH_FEAT_SM90_ALL)
-// c (M, N) = a·b + bias with a (M, K) and b (N, K) or, not transposed, (K, N). Blocks work on tiles of c, 128 x 192; two
+// c (M, N) = a·b + bias with a (M, K) and b (N, K) or, not transposed, (K, N). Blocks work on 128 x 192 tiles of c; two
 // of them, a cluster, take the next two, one below the other, that none has taken, and share the tiles of b: so nothing
 // waits for blocks that begin late, because NCCL has their place. Two warpgroups multiply 64 rows each and leave the
 // result in shared memory; for each 64 of its columns another warp stores it, and does what else there is to do while

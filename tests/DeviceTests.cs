@@ -25,8 +25,10 @@ public sealed class DeviceTests {
         int cuGetErrorString(int status, char **text) { *text = "no such thing"; return 0; }
         """;
     const string NoKernels = "--device cuda: expected GPU kernels (make toolkit, then make), found a build without";
+    const string NotStarted =
+        "--device cuda: starting CUDA: expected success, found CUDA_ERROR_OF_THE_TESTS (no such thing)";
 
-    /// <summary>Runs the binary where only the tests' driver is found and /dev holds nothing but what is named.</summary>
+    /// <summary>Runs the binary with the tests' driver and a /dev that holds nothing but what is named.</summary>
     /// <param name="status">What starting the driver gives; null for a driver that cannot be loaded.</param>
     static async Task<Result> Run(int? status, string device, string environment, string arguments) {
         using var folder = Folders.Goldens();
@@ -47,10 +49,8 @@ public sealed class DeviceTests {
     [Arguments(null, "", "", "")]
     [Arguments(null, "/dev/nvidia0", "", "--device cuda: expected NVIDIA's driver (libcuda.so.1), found none")]
     [Arguments(100, "", "", "")]
-    [Arguments(803, "/dev/nvidia1", "", "--device cuda: starting CUDA: expected success, found CUDA_ERROR_OF_THE_TESTS " +
-        "(no such thing)")]
-    [Arguments(803, "/dev/nvidia1", "CUDA_VISIBLE_DEVICES=0", "--device cuda: starting CUDA: expected success, found " +
-        "CUDA_ERROR_OF_THE_TESTS (no such thing)")]
+    [Arguments(803, "/dev/nvidia1", "", NotStarted)]
+    [Arguments(803, "/dev/nvidia1", "CUDA_VISIBLE_DEVICES=0", NotStarted)]
     [Arguments(100, "/dev/nvidia0", "CUDA_VISIBLE_DEVICES=", "")]
     [Arguments(100, "/dev/nvidia0", "CUDA_VISIBLE_DEVICES=-1", "")]
     public async Task AGpuThatCannotBeUsedIsMentionedOnce(int? status, string device, string environment, string why) {
