@@ -37,11 +37,13 @@ public sealed class DeviceTests {
         if (status != null &&
             (await Gpt2Process.RunIn("gcc -shared -fPIC -o libcuda.so.1 driver.c", folder.Path, "")).ExitCode != 0)
             Skip.Test("there is no gcc for the tests' driver");
-        const string isolated = "exec unshare --map-root-user --mount sh -c";
-        if ((await Gpt2Process.RunIn($"{isolated} 'mount -t tmpfs none /dev'", folder.Path, "")).ExitCode != 0)
+        const string isolated = "exec unshare --map-root-user --mount sh -ec";
+        const string mount = "mkdir -p dev; mount --rbind /dev dev; mount -t tmpfs none /dev; touch /dev/urandom; " +
+            "mount --bind dev/urandom /dev/urandom";
+        if ((await Gpt2Process.RunIn($"{isolated} '{mount}'", folder.Path, "")).ExitCode != 0)
             Skip.Test("this machine does not let the tests have a /dev of their own");
         return await Gpt2Process.RunIn($"unset CUDA_VISIBLE_DEVICES; export LD_LIBRARY_PATH=$PWD STATUS={status} " +
-            $"{environment}; {isolated} 'mount -t tmpfs none /dev; touch /dev/null {device}; exec \"$@\"' sh \"$@\"",
+            $"{environment}; {isolated} '{mount}; touch $PWD {device}; exec \"$@\"' sh \"$@\"",
             folder.Path, arguments);
     }
 
