@@ -42,8 +42,7 @@ public sealed unsafe class Cuda : IDevice {
     /// <exception cref="Gpt2Exception">The driver, the GPU, kernels for it or cuBLASLt are missing.</exception>
     public Cuda(DataType precision, bool portable = false, bool verbose = false, int ordinal = 0) {
         (Precision, this.verbose) = (precision, verbose);
-        using var fatbin = Fatbin(precision) ?? throw new Gpt2Exception(
-            "--device cuda: expected a build with GPU kernels, found one without (make toolkit gets the compiler)");
+        using var fatbin = Fatbin(precision);
         _ = Task.Run(cublasLtGetVersion); // loads the library while CUDA starts
         Initialize();
         Check(cuDeviceGet(out device, ordinal), $"opening GPU {ordinal}");
@@ -83,29 +82,35 @@ public sealed unsafe class Cuda : IDevice {
         products = new Products(stream, workspace, WorkspaceBytes);
     }
 
-    /// <summary>Whether this build has kernels, and this machine a GPU with a driver.</summary>
-    public static bool IsAvailable {
+    /// <summary>True if this build has kernels, and this machine a GPU with a driver.</summary>
+    public static bool IsAvailable => Obstacle == null;
+
+    /// <summary>Why this build cannot use the GPU of this machine: null if it can, empty if there is no GPU.</summary>
+    public static string? Obstacle {
         get {
-            using var fatbin = Fatbin(DataType.Bf16);
+            var hidden = Environment.GetEnvironmentVariable("CUDA_VISIBLE_DEVICES") is "" or "-1";
+            var present = !hidden && Directory.EnumerateFiles("/dev", "nvidia?").Any(); // nvidia0, of the kernel module
             try {
-                return fatbin != null && cuInit(0) == 0 && cuDeviceGetCount(out var count) == 0 && count > 0;
-            } catch (DllNotFoundException) {
-                return false;
+                present = Initialize() > 0;
+                using var fatbin = Fatbin(DataType.Bf16);
+                return present ? null : "";
+            } catch (Gpt2Exception e) {
+                return present ? e.Message : "";
             }
         }
     }
 
-    /// <summary>How many GPUs there are.</summary>
+    /// <summary>The number of GPUs.</summary>
     public static int Count() {
-        Initialize();
-        Check(cuDeviceGetCount(out var count), "counting GPUs");
-        return count;
+        using var fatbin = Fatbin(DataType.Bf16);
+        return Initialize();
     }
 
-    static UnmanagedMemoryStream? Fatbin(DataType precision) => (UnmanagedMemoryStream?)
-        typeof(Cuda).Assembly.GetManifestResourceStream($"Kernels.{precision.ToString().ToLowerInvariant()}.fatbin");
+    static UnmanagedMemoryStream Fatbin(DataType precision) => (UnmanagedMemoryStream?)
+        typeof(Cuda).Assembly.GetManifestResourceStream($"Kernels.{precision.ToString().ToLowerInvariant()}.fatbin") ??
+        throw new Gpt2Exception("--device cuda: expected GPU kernels (make toolkit, then make), found a build without");
 
-    static void Initialize() {
+    static int Initialize() {
         const int oldestDriver = 12000;
         try {
             Check(cuInit(0), "starting CUDA");
@@ -113,6 +118,8 @@ public sealed unsafe class Cuda : IDevice {
             if (version < oldestDriver)
                 throw new Gpt2Exception("--device cuda: expected a driver for CUDA 12.0 or newer, found one for " +
                     $"{version / 1000}.{version / 10 % 100}");
+            Check(cuDeviceGetCount(out var count), "counting GPUs");
+            return count;
         } catch (DllNotFoundException) {
             throw new Gpt2Exception("--device cuda: expected NVIDIA's driver (libcuda.so.1), found none");
         }

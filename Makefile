@@ -5,6 +5,81 @@
 # make profile    one training step by kernel, from hardware counters, where there is ncu; ARGS="-b 16"
 # make data, make test-bin, make toolkit, make clean: said where they stand
 
+export DOTNET_NOLOGO := 1
+export DOTNET_CLI_TELEMETRY_OPTOUT := 1
+
+# $(call need,TOOL,HOW TO GET IT) stops with one line.
+need = command -v $1 >/dev/null || { echo "make $@: $1 is missing: $2" >&2; exit 1; }
+sdk = dotnet --list-sdks 2>/dev/null | grep -q '^[1-9][0-9]\.'
+need_sdk = $(sdk) || \
+	{ echo "make $@: the .NET 10 SDK is missing: install dotnet-sdk-10.0, or put dotnet on PATH" >&2; exit 1; }
+
+.PHONY: train bench profile test test-bin data toolkit clean always
+.DELETE_ON_ERROR:
+
+# Two makes in one folder take turns: building is left to an inner make, which holds a lock on this file as long as it
+# or a compiler that it started lives. What is built then runs without the lock.
+ifndef HOLDS_LOCK
+.PHONY: gpt2 gpt2-tests
+.NOTPARALLEL:
+wait = ! command -v flock >/dev/null || flock -n 9 || \
+	{ echo "make $@: waiting for another make in this folder" >&2; flock 9; }
+dry_run = $(findstring n,$(firstword -$(MAKEFLAGS)))
+build = $(if $(dry_run),,exec 9>>Makefile; $(wait);) exec $(MAKE) --no-print-directory HOLDS_LOCK=1 $@
+
+gpt2 gpt2-tests test-bin data toolkit clean:
+	+@$(build)
+
+train:
+	+@$(build)
+	./gpt2 train -y -i 'data/*train_*.bin' -j 'data/*val_*.bin' -o log $(ARGS)
+
+bench:
+	+@$(build)
+	@./gpt2 bench $(ARGS) | tee bin/bench
+	@if python3 -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then \
+		python3 tests/rival.py -d 524288 -b 64 $(ARGS) | tee bin/rival && \
+		awk '/tok\/s/ && /MFU/ { ours = $$5 } /^pytorch/ { theirs = $$3 } \
+			END { printf "%.2f times PyTorch\n", ours / theirs }' bin/bench bin/rival; \
+	fi
+
+# Time, and the share of DRAM's and the tensor cores' peak: of one micro-batch and the update, by Nsight Compute.
+counters = gpu__time_duration.sum,dram__throughput.avg.pct_of_peak_sustained_elapsed,$\
+	sm__pipe_tensor_op_hmma_cycles_active.avg.pct_of_peak_sustained_active
+profile:
+	+@$(build)
+	@$(call need,ncu,install NVIDIA Nsight Compute)
+	@ncu --profile-from-start off --csv --page raw --print-units base --metrics $(counters) \
+		./gpt2 bench -b 64 -d 65536 -x 1 $(ARGS) >bin/profile || { cat bin/profile >&2; exit 1; }
+	@awk -f tests/profile.awk bin/profile
+
+# The last line is the count. A run that fails without saying which test failed counts as one failure.
+define count_tests
+BEGIN { status = "unknown" }
+{ gsub(/\033\[[0-9;]*m/, "") } # the colours, which CI=true turns on
+/^Test run summary:/ { summary = 1 }
+summary && /^  [a-z]+: [0-9]+$$/ { count[$$1] = $$2 }
+/^exit status [0-9]+$$/ { status = $$3; next }
+/^skipped / { getline; next } # and the reason, which is on the next line
+{ print; fflush() }
+END {
+    failed = count["failed:"] + 0
+    if (failed == 0 && (status != 0 || !count["succeeded:"])) {
+        print "make test: exit status " status (summary ? "" : " without a summary") " and no failed test: one failure"
+        failed = 1
+    }
+    if (count["skipped:"]) printf "%d skipped: they need a GPU, or a build with kernels\n", count["skipped:"]
+    printf "%d passed, %d failed\n", count["succeeded:"], failed
+    exit failed > 0
+}
+endef
+export count_tests
+test:
+	+@$(build)
+	@{ if $(sdk); then dotnet run --no-build --project tests -c Release; else ./gpt2-tests; fi; \
+		echo "exit status $$?"; } 2>&1 | awk "$$count_tests"
+
+else # the inner make
 # Instruction set of the binaries: native is this machine's vector units, x86-64-v3 is any machine with AVX2.
 ISA ?= native
 # The CUDA compiler: one on PATH that is new enough, or else the one that `make toolkit` unpacks.
@@ -15,32 +90,38 @@ NVCC ?= $(or $(shell command -v nvcc >/dev/null && nvcc --version | sed -n 's/.*
 # GPUs that the kernels are compiled for, by compute capability (80 is for 86 and 89, too); native is this machine's.
 ARCH ?= 80 90a $(shell [ -x "$(NVCC)" ] && $(NVCC) --list-gpu-arch | sed -n 's/^compute_\(100\|120\)$$/\1/p')
 
-export DOTNET_NOLOGO := 1
-export DOTNET_CLI_TELEMETRY_OPTOUT := 1
-
 # Without a CUDA compiler the build is for CPUs only.
-kernels := $(if $(wildcard $(NVCC)),bin/Kernels.bf16.fatbin bin/Kernels.fp32.fatbin)
+has_sdk := $(shell $(sdk) && echo yes)
+kernels := $(and $(has_sdk),$(wildcard $(NVCC)),bin/Kernels.bf16.fatbin bin/Kernels.fp32.fatbin)
 sources := $(wildcard *.cs) Gpt2Cli.csproj $(wildcard packages.lock.json) bin/isa $(kernels)
 tests := $(wildcard tests/*.cs tests/*.csproj tests/packages.lock.json)
 shards := $(wildcard data/*train_*.bin)
 
-# $(call need,TOOL,HOW TO GET IT) stops with one line.
-need = command -v $1 >/dev/null || { echo "make $@: $1 is missing: $2" >&2; exit 1; }
-need_sdk = dotnet --list-sdks 2>/dev/null | grep -q '^[1-9][0-9]\.' || \
-	{ echo "make $@: the .NET 10 SDK is missing: install dotnet-sdk-10.0, or put dotnet on PATH" >&2; exit 1; }
-# $(call publish,PROJECT,FOLDER): -p:CppCompilerAndLinker=gcc spares us clang.
-publish = dotnet publish $1 -c Release -r linux-x64 -p:CppCompilerAndLinker=gcc -p:IlcInstructionSet=$(ISA) \
-	-o $2 --nologo -v quiet
+# $(call publish,PROJECT,FOLDER): -p:CppCompilerAndLinker=gcc spares us clang. Intermediate files have a folder of their
+# own, for the runtime that publishing leaves among them would keep `dotnet run` from starting. A compiler server
+# outlives make, and must not keep the lock (9).
+options := -c Release -p:Kernels=$(if $(kernels),yes,no) --nologo -v quiet
+publish = dotnet publish $1 $(options) -r linux-x64 -p:CppCompilerAndLinker=gcc -p:IlcInstructionSet=$(ISA) \
+	--artifacts-path bin/artifacts -o $2 9>&-
 
-.PHONY: train bench profile test test-bin data toolkit clean always
-.DELETE_ON_ERROR:
+# Without an SDK, all but `make gpt2` takes the ./gpt2 that somebody brought.
+brought := $(if $(has_sdk)$(filter gpt2,$(MAKECMDGOALS)),,$(wildcard gpt2))
+older := $(if $(brought),$(if $(shell find *.cs *.cu -newer gpt2), (older than the sources)))
 
 # Both binaries appear by rename: a run that is going on keeps the file that it started from.
+ifdef brought
+gpt2: always
+	@echo "make $(MAKECMDGOALS): the .NET 10 SDK is missing: using ./gpt2 as it is$(older)"
+else
 gpt2: $(sources)
 	@$(need_sdk)
 	@$(call need,gcc,install your distribution's gcc)
+	@$(if $(kernels),:,! $(has_gpu) || echo "make $@: $(no_kernels)")
 	$(call publish,Gpt2Cli.csproj,bin/publish)
 	@cp bin/publish/gpt2 $@.new && mv $@.new $@
+endif
+has_gpu = { nvidia-smi -L; ls -d /proc/driver/nvidia/gpus/* /dev/nvidia[0-9]; } 2>/dev/null | grep -q '^GPU\|^/'
+no_kernels = there is a GPU, but no nvcc: this build will use CPUs only (make toolkit gets nvcc, make then the kernels)
 
 # The tests as one native executable, for a GPU box without an SDK; the tests run ./gpt2 as well, so take both:
 # make gpt2 test-bin ISA=x86-64-v3
@@ -55,35 +136,26 @@ gpt2-tests: $(sources) $(tests)
 capability = $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | tr -d . | sed 's/^90$$/90a/')
 targets = $(foreach a,$(if $(filter native,$(ARCH)),$(capability),$(ARCH)),-gencode arch=compute_$a,code=sm_$a)
 bin/Kernels.%.fatbin: Kernels.cu bin/arch
-	$(NVCC) -std=c++17 -O3 $(if $(filter fp32,$*),-DFP32) $(targets) -Xfatbin -compress-all -fatbin -o $@ $<
+	$(NVCC) -std=c++17 -O3 $(if $(filter fp32,$*),-DFP32) $(targets) -Xfatbin -compress-all -fatbin -o $@.new $<
+	@mv $@.new $@
 
-# Rewritten only when ISA or ARCH is another one than last time, and then what was built is out of date.
+# Rewritten only when an option is another one than last time, and then what was built is out of date.
+stamp = mkdir -p bin && echo "$1" | cmp -s - $@ || echo "$1" >$@
 bin/isa: always
-	@mkdir -p bin
-	@echo $(ISA) | cmp -s - $@ || echo $(ISA) >$@
+	@$(call stamp,$(ISA)$(if $(kernels),, without kernels))
 bin/arch: always
+	@$(call stamp,$(ARCH))
+
+# What each command needs before it runs.
+train: data
+train bench profile: gpt2
 	@mkdir -p bin
-	@echo $(ARCH) | cmp -s - $@ || echo $(ARCH) >$@
-
-train: gpt2 data
-	./gpt2 train -y -i 'data/*train_*.bin' -j 'data/*val_*.bin' -o log $(ARGS)
-
-bench: gpt2
-	@./gpt2 bench $(ARGS) | tee bin/bench
-	@if python3 -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then \
-		python3 tests/rival.py -d 524288 -b 64 $(ARGS) | tee bin/rival && \
-		awk '/tok\/s/ && /MFU/ { ours = $$5 } /^pytorch/ { theirs = $$3 } \
-			END { printf "%.2f times PyTorch\n", ours / theirs }' bin/bench bin/rival; \
-	fi
-
-# Time, and the share of DRAM's and the tensor cores' peak: of one micro-batch and the update, by Nsight Compute.
-counters = gpu__time_duration.sum,dram__throughput.avg.pct_of_peak_sustained_elapsed,$\
-	sm__pipe_tensor_op_hmma_cycles_active.avg.pct_of_peak_sustained_active
-profile: gpt2
-	@$(call need,ncu,install NVIDIA Nsight Compute)
-	@ncu --profile-from-start off --csv --page raw --print-units base --metrics $(counters) \
-		./gpt2 bench -b 64 -d 65536 -x 1 $(ARGS) >bin/profile || { cat bin/profile >&2; exit 1; }
-	@awk -f tests/profile.awk bin/profile
+test: gpt2
+ifdef has_sdk
+	@dotnet build tests $(options) 9>&-
+else
+	@[ -x gpt2-tests ] || $(need_sdk)
+endif
 
 # Token shards: any that are in data/ already, or those of data/text.txt, which may be a text of your own.
 .SECONDARY: data/text.txt
@@ -108,31 +180,6 @@ data/text.txt:
 		LC_ALL=C xargs -d '\n' awk -f tests/apidocs.awk <$@.part >$@.new || exit 1; \
 		echo "data: the .NET documentation in $$packs, for there is no network"; \
 	fi && rm -f $@.part && mv $@.new $@ && wc -c $@
-
-# The last line is the count. A run that fails without saying which test failed counts as one failure.
-define count_tests
-BEGIN { status = "unknown" }
-{ gsub(/\033\[[0-9;]*m/, "") } # the colours, which CI=true turns on
-/^Test run summary:/ { summary = 1 }
-summary && /^  [a-z]+: [0-9]+$$/ { count[$$1] = $$2 }
-/^exit status [0-9]+$$/ { status = $$3; next }
-/^skipped / { getline; next } # and the reason, which is on the next line
-{ print; fflush() }
-END {
-    failed = count["failed:"] + 0
-    if (failed == 0 && (status != 0 || !count["succeeded:"])) {
-        print "make test: exit status " status (summary ? "" : " without a summary") " and no failed test: one failure"
-        failed = 1
-    }
-    if (count["skipped:"]) printf "%d skipped: they need a GPU and kernels\n", count["skipped:"]
-    printf "%d passed, %d failed\n", count["succeeded:"], failed
-    exit failed > 0
-}
-endef
-export count_tests
-test: gpt2
-	@$(need_sdk)
-	@{ dotnet run --project tests -c Release; echo "exit status $$?"; } 2>&1 | awk "$$count_tests"
 
 # nvcc 12.4 for a machine that has none: packages of Debian trixie, which apt checks with the keys that this machine
 # trusts, unpacked into a folder of the user's home. Nothing is installed, and the system's apt state is not touched.
@@ -197,3 +244,4 @@ $(CUDA)/nvcc:
 # What was built; data/ and log/ stay.
 clean:
 	rm -rf bin obj tests/bin tests/obj gpt2 gpt2-tests
+endif

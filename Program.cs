@@ -314,9 +314,12 @@ internal sealed class Commands {
     /// <summary>The device asked for; bf16 unless said otherwise on a GPU, and fp32 on the CPU.</summary>
     static IDevice Open(
         DeviceKind device, DataType? precision, bool verbose, bool portable = false, int rank = 0) {
-        if (device == DeviceKind.Cuda || device == DeviceKind.Auto && Cuda.IsAvailable)
+        var obstacle = device == DeviceKind.Auto ? Cuda.Obstacle : null;
+        if (device != DeviceKind.Cpu && obstacle == null)
             // Where the launcher shows each rank its own GPU alone, every rank has the first.
             return new Cuda(precision ?? DataType.Bf16, portable, verbose, rank == 0 ? 0 : rank % Cuda.Count());
+        if (obstacle is not (null or ""))
+            Console.Error.WriteLine($"gpt2: using the CPU although there is a GPU: {obstacle}");
         Require(precision != DataType.Bf16, "--precision", "fp32 on the CPU", "bf16");
         return new Cpu();
     }

@@ -804,6 +804,7 @@ public sealed class JobTests {
 }
 
 /// <summary>The binary starting itself for each of three GPUs, which a driver of the tests pretends to have.</summary>
+[RequiresKernels]
 public sealed class LaunchTests {
     // Rank 2's GPU cannot be opened; rank 1 sleeps there, or dies.
     const string Driver = """
