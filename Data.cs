@@ -1,8 +1,10 @@
+using System.Buffers;
+using System.IO.Compression;
 using System.IO.Hashing;
 using System.Runtime.InteropServices;
 using System.Runtime.Intrinsics;
 using System.Text;
-using SharpToken;
+using System.Text.Unicode;
 
 namespace Gpt2;
 
@@ -372,12 +374,19 @@ public sealed class TokenShards : IDisposable {
             (inputs[t], targets[t]) = (tokens[t], tokens[t + 1]);
     }
 
-    /// <summary>Writes tokens as a shard.</summary>
-    public static void Write(string path, ReadOnlySpan<ushort> tokens) {
+    /// <summary>Writes as a shard what a function returns, which is asked for so many tokens at most.</summary>
+    public static void Write(string path, int most, Func<int, ReadOnlyMemory<ushort>> next) {
         var header = new int[BinaryFile.HeaderLength];
-        (header[0], header[1], header[2]) = (Magic, 1, tokens.Length);
-        byte[] bytes = [.. MemoryMarshal.AsBytes(header.AsSpan()), .. MemoryMarshal.AsBytes(tokens)];
-        Files.Write(path, to => to.Write(bytes));
+        (header[0], header[1]) = (Magic, 1);
+        Files.Write(path, to => {
+            to.Write(MemoryMarshal.AsBytes(header.AsSpan()));
+            while (next(most - header[2]) is { Length: > 0 } tokens) {
+                to.Write(MemoryMarshal.AsBytes(tokens.Span));
+                header[2] += tokens.Length;
+            }
+            to.Position = 0;
+            to.Write(MemoryMarshal.AsBytes(header.AsSpan()));
+        });
     }
 
     public void Dispose() {
@@ -542,7 +551,7 @@ public sealed record MultipleChoice(int Label, int ContextLength, ushort[][] Row
     }
 }
 
-/// <summary>GPT-2's byte-pair encoding between text and token ids.</summary>
+/// <summary>GPT-2's byte-pair encoding between text and token ids, over the bytes of UTF-8.</summary>
 public sealed class Tokenizer {
     /// <summary>Separates documents in text, and begins each one in tokens.</summary>
     public const string EndOfText = "<|endoftext|>";
@@ -553,120 +562,238 @@ public sealed class Tokenizer {
     /// <summary>Tokens in a shard at most.</summary>
     public const int ShardTokens = 100_000_000;
 
+    /// <summary>Text changes no token that ends this many bytes before it. GPT-2's ranks allow 339, as a test derives;
+    /// the rest is for a character or a mark that is cut off.</summary>
+    public const int Reach = 400;
+
+    const int Window = 2 * Reach, Block = 1 << 18;
+    const ushort None = ushort.MaxValue;
+
+    static ReadOnlySpan<byte> Mark => "<|endoftext|>"u8;
+
+    readonly byte[][] vocabulary;
+    readonly Dictionary<ulong, int> ranks; // by hash
+
+    /// <summary>Reads the vocabulary: its size, then each token by rank in base64, a line each.</summary>
+    public Tokenizer() {
+        const string type = "Microsoft.ML.Tokenizers.R50kBaseTokenizerData, Microsoft.ML.Tokenizers.Data.R50kBase";
+        using var resource = Type.GetType(type)!.Assembly.GetManifestResourceStream("r50k_base.tiktoken.deflate")!;
+        using var lines = new StreamReader(new DeflateStream(resource, CompressionMode.Decompress));
+        var tokens = lines.ReadToEnd().Split("\r\n").Skip(1).Take(EndOfTextId);
+        vocabulary = [.. tokens.Select(Convert.FromBase64String), Mark.ToArray()];
+        ranks = Enumerable.Range(0, EndOfTextId).ToDictionary(token => XxHash3.HashToUInt64(vocabulary[token]));
+    }
+
     /// <summary>Whether a token is not the end of the text.</summary>
     public static bool IsText(int token) => token != EndOfTextId;
 
-    readonly GptEncoding encoding = GptEncoding.GetEncoding("r50k_base");
-
     /// <summary>The ids of a text, in which the mark for the end of text stands for its id.</summary>
-    public IEnumerable<int> Encode(string text) {
-        var special = new HashSet<string> { EndOfText };
-        var begin = 0;
-        foreach (var end in Cuts(text).Append(text.Length)) {
-            foreach (var token in encoding.Encode(text.AsSpan(begin..end), special))
-                yield return token;
-            begin = end;
-        }
-    }
-
-    /// <summary>Where letters and digits beyond the basic plane meet what is neither their kind nor a space. GPT-2's
-    /// pattern divides there, but .NET's patterns take them for punctuation.</summary>
-    static IEnumerable<int> Cuts(string text) {
-        if (!text.AsSpan().ContainsAnyInRange('\ud800', '\udfff'))
-            yield break;
-        static char Kind(Rune rune) =>
-            Rune.IsWhiteSpace(rune) ? ' ' : Rune.IsLetter(rune) ? 'L' : Rune.IsNumber(rune) ? 'N' : '.';
-        var (index, last) = (0, new Rune(' '));
-        foreach (var rune in text.EnumerateRunes()) {
-            var beyond = !last.IsBmp && Kind(last) != '.' || !rune.IsBmp && Kind(rune) != '.';
-            if (beyond && Kind(last) != ' ' && Kind(last) != Kind(rune))
-                yield return index;
-            (index, last) = (index + rune.Utf16SequenceLength, rune);
-        }
-    }
+    public IEnumerable<int> Encode(string text) => text.Split(EndOfText).SelectMany(part =>
+        (int[])[EndOfTextId, .. Encode(Encoding.UTF8.GetBytes(part), begins: false)]).Skip(1);
 
     /// <summary>Turns ids into text as they come; characters of several tokens wait until they are whole.</summary>
     public IEnumerable<string> Decode(IEnumerable<int> tokens) {
-        var (pending, sent) = (new List<int>(), 0);
-        foreach (var token in tokens) {
-            pending.Add(token);
-            var text = encoding.Decode(pending);
-            // Of the bytes so far only the last character can be incomplete: it stands as one mark at the end.
-            var whole = text.EndsWith('\ufffd') ? text.Length - 1 : text.Length;
-            yield return text[sent..whole];
-            sent = whole;
-            if (whole == text.Length) {
-                pending.Clear();
-                sent = 0;
+        var (decoder, text) = (Encoding.UTF8.GetDecoder(), new char[256]);
+        foreach (var token in tokens)
+            yield return new string(text, 0, decoder.GetChars(vocabulary[token], text, flush: false));
+        yield return new string(text, 0, decoder.GetChars([], text, flush: true));
+    }
+
+    /// <summary>Encodes documents into an array of the pool. If the last one goes on, its end is left out.</summary>
+    ArraySegment<ushort> Encode(ReadOnlySpan<byte> text, bool begins, bool goesOn = false) {
+        var (tokens, count) = (ArrayPool<ushort>.Shared.Rent(text.Length + 1), 0);
+        foreach (var part in text.Split(Mark)) {
+            var document = text[part];
+            if (begins && RunEnd(document, 0, ' ') == document.Length)
+                continue;
+            if (begins)
+                tokens[count++] = EndOfTextId;
+            for (var at = 0; at < document.Length;) {
+                var length = PieceLength(document, at);
+                var isWhole = length <= Window && (!goesOn || at + length <= document.Length - Mark.Length);
+                if (!isWhole && document.Length - at <= Window) {
+                    // The rest is read on its own, so it must not begin in a character or like a contraction.
+                    while (at > 0 && (document[at] == '\'' || (document[at] & 0xc0) == 0x80))
+                        at -= vocabulary[tokens[--count]].Length;
+                    break;
+                }
+                at += Encode(document.Slice(at, Math.Min(length, Window)), isWhole, tokens, ref count);
             }
+            begins = true;
         }
-        yield return encoding.Decode(pending)[sent..];
+        return new(tokens, 0, count);
+    }
+
+    /// <summary>Length of the piece that begins or goes on at a place, if it is at most a window, by GPT-2's pattern:
+    /// 's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+</summary>
+    static int PieceLength(ReadOnlySpan<byte> text, int at) {
+        var rest = text[at..];
+        if (rest[0] == '\'' && (at == 0 || text[at - 1] != ' ' && KindAt(text, at - 1) != '.')) {
+            if (rest.Length > 1 && "stmd"u8.Contains(rest[1]))
+                return 2;
+            if (rest.StartsWith("'re"u8) || rest.StartsWith("'ve"u8) || rest.StartsWith("'ll"u8))
+                return 3;
+        }
+        var first = rest[0] == ' ' && rest.Length > 1 && KindAt(text, at + 1) != ' ' ? at + 1 : at;
+        var end = RunEnd(text[..Math.Min(text.Length, at + Window + 8)], first, KindAt(text, first));
+        Rune.DecodeLastFromUtf8(text[..end], out var rune, out var size);
+        // The last space before something else belongs to that, unless it is the only one.
+        return (Rune.IsWhiteSpace(rune) && end < text.Length && end - size > at ? end - size : end) - at;
+    }
+
+    /// <summary>The kind of the character that a byte is part of: letter, number, space or other.</summary>
+    static char KindAt(ReadOnlySpan<byte> text, int at) {
+        while (at > 0 && (text[at] & 0xc0) == 0x80)
+            at--;
+        Rune.DecodeFromUtf8(text[at..], out var rune, out _);
+        return Rune.IsLetter(rune) ? 'L' : Rune.IsNumber(rune) ? 'N' : Rune.IsWhiteSpace(rune) ? ' ' : '.';
+    }
+
+    static int RunEnd(ReadOnlySpan<byte> text, int at, char kind) {
+        while (at < text.Length && KindAt(text, at) == kind)
+            at++;
+        return at;
+    }
+
+    /// <summary>The token of these bytes, if there is one.</summary>
+    ushort Rank(ReadOnlySpan<byte> bytes) => ranks.TryGetValue(XxHash3.HashToUInt64(bytes), out var rank)
+        && bytes.SequenceEqual(vocabulary[rank]) ? (ushort)rank : None;
+
+    /// <summary>Encodes a piece: merges the two neighbors that make the token of lowest rank, leftmost first, until no
+    /// two make one. If the piece goes on, encodes only what does not depend on that.</summary>
+    /// <returns>How many bytes are encoded.</returns>
+    int Encode(ReadOnlySpan<byte> piece, bool isWhole, Span<ushort> tokens, ref int count) {
+        if (isWhole && Rank(piece) is var rank and not None) {
+            tokens[count++] = rank;
+            return piece.Length;
+        }
+        Span<ushort> starts = stackalloc ushort[Window + 1], pairs = stackalloc ushort[Window];
+        var last = piece.Length - 1;
+        for (ushort i = 0; i <= piece.Length; i++)
+            starts[i] = i;
+        for (var i = 0; i < last; i++)
+            pairs[i] = Rank(piece.Slice(i, 2));
+        while (last > 0) {
+            var lowest = 0;
+            for (var i = 1; i < last; i++)
+                lowest = pairs[i] < pairs[lowest] ? i : lowest;
+            if (pairs[lowest] == None)
+                break;
+            starts[(lowest + 2)..(last + 2)].CopyTo(starts[(lowest + 1)..]);
+            pairs[(lowest + 1)..last--].CopyTo(pairs[lowest..]);
+            if (lowest > 0)
+                pairs[lowest - 1] = Rank(piece[starts[lowest - 1]..starts[lowest + 1]]);
+            if (lowest < last)
+                pairs[lowest] = Rank(piece[starts[lowest]..starts[lowest + 2]]);
+        }
+        var token = 0;
+        for (; token <= last && (isWhole || starts[token + 1] <= Window - Reach); token++)
+            tokens[count++] = Rank(piece[starts[token]..starts[token + 1]]);
+        return starts[token];
     }
 
     /// <summary>Encodes text files as shards PREFIX_val_000000.bin and PREFIX_train_000001.bin, …: each file is split
     /// at the mark for the end of text into documents, and the mark's id is written before each one.</summary>
     /// <param name="valTokens">How many of the first tokens are held out for validation.</param>
-    /// <param name="progress">Is told the bytes of each piece that was read.</param>
+    /// <param name="files">Their paths; - is standard input.</param>
+    /// <param name="lossy">Whether U+FFFD replaces what is not UTF-8; otherwise that is an error.</param>
+    /// <param name="progress">Is told how many bytes of a file were read; null if there were none for 5 s.</param>
     /// <returns>Number of tokens, and of shards for training.</returns>
-    public (long Tokens, int Shards) WriteShards(string prefix, int valTokens, string[] files, Action<long> progress) {
+    public (long Tokens, int Shards) WriteShards(
+        string prefix, int valTokens, string[] files, bool lossy, Action<string, int?> progress) {
         if (Files.Glob($"{prefix}_*.bin") is [var old, ..])
             throw new Gpt2Exception($"{old}: expected no shards of this name yet, found some; remove them first");
-        var (tokens, written, shards) = (new List<ushort>(), 0L, 0);
-        var pieces = files.SelectMany(file => Pieces(file, progress));
-        foreach (var piece in pieces.AsParallel().AsOrdered().Select(EncodePiece)) {
-            tokens.AddRange(piece);
-            if (written == 0 && valTokens > 0 && tokens.Count > valTokens)
-                WriteShard("val", 0, valTokens);
-            while (written >= valTokens && tokens.Count >= ShardTokens)
-                WriteShard("train", ++shards, ShardTokens);
+        if (files.FirstOrDefault(file => file != "-" && !File.Exists(file)) is { } bad)
+            throw new Gpt2Exception($"{bad}: expected text, found {(Directory.Exists(bad) ? "a folder" : "nothing")}");
+        var (written, number, paths) = (0L, valTokens > 0 ? 0 : 1, new List<string>());
+        var (running, rest) = (new Queue<Task<ArraySegment<ushort>>>(), ArraySegment<ushort>.Empty);
+        using var blocks = files.SelectMany(file => Read(file, lossy, progress)).GetEnumerator();
+        using var interrupted = PosixSignalRegistration.Create(PosixSignal.SIGINT, _ => Remove());
+        using var terminated = PosixSignalRegistration.Create(PosixSignal.SIGTERM, _ => Remove());
+        try {
+            for (; More(); number++) {
+                paths.Add($"{prefix}_{(number == 0 ? "val" : "train")}_{number:d6}.bin");
+                TokenShards.Write(paths[^1], number == 0 ? valTokens : ShardTokens, Next);
+            }
+            return number > 1 ? (written, number - 1)
+                : throw new Gpt2Exception($"{files[^1]}: expected more than {valTokens} tokens, found {written}");
+        } catch {
+            Remove();
+            throw;
         }
-        if (written < valTokens || written + tokens.Count == 0)
-            throw new Gpt2Exception($"{files[^1]}: expected more than {valTokens} tokens, found {tokens.Count}");
-        if (tokens.Count > 0)
-            WriteShard("train", ++shards, tokens.Count);
-        return (written, shards);
 
-        void WriteShard(string split, int number, int count) {
-            TokenShards.Write($"{prefix}_{split}_{number:d6}.bin", CollectionsMarshal.AsSpan(tokens)[..count]);
-            tokens.RemoveRange(0, count);
-            written += count;
+        bool More() {
+            while (rest.Count == 0) {
+                while (running.Count <= 2 * Environment.ProcessorCount && blocks.MoveNext())
+                    running.Enqueue(blocks.Current);
+                if (running.Count == 0)
+                    return false;
+                ArrayPool<ushort>.Shared.Return(rest.Array!);
+                rest = running.Dequeue().Result;
+            }
+            return true;
+        }
+
+        ReadOnlyMemory<ushort> Next(int most) {
+            var next = More() ? rest[..Math.Min(most, rest.Count)] : rest;
+            (rest, written) = (rest[next.Count..], written + next.Count);
+            return next;
+        }
+
+        void Remove() => paths.ForEach(path => Array.ForEach([path, path + ".tmp"], File.Delete));
+    }
+
+    /// <summary>Reads a file, and encodes it in blocks that do not depend on each other.</summary>
+    IEnumerable<Task<ArraySegment<ushort>>> Read(string path, bool lossy, Action<string, int?> progress) {
+        using var patience = new Timer(_ => progress(path, null), null, 5000, Timeout.Infinite);
+        using var file = path == "-" ? Console.OpenStandardInput()
+            : new FileStream(path, FileMode.Open, FileAccess.Read, FileShare.Read, bufferSize: 0);
+        using var stream = lossy ? Encoding.CreateTranscodingStream(file, Encoding.UTF8, Encoding.UTF8) : file;
+        var (text, length, position, begins, goesOn) = (new byte[Block], 0, 0L, true, true);
+        while (goesOn) {
+            var read = stream.ReadAtLeast(text.AsSpan(length), text.Length - length, throwOnEndOfStream: false);
+            patience.Dispose();
+            progress(path, read);
+            (length, goesOn) = (length + read, length + read == text.Length);
+            if (position == 0 && text.AsSpan(0, length).StartsWith(Encoding.UTF8.Preamble))
+                (text, length, position) = ([.. text[3..], 0, 0, 0], length - 3, 3);
+            var cut = goesOn ? LastCut(text.AsSpan(0, length)) : length;
+            // Text that cannot be cut is encoded at once, up to where its last piece does not depend on what comes.
+            var (open, first) = (goesOn && cut == 0, begins);
+            Rune.DecodeLastFromUtf8(text.AsSpan(0, length), out _, out var last);
+            var size = open ? length - last : cut;
+            if (!Utf8.IsValid(text.AsSpan(0, size))) {
+                _ = Utf8.ToUtf16(text.AsSpan(0, size), new char[size], out var valid, out _, false);
+                throw new Gpt2Exception($"{path}: expected text in UTF-8, found something else at byte " +
+                    $"{position + valid}; --lossy puts U+FFFD in its place");
+            }
+            if (!open || !begins || RunEnd(text, 0, ' ') < length - Mark.Length) {
+                var block = MemoryPool<byte>.Shared.Rent(size);
+                text.AsSpan(0, size).CopyTo(block.Memory.Span);
+                var encoding = Task.Run(() => {
+                    using (block)
+                        return Encode(block.Memory.Span[..size], first, open);
+                });
+                cut = open ? encoding.Result.Skip(begins ? 1 : 0).Sum(token => vocabulary[token].Length) : cut;
+                begins = text.AsSpan(0, cut).EndsWith(Mark);
+                yield return encoding;
+            }
+            text.AsSpan(cut, length - cut).CopyTo(text);
+            (length, position) = (length - cut, position + cut);
+            if (length == text.Length)
+                Array.Resize(ref text, 2 * length);
         }
     }
 
-    /// <summary>A file in pieces that can be encoded apart, and whether each begins a document. No token of GPT-2's
-    /// pattern has white space after something else, so any place between the two divides the text.</summary>
-    static IEnumerable<(string Text, bool Begins)> Pieces(string path, Action<long> progress) {
-        using var reader = new StreamReader(path, new UTF8Encoding(true, throwOnInvalidBytes: true), false);
-        var (text, begins, block) = ("", true, new char[1 << 18]);
-        for (int count = 1, cut; count > 0; text = text[cut..]) {
-            var position = reader.BaseStream.Position;
-            try {
-                count = reader.ReadBlock(block);
-            } catch (DecoderFallbackException) {
-                throw new Gpt2Exception($"{path}: expected text in UTF-8, found bytes that are not");
-            }
-            text += new string(block, 0, count);
-            for (cut = text.Length; count > 0 && cut > 0; cut--) {
-                if (cut < text.Length && char.IsWhiteSpace(text[cut]) && !char.IsWhiteSpace(text[cut - 1]))
-                    break;
-            }
-            progress(reader.BaseStream.Position - position);
-            if (cut == 0)
-                continue;
-            yield return (text[..cut], begins);
-            begins = text.AsSpan(0, cut).EndsWith(EndOfText);
+    /// <summary>The last place where GPT-2's pattern divides a text whatever surrounds it; 0 for none.</summary>
+    static int LastCut(ReadOnlySpan<byte> text) {
+        // Between two kinds, but not at white space, a contraction, or within a mark, which may be cut off at the end.
+        for (var cut = text.Length; cut > 0; cut--) {
+            if (text[..cut].EndsWith(Mark) || cut <= text.Length - Mark.Length && text[cut - 1] != '\''
+                && KindAt(text, cut - 1) is var kind && kind != ' ' && kind != KindAt(text, cut)
+                && text[Math.Max(0, cut - Mark.Length)..(cut + Mark.Length)].IndexOf(Mark) < 0)
+                return cut;
         }
-    }
-
-    List<ushort> EncodePiece((string Text, bool Begins) piece) {
-        var (tokens, begins) = (new List<ushort>(), piece.Begins);
-        foreach (var document in piece.Text.Split(EndOfText)) {
-            if (begins && !string.IsNullOrWhiteSpace(document))
-                tokens.Add(EndOfTextId);
-            if (!begins || !string.IsNullOrWhiteSpace(document))
-                tokens.AddRange(Encode(document).Select(token => (ushort)token));
-            begins = true;
-        }
-        return tokens;
+        return 0;
     }
 }

@@ -233,17 +233,21 @@ internal sealed class Commands {
     /// <summary>Encodes text files as token shards PREFIX_val_000000.bin and PREFIX_train_000001.bin, ...</summary>
     /// <param name="out">-o, Prefix of the shards' names.</param>
     /// <param name="valTokens">First tokens to hold out for validation (0 to 100000000).</param>
+    /// <param name="lossy">Put U+FFFD in place of bytes that are not UTF-8.</param>
     /// <param name="verbose">Show where an error came from.</param>
     /// <param name="files">Text files in UTF-8; documents in one are divided by &lt;|endoftext|&gt;.</param>
-    public int Tokenize(string @out, int valTokens = 0, bool verbose = false, [Argument] params string[] files) =>
-        Guard(verbose, () => {
+    public int Tokenize(string @out, int valTokens = 0, bool lossy = false, bool verbose = false,
+        [Argument] params string[] files) => Guard(verbose, () => {
             Require(files.Length > 0, "FILE", "one text file or more", "none");
             var total = files.Where(File.Exists).Sum(file => new FileInfo(file).Length);
             var done = 0L;
-            var (tokens, shards) = new Tokenizer().WriteShards(@out, valTokens, files, bytes => {
-                done += bytes;
-                if (!Console.IsErrorRedirected)
-                    Console.Error.Write($"\r{new string('#', (int)(40 * done / total)),-40} {done >> 20} MiB");
+            var (tokens, shards) = new Tokenizer().WriteShards(@out, valTokens, files, lossy, (file, bytes) => {
+                done += bytes ?? 0;
+                var bar = new string('#', (int)Math.Min(40, 40 * done / Math.Max(1, total)));
+                if (bytes == null)
+                    Console.Error.WriteLine($"gpt2: {file}: no text for 5 seconds, waiting");
+                else if (!Console.IsErrorRedirected)
+                    Console.Error.Write($"\r{(total > 0 ? bar : ""),-40} {done >> 20} MiB");
             });
             if (!Console.IsErrorRedirected)
                 Console.Error.WriteLine();
