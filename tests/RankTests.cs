@@ -687,7 +687,8 @@ public sealed class JobTests {
 
     [Test]
     [Arguments("RANK={0} WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT={1}")]
-    [Arguments("RANK={0} WORLD_SIZE=2 LOCAL_RANK={0} MASTER_ADDR=127.0.0.1 MASTER_PORT={1} TORCHELASTIC_RUN_ID=none")]
+    [Arguments("RANK={0} WORLD_SIZE=2 LOCAL_RANK={0} MASTER_ADDR=127.0.0.1 MASTER_PORT=$(({1}-1)) " +
+        "TORCHELASTIC_RUN_ID=none")]
     [Arguments("OMPI_COMM_WORLD_RANK={0} OMPI_COMM_WORLD_SIZE=2 OMPI_COMM_WORLD_LOCAL_RANK={0} " +
         "OMPI_COMM_WORLD_LOCAL_SIZE=2 PMIX_NAMESPACE=job{1}")]
     [Arguments("PMI_RANK={0} PMI_SIZE=2 MPI_LOCALRANKID={0} MPI_LOCALNRANKS=2 MASTER_PORT={1}")]
@@ -728,17 +729,17 @@ public sealed class JobTests {
     [Test]
     public async Task WhoWaitsSaysSoOnce() {
         using var folder = new TemporaryFolder();
-        var port = PeersTests.FreePort();
+        int[] ports = [PeersTests.FreePort(), 0, PeersTests.FreePort()];
         var begin = Stopwatch.GetTimestamp();
         var results = await Task.WhenAll(((int[])[0, 2]).Select(rank =>
-            Run(folder, $"RANK={rank} WORLD_SIZE=4 MASTER_PORT={port + rank}", "--timeout 7")));
+            Run(folder, $"RANK={rank} WORLD_SIZE=4 MASTER_PORT={ports[rank]}", "--timeout 7")));
         await Assert.That(Stopwatch.GetElapsedTime(begin).TotalSeconds).IsBetween(6.9, 9);
         await Assert.That(results[0].Sentences.Length).IsEqualTo(2).Because(results[0].ToString());
         await Assert.That(results[1].Sentences.Length).IsEqualTo(2).Because(results[1].ToString());
         await Assert.That(results[0].Error).StartsWith(
-            $"gpt2: rank 0: waiting for ranks 1, 2, 3 of 4 on port {port}\n");
+            $"gpt2: rank 0: waiting for ranks 1, 2, 3 of 4 on port {ports[0]}\n");
         await Assert.That(results[1].Error).StartsWith(
-            $"gpt2: rank 2: waiting for rank 0 on 127.0.0.1:{port + 2} (Connection refused)\n");
+            $"gpt2: rank 2: waiting for rank 0 on 127.0.0.1:{ports[2]} (Connection refused)\n");
     }
 
     [Test]
