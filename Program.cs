@@ -84,7 +84,7 @@ internal sealed class Commands {
     /// <param name="trainData">-i, Token shards to train on; * and ? match in names; a folder has *train*.bin.</param>
     /// <param name="valData">-j, Token shards to validate on; a folder has *val*.bin.</param>
     /// <param name="init">-e, A model file, a run's folder, or random: d6, d12, d24, d36, d48. [d12; d6 on CPU]</param>
-    /// <param name="out">-o, Folder for checkpoints, main.log and loss.svg.</param>
+    /// <param name="out">-o, The run's folder: checkpoints, settings.txt, main.log, loss.svg.</param>
     /// <param name="batch">-b, Sequences in a batch (1 or more). [16; 4 on a CPU]</param>
     /// <param name="seq">-t, Tokens in a sequence (1 to 131072). [1024; 128 on a CPU]</param>
     /// <param name="totalBatch">-d, Tokens in an update (0 or more): n x batch x seq x GPUs; 0 for n = 1.</param>
@@ -243,11 +243,11 @@ internal sealed class Commands {
             var done = 0L;
             var (tokens, shards) = new Tokenizer().WriteShards(@out, valTokens, files, lossy, (file, bytes) => {
                 done += bytes ?? 0;
-                var bar = new string('#', (int)Math.Min(40, 40 * done / Math.Max(1, total)));
+                var bar = new string('#', total == 0 ? 0 : (int)Math.Min(24, 24 * done / total));
                 if (bytes == null)
                     Console.Error.WriteLine($"gpt2: {file}: no text for 5 seconds, waiting");
                 else if (!Console.IsErrorRedirected)
-                    Console.Error.Write($"\r{(total > 0 ? bar : ""),-40} {done >> 20} MiB");
+                    Console.Error.Write($"\r{bar,-24} {done >> 20} MiB");
             });
             if (!Console.IsErrorRedirected)
                 Console.Error.WriteLine();

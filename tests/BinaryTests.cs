@@ -90,8 +90,8 @@ public partial class BinaryTests {
         var bars = result.Output.Split('\r', '\n').Where(line => line.Contains('#')).ToArray();
         await Assert.That(bars).IsNotEmpty();
         foreach (var bar in bars)
-            await Assert.That(bar.Count(character => character == '#')).IsLessThanOrEqualTo(40).Because(bar);
-        await Assert.That(bars[^1]).StartsWith(new string('#', 40));
+            await Assert.That(bar.Count(character => character == '#')).IsLessThanOrEqualTo(24).Because(bar);
+        await Assert.That(bars[^1]).StartsWith(new string('#', 24));
     }
 
     [Test]
