@@ -17,8 +17,8 @@ need_sdk = $(sdk) || \
 .PHONY: train bench profile test test-bin data toolkit clean always
 .DELETE_ON_ERROR:
 
-# Two makes in one folder take turns: building is left to an inner make, which holds a lock on this file as long as it
-# or a compiler that it started lives. What is built then runs without the lock.
+# Two makes in one folder take turns: an inner make, which holds a lock on this file as long as it lives, builds.
+# What is built then runs without the lock.
 ifndef HOLDS_LOCK
 .PHONY: gpt2 gpt2-tests
 .NOTPARALLEL:

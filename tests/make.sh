@@ -149,7 +149,7 @@ a_make_that_is_terminated_gives_way() {
         make_on "flock sdk" && exists gpt2
 }
 
-a_make_that_is_killed_is_waited_for_as_long_as_its_compiler_runs() {
+a_make_that_is_killed_is_waited_for_until_the_inner_one_ends() {
     fresh
     on "flock sdk" make >"$work/out1" 2>&1 & local building=$!
     until_exists building && kill -9 $building && make_on "flock sdk" && says waiting && calls 1 publish
@@ -240,7 +240,7 @@ check different_commands_take_turns
 check clean_waits_for_a_build
 check training_keeps_nobody_waiting
 check a_make_that_is_terminated_gives_way
-check a_make_that_is_killed_is_waited_for_as_long_as_its_compiler_runs
+check a_make_that_is_killed_is_waited_for_until_the_inner_one_ends
 check a_compiler_server_keeps_nobody_waiting
 check without_flock_it_builds
 check a_dry_run_neither_waits_nor_makes
