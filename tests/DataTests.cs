@@ -1,4 +1,6 @@
+using System.Diagnostics;
 using System.Globalization;
+using System.IO.Compression;
 using System.Runtime.InteropServices;
 using System.Text;
 using static Gpt2.Tests.Support;
@@ -400,8 +402,14 @@ public class TokenLoaderTests {
     public async Task AWrittenShardIsOneByHand() {
         using var folder = new TemporaryFolder();
         ushort[] tokens = [1, 2, 65535, 0];
-        TokenShards.Write(folder["ours.bin"], tokens);
-        WriteShard(folder["by_hand.bin"], tokens);
+        var rest = tokens.AsMemory();
+        // Two at a time, of which a shard of three takes one the second time.
+        TokenShards.Write(folder["ours.bin"], 3, most => {
+            var next = rest[..Math.Min(2, most)];
+            rest = rest[next.Length..];
+            return next;
+        });
+        WriteShard(folder["by_hand.bin"], tokens[..3]);
         await Same(File.ReadAllBytes(folder["ours.bin"]), File.ReadAllBytes(folder["by_hand.bin"]));
     }
 }
@@ -490,7 +498,7 @@ public class BinaryFileTests {
     }
 }
 
-/// <summary>The tokenizer against another implementation's ids, and shards of text in pieces against text in
+/// <summary>The tokenizer against another implementation's ids, and shards of text in blocks against text in
 /// one.</summary>
 public class TokenizerTests {
     static readonly Tokenizer Tokenizer = new();
@@ -533,73 +541,128 @@ public class TokenizerTests {
         await Assert.That(cut.StartsWith(text[..^2]) && cut.EndsWith('\ufffd')).IsTrue();
     }
 
-    /// <summary>Runs of white space and other things that must not be divided, around each place where a piece of a
-    /// file ends (2^18 characters), and 600,000 characters without any white space.</summary>
-    static string TextAroundPieces() {
-        const int piece = 1 << 18;
-        var filler = Text;
-        var text = new StringBuilder();
-        void Fill(int length) {
-            while (text.Length < length) {
-                // Cut at a letter of the alphabet, where no character is divided.
-                var count = Math.Min(filler.Length, length - text.Length);
-                while (count > 0 && count < filler.Length && !char.IsAsciiLetter(filler[count]))
-                    count--;
-                text.Append(count > 0 ? filler.AsSpan(0, count) : "a");
+    [Test]
+    [Arguments("a<|endoftext|>", (int[])[64, 50256])]
+    [Arguments("<|endoftext|> <|endoftext|>b", (int[])[50256, 220, 50256, 65])]
+    [Arguments("", (int[])[])]
+    // Half a surrogate pair is U+FFFD.
+    [Arguments("\ud800", (int[])[4210])]
+    public async Task PromptsMayHaveMarksAndLoneSurrogates(string prompt, int[] ids) =>
+        await Same(Tokenizer.Encode(prompt), ids);
+
+    /// <summary>The bytes of each token, as characters: those of the NuGet package.</summary>
+    static string[] Vocabulary() {
+        const string type = "Microsoft.ML.Tokenizers.R50kBaseTokenizerData, Microsoft.ML.Tokenizers.Data.R50kBase";
+        using var resource = Type.GetType(type)!.Assembly.GetManifestResourceStream("r50k_base.tiktoken.deflate")!;
+        using var reader = new StreamReader(new DeflateStream(resource, CompressionMode.Decompress));
+        return [.. reader.ReadToEnd().Split("\r\n").Skip(1).Take(50256)
+            .Select(line => Encoding.Latin1.GetString(Convert.FromBase64String(line)))];
+    }
+
+    [Test]
+    public async Task TextReachesNoFartherBackThanTheTokenizerCountsOn() {
+        // Merges come in order of rank, leftmost first. Take two texts of which one begins the other. Whatever has been
+        // merged, they have the same tokens up to some place, and then different ones. A merge can move that place back
+        // only by joining the token before it to the one after it in one text alone; then it moves to where that token
+        // begins, and the ones after it begin with that token. So a chain of such merges has rising ranks, and the
+        // right half of each begins with the left half of the one before. The longest chain is the reach.
+        var vocabulary = Vocabulary();
+        var ranks = vocabulary.Select((token, rank) => (token, rank)).ToDictionary();
+        var reach = new Dictionary<string, int>();
+        for (var rank = 256; rank < vocabulary.Length; rank++) {
+            string[] halves = [.. vocabulary[rank].Select(character => $"{character}")];
+            var highest = 0;
+            while (halves.Length > 2) {
+                var best = Enumerable.Range(0, halves.Length - 1)
+                    .MinBy(i => ranks.GetValueOrDefault(halves[i] + halves[i + 1], int.MaxValue));
+                halves = [.. halves[..best], halves[best] + halves[best + 1], .. halves[(best + 2)..]];
+                highest = Math.Max(highest, ranks.GetValueOrDefault(halves[best], rank));
             }
+            // A token's bytes are merged to it by lower ranks, without which ranks would not rise.
+            if (highest >= rank)
+                Assert.Fail($"token {rank} is merged by rank {highest}");
+            var before = Enumerable.Range(1, halves[1].Length).Max(i => reach.GetValueOrDefault(halves[1][..i]));
+            reach[halves[0]] = Math.Max(reach.GetValueOrDefault(halves[0]), before + halves[0].Length);
         }
-        (string Before, string After)[] boundaries = [
-            (new string(' ', 700), new string(' ', 700) + "x"), ("x", "   x"), ("x   ", "x"), ("x\r", "\n\r\nx"),
-            ("x \u00a0\u3000\u2003", "\u2003\t x"), ("x" + Tokenizer.EndOfText[..5], Tokenizer.EndOfText[5..] + " x"),
-            (Tokenizer.EndOfText, "\n\nx"),
-            (Tokenizer.EndOfText + " \n", " " + Tokenizer.EndOfText + Tokenizer.EndOfText),
-            ("x 😀\ud83d", "\ude01 x"), ("it'", "s"),
+        await Assert.That(reach.Values.Max()).IsEqualTo(339);
+        await Assert.That(reach.Values.Max() + Tokenizer.EndOfText.Length + 4).IsLessThanOrEqualTo(Tokenizer.Reach);
+    }
+
+    /// <summary>Seven million bytes of what must not be divided in the wrong place, so that some of the blocks of 2^18
+    /// end at each kind of place, and pieces that fill several blocks.</summary>
+    static string TextAroundBlocks() {
+        var random = new Random(1);
+        const string marks = "'<|endoftext|>'<|endoftext|>";
+        string[] parts = [
+            " ", "  ", "\r\n", "\t\u3000", "\u00a0", "x", "word", "'s", "'ll", "'", "''t", "!?", "12", "\u0bf0", "é",
+            "漢字", "ー", "𝐚", "😀", "<|", "<|endof", "text|>", Tokenizer.EndOfText, "<|endoftext|> \n", marks,
         ];
-        for (var i = 0; i < boundaries.Length; i++) {
-            Fill((i + 1) * piece - boundaries[i].Before.Length);
-            text.Append(boundaries[i].Before).Append(boundaries[i].After);
+        string[] runs = ["a", "7", "'!", "ーa", "'é", "\u00a0 ", "😀", "\u2003\n", "'s"];
+        var text = new StringBuilder();
+        for (var block = 0; block < 2 * runs.Length; block++) {
+            for (var length = text.Length + 100_000 + random.Next(1000); text.Length < length;)
+                text.Append(parts[random.Next(parts.Length)]);
+            if (block % 2 == 0)
+                continue;
+            // A run of one kind goes on in a document, or begins one.
+            text.Append(block % 4 == 1 ? "" : Tokenizer.EndOfText);
+            var count = (600_000 + random.Next(1000)) / Encoding.UTF8.GetByteCount(runs[block / 2]);
+            text.Insert(text.Length, runs[block / 2], count).Append(random.Next(2) == 0 ? "x" : Tokenizer.EndOfText);
         }
-        text.Insert(text.Length - 1000, string.Concat(Enumerable.Repeat("a1", 300_000)));
         return text.Append("  \n").ToString();
     }
 
     [Test]
-    public async Task ShardsOfAFileInPiecesEqualItsTextInOne() {
+    public async Task ShardsOfAFileInBlocksEqualItsTextInOne() {
         using var folder = new TemporaryFolder();
-        string[] texts = [TextAroundPieces(), " A second file.\n"];
-        string[] files = [folder["1.txt"], folder["2.txt"]];
+        string[] texts = [TextAroundBlocks(), "\ufeff", "\ufeff A second file.\n"];
+        string[] files = [folder["1.txt"], folder["2.txt"], folder["3.txt"]];
         var expected = new List<int>();
         for (var i = 0; i < texts.Length; i++) {
             File.WriteAllText(files[i], texts[i]);
-            foreach (var document in texts[i].Split(Tokenizer.EndOfText)) {
+            foreach (var document in texts[i].TrimStart('\ufeff').Split(Tokenizer.EndOfText)) {
                 if (document.Any(character => !char.IsWhiteSpace(character)))
                     expected.AddRange([Tokenizer.EndOfTextId, .. Tokenizer.Encode(document)]);
             }
         }
         var read = 0L;
-        var (tokens, shards) = Tokenizer.WriteShards(folder["shard"], 1000, files, bytes => read += bytes);
+        var (tokens, shards) =
+            Tokenizer.WriteShards(folder["shard"], 1000, files, lossy: false, (_, bytes) => read += bytes!.Value);
         await Assert.That((tokens, shards)).IsEqualTo((expected.Count, 1));
         await Assert.That(read).IsEqualTo(files.Sum(file => new FileInfo(file).Length));
-        ushort[] Read(string name) =>
-            MemoryMarshal.Cast<byte, ushort>(File.ReadAllBytes(folder[name]).AsSpan(1024)).ToArray();
-        var (val, train) = (Read("shard_val_000000.bin"), Read("shard_train_000001.bin"));
+        var (val, train) = (ReadShard(folder["shard_val_000000.bin"]), ReadShard(folder["shard_train_000001.bin"]));
         await Assert.That(val.Length).IsEqualTo(1000);
-        await Same(val.Concat(train).Select(token => (int)token), expected);
+        await Same(val.Concat(train), expected);
     }
+
+    static int[] ReadShard(string path) => [.. MemoryMarshal.Cast<byte, ushort>(File.ReadAllBytes(path).AsSpan(1024))
+        .ToArray().Select(token => (int)token)];
 
     [Test]
     // A byte that only follows others, one that nothing follows, an overlong zero, half a surrogate pair, a number past
-    // the last character, another encoding's mark.
-    [Arguments((byte[])[0x41, 0x80, 0x41])]
-    [Arguments((byte[])[0x41, 0xc3])]
-    [Arguments((byte[])[0x41, 0xc0, 0x80])]
-    [Arguments((byte[])[0x41, 0xed, 0xa0, 0x80, 0x41])]
-    [Arguments((byte[])[0xf4, 0x90, 0x80, 0x80])]
-    [Arguments((byte[])[0xff, 0xfe, 0x41, 0x00])]
-    public async Task TextThatIsNotUtf8IsRefused(byte[] bytes) {
+    // the last character, another encoding's mark, and one after this encoding's mark.
+    [Arguments("", 0, (byte[])[0x41, 0x80, 0x41], 1, "A\ufffdA")]
+    [Arguments("", 0, (byte[])[0x41, 0xc3], 1, "A\ufffd")]
+    [Arguments("", 0, (byte[])[0x41, 0xe6, 0xbc], 1, "A\ufffd")]
+    [Arguments("", 0, (byte[])[0x41, 0xc0, 0x80], 1, "A\ufffd\ufffd")]
+    [Arguments("", 0, (byte[])[0x41, 0xed, 0xa0, 0x80, 0x41], 1, "A\ufffd\ufffd\ufffdA")]
+    [Arguments("", 0, (byte[])[0xf4, 0x90, 0x80, 0x80], 0, "\ufffd\ufffd\ufffd\ufffd")]
+    [Arguments("", 0, (byte[])[0xff, 0xfe, 0x41, 0x00], 0, "\ufffd\ufffdA\0")]
+    [Arguments("", 0, (byte[])[0xef, 0xbb, 0xbf, 0x41, 0xff], 4, "A\ufffd")]
+    // In the third block, among words and in one piece; blocks end within characters.
+    [Arguments("中", 200_000, (byte[])[0xe6, 0xbc, 0x41], 0, "\ufffdA")]
+    [Arguments("中 ", 150_000, (byte[])[0xe6, 0xbc, 0x20], 0, "\ufffd ")]
+    public async Task TextThatIsNotUtf8IsRefusedOrReplaced(
+        string before, int count, byte[] bytes, int position, string text) {
+        before = string.Concat(Enumerable.Repeat(before, count));
+        byte[] beforeBytes = Encoding.UTF8.GetBytes(before);
         using var folder = new TemporaryFolder();
-        File.WriteAllBytes(folder["text"], bytes);
-        await Assert.That(Refusal(folder, 0, folder["text"])).Contains(folder["text"]).And.Contains("UTF-8");
+        File.WriteAllBytes(folder["text"], [.. beforeBytes, .. bytes]);
+        await Assert.That(Refusal(folder, 0, folder["text"])).Contains($"{folder["text"]}: expected text in UTF-8")
+            .And.Contains($"at byte {beforeBytes.Length + position};");
+        Tokenizer.WriteShards(folder["shard"], 0, [folder["text"]], lossy: true, (_, _) => { });
+        await Same(
+            ReadShard(folder["shard_train_000001.bin"]), [Tokenizer.EndOfTextId, .. Tokenizer.Encode(before + text)]);
     }
 
     [Test]
@@ -611,7 +674,7 @@ public class TokenizerTests {
         await Assert.That(Directory.GetFiles(folder.Path).Length).IsEqualTo(1);
         File.WriteAllText(folder["nothing"], " \n");
         await Assert.That(Refusal(folder, 0, folder["nothing"])).Contains(folder["nothing"]);
-        var written = Tokenizer.WriteShards(folder["shard"], 5, [folder["text"]], _ => { });
+        var written = Tokenizer.WriteShards(folder["shard"], 5, [folder["text"]], lossy: false, (_, _) => { });
         await Assert.That(written).IsEqualTo((6, 1));
         await Assert.That(Refusal(folder, 0, folder["text"])).Contains(folder["shard_train_000001.bin"]);
     }
@@ -619,10 +682,116 @@ public class TokenizerTests {
     /// <summary>The sentence of the error that writing shards ends with; threads that encode wrap it.</summary>
     static string Refusal(TemporaryFolder folder, int valTokens, string file) {
         try {
-            Tokenizer.WriteShards(folder["shard"], valTokens, [file], _ => { });
+            Tokenizer.WriteShards(folder["shard"], valTokens, [file], lossy: false, (_, _) => { });
         } catch (Exception e) when ((e as AggregateException)?.InnerException is Gpt2Exception || e is Gpt2Exception) {
             return (e as Gpt2Exception ?? e.InnerException!).Message;
         }
         return "nothing was refused";
+    }
+}
+
+/// <summary>The real binary's tokenize: exactness, time and memory, and what it may be given to read.</summary>
+public class TokenizeTests {
+    const string Tokenize = "tokenize -o new";
+
+    static byte[] Shard(TemporaryFolder folder) => File.ReadAllBytes(folder["new_train_000001.bin"]);
+
+    [Test]
+    public async Task DocumentsOfAllOfUnicodeAreEncodedAsGpt2Does() {
+        using var folder = new TemporaryFolder();
+        await Gpt2Process.Succeed(folder.Path, [.. Tokenize.Split(' '), Golden("documents.txt")]);
+        await Same(Shard(folder), File.ReadAllBytes(Golden("documents.bin")));
+    }
+
+    [Test]
+    [Arguments("a", 1_000_000, 250_000)]
+    [Arguments("acgt", 250_000, 500_000)]
+    [Arguments("中", 300_000, 300_000)]
+    [Arguments("\n", 1_000_000, 500_001)]
+    [Arguments("x ", 30_000_000, 30_000_000)]
+    public async Task TimeAndMemoryDoNotGrowWithThePieces(string text, int count, int tokens) {
+        using var folder = new TemporaryFolder();
+        File.WriteAllText(folder["text.txt"], new StringBuilder("!").Insert(1, text, count).Append('!').ToString());
+        var clock = Stopwatch.StartNew();
+        using var process = Gpt2Process.Start(folder.Path, $"{Tokenize} text.txt");
+        var peak = 0;
+        while (process.PeakKilobytes() is > 0 and var kilobytes) {
+            peak = Math.Max(peak, kilobytes);
+            await Assert.That(clock.Elapsed).IsLessThan(TimeSpan.FromSeconds(10));
+            await Task.Delay(10);
+        }
+        var result = await process.End();
+        await Assert.That(result.ExitCode).IsEqualTo(0).Because(result.ToString());
+        await Assert.That(peak).IsBetween(1, 300_000);
+        // The mark's id and the two exclamation marks.
+        await Assert.That((Shard(folder).Length - 1024) / 2).IsEqualTo(tokens + 3);
+    }
+
+    const string Text = "One two three.\n";
+
+    [Test]
+    [Arguments("exec \"$@\" - <text.txt")]
+    [Arguments("cat text.txt | exec \"$@\" -")]
+    [Arguments("exec \"$@\" /dev/stdin <<<'One two three.'")]
+    [Arguments("exec \"$@\" <(sleep 0.1; echo One two; sleep 0.1) <(echo three.)", "One two\n<|endoftext|>three.\n")]
+    [Arguments("mkfifo fifo && (cat text.txt >fifo & exec \"$@\" fifo)")]
+    public async Task TextComesFromAPipeToo(string bash, string text = Text) {
+        using var folder = new TemporaryFolder();
+        File.WriteAllText(folder["text.txt"], Text);
+        var result = await Gpt2Process.RunIn(bash, folder.Path, Tokenize);
+        await Assert.That(result.ExitCode).IsEqualTo(0).Because(result.ToString());
+        File.WriteAllText(folder["text.txt"], text);
+        await Gpt2Process.Succeed(folder.Path, "tokenize -o file text.txt");
+        await Same(Shard(folder), File.ReadAllBytes(folder["file_train_000001.bin"]));
+    }
+
+    [Test]
+    [Arguments("mkfifo fifo && (sleep 6; echo late >fifo) & until [ -p fifo ]; do :; done; exec \"$@\" fifo", "fifo")]
+    [Arguments("(sleep 6; echo late) | \"$@\" -", "-")]
+    public async Task APipeThatNobodyWritesToIsNamed(string bash, string name) {
+        using var folder = new TemporaryFolder();
+        var result = await Gpt2Process.RunIn(bash, folder.Path, Tokenize);
+        await Assert.That(result.ExitCode).IsEqualTo(0).Because(result.ToString());
+        await Assert.That(result.Sentences[0]).StartsWith($"gpt2: {name}: no text for 5 seconds");
+        await Assert.That(result.Sentences.Length).IsEqualTo(2).Because(result.ToString());
+    }
+
+    [Test]
+    public async Task AFileWithoutASizeHasProgressToo() {
+        using var folder = new TemporaryFolder();
+        const string terminal = "exec script -qec \"$*\" /dev/null";
+        var result = await Gpt2Process.RunIn(terminal, folder.Path, $"{Tokenize} /proc/cpuinfo");
+        await Assert.That(result.ExitCode).IsEqualTo(0).Because(result.ToString());
+        await Assert.That(result.Output).Contains(" 0 MiB").And.Contains(" tokens: 0 for validation");
+    }
+
+    [Test]
+    [Arguments(".", "a folder")]
+    [Arguments("nowhere.txt", "nothing")]
+    public async Task WhatIsNoFileIsNamed(string path, string found) {
+        using var folder = new TemporaryFolder();
+        File.WriteAllText(folder["text.txt"], Text);
+        var result = await Gpt2Process.Run(folder.Path, $"{Tokenize} text.txt {path}");
+        await Assert.That(result.ExitCode).IsEqualTo(1);
+        await Assert.That(result.Sentences.Single()).IsEqualTo($"gpt2: {path}: expected text, found {found}");
+        await Assert.That(Folders.Names(folder.Path)).IsEqualTo("text.txt");
+    }
+
+    [Test]
+    [Arguments(Gpt2Process.Interrupt)]
+    [Arguments(Gpt2Process.Terminate)]
+    public async Task NothingIsLeftOfAnInterruptedRun(int signal) {
+        using var folder = new TemporaryFolder();
+        // So much that there are shards already while the second file is waited for.
+        var text = new StringBuilder().Insert(0, Text, 100_000 * Environment.ProcessorCount);
+        File.WriteAllText(folder["text.txt"], text.ToString());
+        const string bash = "mkfifo fifo; exec \"$@\" text.txt fifo";
+        using var process = Gpt2Process.StartIn(bash, folder.Path, $"{Tokenize} --val-tokens 9");
+        for (var i = 0; i < 1000 && Directory.GetFiles(folder.Path, "new_*").Length < 2; i++)
+            await Task.Delay(10);
+        await Assert.That(Folders.Names(folder.Path)).Contains("new_train_000001.bin.tmp new_val_000000.bin");
+        process.Signal(signal);
+        await Assert.That((await process.End()).ExitCode).IsEqualTo(128 + signal);
+        await Assert.That(Folders.Names(folder.Path)).IsEqualTo("fifo text.txt");
     }
 }

@@ -126,6 +126,16 @@ sealed partial class Gpt2Process : IDisposable {
     public int[] Children() => [.. File.ReadAllText($"/proc/{process.Id}/task/{process.Id}/children")
         .Split(' ', StringSplitOptions.RemoveEmptyEntries).Select(int.Parse)];
 
+    /// <summary>The most memory that it has had in RAM so far; 0 once it has ended.</summary>
+    public int PeakKilobytes() {
+        try {
+            var line = File.ReadLines($"/proc/{process.Id}/status").FirstOrDefault(line => line.StartsWith("VmHWM:"));
+            return line == null ? 0 : int.Parse(line["VmHWM:".Length..^"kB".Length]);
+        } catch (IOException) {
+            return 0;
+        }
+    }
+
     /// <summary>Waits for the end.</summary>
     /// <returns>What has not been read yet.</returns>
     public async Task<Result> End() {
