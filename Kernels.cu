@@ -331,9 +331,8 @@ __device__ float gelu_slope(float x) {
 
 KERNEL gelu(const floatX* x, floatX* y, int64_t count) {
     int64_t i = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * Width;
-    if (i >= count)
-        return;
-    store(y + i, map(load(x + i), gelu_of));
+    if (i < count)
+        store(y + i, map(load(x + i), gelu_of));
 }
 
 // dx *= GELU'(x)
@@ -353,9 +352,7 @@ constexpr int HeadWarps = 8, LargestHead = 256;
 struct Head {
     float x[LargestHead / Warp];
 
-    __device__ Head() : x() { }
-
-    __device__ Head(const floatX* from, int HS) : x() {
+    __device__ Head(const floatX* from = nullptr, int HS = 0) : x() {
         for (int j = 0; j < LargestHead / Warp; j++) {
             if (int i = j * Warp + threadIdx.x % Warp; i < HS)
                 x[j] = from[i];
@@ -763,10 +760,8 @@ __device__ void multiply_add(Accumulators& sums, const Fragments& weights, uint3
 // Accumulators in bf16, as the weights of the next product.
 __device__ void to_fragments(Fragments& to, const Accumulators& from) {
     for (int k = 0; k < 4; k++) {
-        to[k][0] = pair(from[2 * k][0], from[2 * k][1]);
-        to[k][1] = pair(from[2 * k][2], from[2 * k][3]);
-        to[k][2] = pair(from[2 * k + 1][0], from[2 * k + 1][1]);
-        to[k][3] = pair(from[2 * k + 1][2], from[2 * k + 1][3]);
+        for (int i = 0; i < 4; i++)
+            to[k][i] = pair(from[2 * k + i / 2][i % 2 * 2], from[2 * k + i / 2][i % 2 * 2 + 1]);
     }
 }
 
@@ -1061,11 +1056,10 @@ FLASH_KERNEL(attention_backward_q, 2, FlashThreads, flash_backward_q, (const __g
 FLASH_KERNEL(attention_backward_kv, 1, 2 * KeyRows<true>, flash_backward_kv, (const __grid_constant__ CUtensorMap map,
     const __grid_constant__ CUtensorMap dy_map, const floatX* dy, const floatX* qkv, float2* statistics, floatX* dqkv,
     float* partial, int T, int NH), &map, &dy_map, dy, qkv, statistics, dqkv, partial, T, NH)
-#endif
 
 // ---- Products for Hopper, with what comes after them
 
-#if !defined(FP32) && defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
 // c (M, N) = a·b + bias with a (M, K) and b (N, K) or, not transposed, (K, N). Blocks take tiles of c, 128 x 192; two
 // of them, a cluster, take the next two, one below the other, that none has taken, and share the tiles of b: so nothing
 // waits for blocks that begin late, because NCCL has their place. Two warpgroups multiply 64 rows each and leave the
@@ -1175,12 +1169,9 @@ __device__ float gelu_slope_approximate(float x) {
     return 0.5f + 0.5f * tanh + (1 - tanh * tanh) * (x * half_du);
 }
 
-// e^(x - ClassShift), with zeros from element first on.
-__device__ Pack exponentials(Pack x, int first) {
-    x = map(x, [](float x) { return exp2_approximate(fminf(x * Log2E - ClassShift * Log2E, LargestClass)); });
-    if (first < Width)
-        fill(x, first, 0);
-    return x;
+// e^(x - ClassShift)
+__device__ float exponential(float x) {
+    return exp2_approximate(fminf(x * Log2E - ClassShift * Log2E, LargestClass));
 }
 
 // Pairs of tiles that clusters have come for, and zero again when the last has found none.
@@ -1314,7 +1305,9 @@ __device__ void multiply(const CUtensorMap* a, const CUtensorMap* b, const CUten
                 if (Then == Then::GeluBackward) {
                     x = slopes[i] = x * slopes[i];
                 } else {
-                    Pack e = exponentials(load(x.x), V - column - lane % 8 * Width);
+                    Pack e = map(load(x.x), exponential);
+                    if (int inside = V - column - lane % 8 * Width; inside < Width)
+                        fill(e, inside, 0);
                     store(x.x, e);
                     float total = sum_lanes<1, 2, 4>(sum(e));
                     if (4 * i < rows && lane % 8 == 0)
@@ -1486,6 +1479,7 @@ KERNEL normalize_classes(const float* partial, int chunks, const int* targets, f
         }
     }
 }
+#endif
 #endif
 
 // ---- Classifier
