@@ -462,8 +462,7 @@ KERNEL attention_any_backward_kv(const floatX* dy, const floatX* qkv, const floa
 // A block of two warpgroups holds 128 rows (queries; keys in the kernel for dk and dv) and walks over tiles of 64 of
 // the others. All products have one of two forms: scores = rows·tileᵀ, of two tiles in shared memory, and sums +=
 // weights·tile, whose weights are scores still in registers. Their layout is that of mma.m16n8k16, which four warps
-// side by side share with wgmma.m64n64k16; so each kernel is written once, for any GPU and (Hopper) with wgmma and
-// TMA.
+// side by side share with wgmma.m64n64k16; so each kernel is written once, for any GPU and, with wgmma and TMA, Hopper.
 constexpr int HS = 64, TileRows = 64, TileBytes = TileRows * HS * 2;
 constexpr int FlashThreads = 256, FlashRows = 128;
 
