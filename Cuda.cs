@@ -22,7 +22,6 @@ public sealed unsafe class Cuda : IDevice {
     readonly Dictionary<string, (nint Function, int SharedLimit)> kernels = []; // bytes that launches may ask for
     readonly string suffix = ""; // of flash attention's kernels
     readonly Products products;
-    Profile? profile;
     int staged;
 
     static readonly string[] CommonKernels = [
@@ -131,8 +130,8 @@ public sealed unsafe class Cuda : IDevice {
 
     /// <summary>Sets the range that NVIDIA's profilers take, too.</summary>
     public Profile? Profile {
-        get => profile;
-        set => _ = (profile = value) == null ? cuProfilerStop() : cuProfilerStart();
+        get;
+        set => _ = (field = value) == null ? cuProfilerStop() : cuProfilerStart();
     }
 
     // ---- Memory
@@ -674,15 +673,14 @@ readonly record struct ProductKind(int M, int N, int K, bool TransposeA, bool Tr
     DataType Input, DataType Output);
 
 /// <summary>Products by cuBLASLt.</summary>
-sealed unsafe class Products : IDisposable {
+sealed unsafe class Products(nint stream, nint workspace, long workspaceBytes) : IDisposable {
     readonly Dictionary<ProductKind, Plan> plans = [];
-    readonly nint handle, stream, workspace;
-    readonly long workspaceBytes;
+    readonly nint handle = Start();
 
-    public Products(nint stream, nint workspace, long workspaceBytes) {
-        (this.stream, this.workspace, this.workspaceBytes) = (stream, workspace, workspaceBytes);
+    static nint Start() {
         try {
-            CheckProducts(cublasLtCreate(out handle), "starting cuBLASLt");
+            CheckProducts(cublasLtCreate(out var handle), "starting cuBLASLt");
+            return handle;
         } catch (DllNotFoundException) {
             throw new Gpt2Exception("--device cuda: expected cuBLASLt (libcublasLt.so.13 or .12, on the loader's " +
                 "path or in $CUDA_HOME/lib64), found none");

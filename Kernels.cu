@@ -1148,11 +1148,6 @@ __device__ void wgmma_wait(ProductSums& c) {
     asm volatile("wgmma.wait_group.sync.aligned 0;" : ALL_PRODUCT_ROWS :: "memory");
 }
 
-// As descriptor; the second 64 columns of b, where its rows are the depth, are so many bytes after the first.
-__device__ uint64_t descriptor_of_columns(uint32_t tile, int bytes) {
-    return descriptor(tile, bytes) + ((uint64_t)((Depth * 128 >> 4) - 1) << 16);
-}
-
 // Products in bf16.
 __device__ Eight operator*(Eight a, Eight b) {
     for (int i = 0; i < Width; i += 2)
@@ -1370,9 +1365,13 @@ __device__ void multiply(const CUtensorMap* a, const CUtensorMap* b, const CUten
                 mbarrier_wait(full + 8 * stage, phase);
                 wgmma_fence();
 #pragma unroll
-                for (int i = 0; i < Depth / 16; i++)
-                    wgmma<Transposed>(sums, descriptor(rows + warpgroup * TileBytes, i * 32), Transposed
-                        ? descriptor(columns, i * 32) : descriptor_of_columns(columns, i * 16 * 128));
+                for (int i = 0; i < Depth / 16; i++) {
+                    uint64_t left = descriptor(rows + warpgroup * TileBytes, i * 32);
+                    uint64_t right = descriptor(columns, Transposed ? i * 32 : i * 16 * 128);
+                    if (!Transposed) // the second 64 columns of b are so many bytes after the first
+                        right += (uint64_t)((Depth * 128 >> 4) - 1) << 16;
+                    wgmma<Transposed>(sums, left, right);
+                }
                 wgmma_commit();
                 wgmma_wait(sums);
                 if (lane < 2)
