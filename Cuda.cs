@@ -194,7 +194,7 @@ public sealed unsafe class Cuda : IDevice {
         Enter();
         var at = Stage(bytes.Length);
         bytes.CopyTo(new Span<byte>((void*)(pinned + at), bytes.Length));
-        Check(cuMemcpyHtoDAsync_v2(staging + at, pinned + at, (nuint)bytes.Length, stream), "copying to the GPU");
+        Check(cuMemcpyAsync(staging + at, pinned + at, (nuint)bytes.Length, stream), "copying to the GPU");
         return staging + at;
     }
 
@@ -208,7 +208,7 @@ public sealed unsafe class Cuda : IDevice {
                 part.CopyTo(new Span<float>((void*)(pinned + at), part.Length));
             else
                 BFloat16.Round(part, new Span<ushort>((void*)(pinned + at), part.Length));
-            Check(cuMemcpyHtoDAsync_v2(flat.Address, pinned + at, (nuint)flat.Bytes, stream), "copying to the GPU");
+            Check(cuMemcpyAsync(flat.Address, pinned + at, (nuint)flat.Bytes, stream), "copying to the GPU");
             done += part.Length;
         }
     }
@@ -219,7 +219,7 @@ public sealed unsafe class Cuda : IDevice {
             var part = values.Slice(done, Math.Min(values.Length - done, StagingBytes / 8));
             var flat = from.Flat(done, part.Length);
             var at = Stage(flat.Bytes);
-            Check(cuMemcpyDtoHAsync_v2(pinned + at, flat.Address, (nuint)flat.Bytes, stream), "copying from the GPU");
+            Check(cuMemcpyAsync(pinned + at, flat.Address, (nuint)flat.Bytes, stream), "copying from the GPU");
             Synchronize();
             if (from.Type == DataType.Fp32)
                 new Span<float>((void*)(pinned + at), part.Length).CopyTo(part);
@@ -564,7 +564,7 @@ public sealed unsafe class Cuda : IDevice {
         const int blocks = 1024, threads = 256;
         Launch("sum_of_squares", (blocks, 1, 1), threads, 0, 0, x.Bytes, x, x.Count, scratch);
         var at = Stage(blocks * sizeof(double));
-        Check(cuMemcpyDtoHAsync_v2(pinned + at, scratch, blocks * sizeof(double), stream), "copying from the GPU");
+        Check(cuMemcpyAsync(pinned + at, scratch, blocks * sizeof(double), stream), "copying from the GPU");
         Synchronize();
         var sum = 0.0;
         foreach (var part in new Span<double>((void*)(pinned + at), blocks))
@@ -624,7 +624,7 @@ public sealed unsafe class Cuda : IDevice {
         for (var round = 0; round < rounds; round++) {
             multiplied[round] = CudaEvent.Time(stream, () => Linear(x, w, default, y));
             copied[round] = CudaEvent.Time(stream,
-                () => Check(cuMemcpyDtoDAsync_v2(y.Address, memory, bytes / 2, stream), "copying"));
+                () => Check(cuMemcpyAsync(y.Address, memory, bytes / 2, stream), "copying"));
         }
         cuMemFree_v2(memory);
         Array.Sort(multiplied);
@@ -808,12 +808,7 @@ static unsafe partial class Driver {
     [LibraryImport(Library)] public static partial int cuMemFreeHost(nint address);
     [LibraryImport(Library)] public static partial int cuMemGetInfo_v2(out nuint free, out nuint total);
     [LibraryImport(Library)] public static partial int cuMemsetD8Async(nint to, byte value, nuint bytes, nint stream);
-    [LibraryImport(Library)]
-    public static partial int cuMemcpyHtoDAsync_v2(nint to, nint from, nuint bytes, nint stream);
-    [LibraryImport(Library)]
-    public static partial int cuMemcpyDtoHAsync_v2(nint to, nint from, nuint bytes, nint stream);
-    [LibraryImport(Library)]
-    public static partial int cuMemcpyDtoDAsync_v2(nint to, nint from, nuint bytes, nint stream);
+    [LibraryImport(Library)] public static partial int cuMemcpyAsync(nint to, nint from, nuint bytes, nint stream);
 }
 
 /// <summary>cuBLASLt, as far as we call it.</summary>
