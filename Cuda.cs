@@ -19,10 +19,9 @@ public sealed unsafe class Cuda : IDevice {
     readonly bool verbose, hopper;
     readonly nint context, module, stream, pinned, staging, workspace, scratch, maps;
     readonly List<nint> allocations = [];
-    readonly Dictionary<string, CudaKernel> kernels = [];
+    readonly Dictionary<string, (nint Function, int SharedLimit)> kernels = []; // bytes that launches may ask for
     readonly string suffix = ""; // of flash attention's kernels
     readonly Products products;
-    Profile? profile;
     int staged;
 
     static readonly string[] CommonKernels = [
@@ -67,7 +66,7 @@ public sealed unsafe class Cuda : IDevice {
         }
         Check(status, "loading the kernels");
         Check(cuStreamCreate(out stream, 1), "creating a stream");
-        Check(cuMemAllocHost(out pinned, StagingBytes), "allocating host memory");
+        Check(cuMemAllocHost_v2(out pinned, StagingBytes), "allocating host memory");
         (staging, workspace, scratch) = (Allocate(StagingBytes), Allocate(WorkspaceBytes), Allocate(ScratchBytes));
 
         hopper = precision == DataType.Bf16 && !portable && cuModuleGetFunction(out _, module, "attention_hopper") == 0;
@@ -76,7 +75,7 @@ public sealed unsafe class Cuda : IDevice {
             : [.. CommonKernels, .. FlashKernels.Select(flash => flash + suffix), .. hopper ? HopperKernels : []];
         foreach (var each in names) {
             Check(cuModuleGetFunction(out var function, module, each), $"looking for the kernel {each}");
-            kernels[each] = new CudaKernel(function);
+            kernels[each] = (function, 0);
         }
         maps = (nint)NativeMemory.AlignedAlloc(4 * 128, 64);
         products = new Products(stream, workspace, WorkspaceBytes);
@@ -131,8 +130,8 @@ public sealed unsafe class Cuda : IDevice {
 
     /// <summary>Sets the range that NVIDIA's profilers take, too.</summary>
     public Profile? Profile {
-        get => profile;
-        set => _ = (profile = value) == null ? cuProfilerStop() : cuProfilerStart();
+        get;
+        set => _ = (field = value) == null ? cuProfilerStop() : cuProfilerStart();
     }
 
     // ---- Memory
@@ -140,7 +139,7 @@ public sealed unsafe class Cuda : IDevice {
     public long FreeMemory {
         get {
             Enter();
-            Check(cuMemGetInfo(out var free, out _), "reading the GPU's free memory");
+            Check(cuMemGetInfo_v2(out var free, out _), "reading the GPU's free memory");
             return (long)free;
         }
     }
@@ -149,7 +148,7 @@ public sealed unsafe class Cuda : IDevice {
 
     public nint Allocate(long bytes) {
         Enter();
-        Check(cuMemAlloc(out var address, (nuint)Math.Max(1, bytes)), $"allocating {bytes} bytes on the GPU");
+        Check(cuMemAlloc_v2(out var address, (nuint)Math.Max(1, bytes)), $"allocating {bytes} bytes on the GPU");
         allocations.Add(address);
         Check(cuMemsetD8Async(address, 0, (nuint)bytes, stream), "clearing memory");
         return address;
@@ -160,12 +159,12 @@ public sealed unsafe class Cuda : IDevice {
         cuCtxSetCurrent(context);
         cuStreamSynchronize(stream);
         products.Dispose();
-        allocations.ForEach(address => cuMemFree(address));
+        allocations.ForEach(address => cuMemFree_v2(address));
         NativeMemory.AlignedFree((void*)maps);
         cuMemFreeHost(pinned);
         cuStreamDestroy(stream);
         cuModuleUnload(module);
-        cuDevicePrimaryCtxRelease(device);
+        cuDevicePrimaryCtxRelease_v2(device);
     }
 
     /// <summary>The stream of all work.</summary>
@@ -195,7 +194,7 @@ public sealed unsafe class Cuda : IDevice {
         Enter();
         var at = Stage(bytes.Length);
         bytes.CopyTo(new Span<byte>((void*)(pinned + at), bytes.Length));
-        Check(cuMemcpyHtoDAsync(staging + at, pinned + at, (nuint)bytes.Length, stream), "copying to the GPU");
+        Check(cuMemcpyAsync(staging + at, pinned + at, (nuint)bytes.Length, stream), "copying to the GPU");
         return staging + at;
     }
 
@@ -203,13 +202,13 @@ public sealed unsafe class Cuda : IDevice {
         Enter();
         for (var done = 0; done < values.Length;) {
             var part = values.Slice(done, Math.Min(values.Length - done, StagingBytes / 8));
-            var at = Stage(part.Length * to.ElementSize);
+            var flat = to.Flat(done, part.Length);
+            var at = Stage(flat.Bytes);
             if (to.Type == DataType.Fp32)
                 part.CopyTo(new Span<float>((void*)(pinned + at), part.Length));
             else
                 BFloat16.Round(part, new Span<ushort>((void*)(pinned + at), part.Length));
-            var flat = to.Flat(done, part.Length);
-            Check(cuMemcpyHtoDAsync(flat.Address, pinned + at, (nuint)flat.Bytes, stream), "copying to the GPU");
+            Check(cuMemcpyAsync(flat.Address, pinned + at, (nuint)flat.Bytes, stream), "copying to the GPU");
             done += part.Length;
         }
     }
@@ -218,9 +217,9 @@ public sealed unsafe class Cuda : IDevice {
         Enter();
         for (var done = 0; done < values.Length;) {
             var part = values.Slice(done, Math.Min(values.Length - done, StagingBytes / 8));
-            var at = Stage(part.Length * from.ElementSize);
             var flat = from.Flat(done, part.Length);
-            Check(cuMemcpyDtoHAsync(pinned + at, flat.Address, (nuint)flat.Bytes, stream), "copying from the GPU");
+            var at = Stage(flat.Bytes);
+            Check(cuMemcpyAsync(pinned + at, flat.Address, (nuint)flat.Bytes, stream), "copying from the GPU");
             Synchronize();
             if (from.Type == DataType.Fp32)
                 new Span<float>((void*)(pinned + at), part.Length).CopyTo(part);
@@ -240,28 +239,24 @@ public sealed unsafe class Cuda : IDevice {
     /// <summary>Queues a kernel.</summary>
     /// <param name="traffic">Bytes that it must read and write, for its profile.</param>
     void Launch(string name, (int X, int Y, int Z) grid, int block, int shared, double flops, double traffic,
-        params ReadOnlySpan<Argument> arguments) =>
-        Launch(name, name, grid, block, shared, flops, traffic, arguments);
+        params ReadOnlySpan<Argument> arguments) => Launch(name, name, grid, block, shared, flops, traffic, arguments);
 
     void Launch(string operation, string name, (int X, int Y, int Z) grid, int block, int shared, double flops,
         double traffic, params ReadOnlySpan<Argument> arguments) {
         Enter();
-        var kernel = kernels[name];
-        if (shared > kernel.SharedLimit) {
+        var (function, sharedLimit) = kernels[name];
+        if (shared > sharedLimit) {
             const int maxDynamicSharedBytes = 8;
-            Check(cuFuncSetAttribute(kernel.Function, maxDynamicSharedBytes, shared), name);
-            kernel.SharedLimit = shared;
+            Check(cuFuncSetAttribute(function, maxDynamicSharedBytes, shared), name);
+            kernels[name] = (function, shared);
         }
         var pointers = stackalloc nint[arguments.Length];
         fixed (Argument* values = arguments) {
             for (var i = 0; i < arguments.Length; i++)
                 pointers[i] = values[i].Place != 0 ? values[i].Place : (nint)(values + i);
-            var config = new LaunchConfig {
-                GridX = grid.X, GridY = grid.Y, GridZ = grid.Z, BlockX = block, BlockY = 1, BlockZ = 1,
-                Shared = shared, Stream = stream,
-            };
             var start = Begin();
-            Check(cuLaunchKernelEx(&config, kernel.Function, pointers, null), operation);
+            Check(cuLaunchKernel(function, grid.X, grid.Y, grid.Z, block, 1, 1, shared, stream, pointers, null),
+                operation);
             End(start, operation, flops, traffic);
         }
     }
@@ -345,8 +340,7 @@ public sealed unsafe class Cuda : IDevice {
         var row = C * sums * sizeof(float);
         var across = Blocks(C, 32 * Width);
         var groups = Math.Clamp(warpsOfBlock / across, 1, mostGroups);
-        var blocks = Math.Min(Blocks(rows, groups * together),
-            Math.Min(multiprocessors, ScratchBytes / row));
+        var blocks = Math.Min(Blocks(rows, groups * together), Math.Min(multiprocessors, ScratchBytes / row));
         Launch("layer_norm_backward", (blocks, 1, 1), 32 * across * groups, row, 0, 4.0 * x.Bytes,
             dy, x, w, statistics, dx, scratch, rows, C, sums);
         Launch("add_row_sums", (1, Blocks(C, AddColumns), sums), SumColumns, 0, 0, (double)blocks * row,
@@ -498,8 +492,7 @@ public sealed unsafe class Cuda : IDevice {
         }
     }
 
-    public void AttentionBackward(
-        Tensor dy, Tensor qkv, Tensor y, Tensor lse, int heads, Tensor dqkv, Tensor dbias) {
+    public void AttentionBackward(Tensor dy, Tensor qkv, Tensor y, Tensor lse, int heads, Tensor dqkv, Tensor dbias) {
         var (B, T, C, HS) = (qkv.Depth, qkv.Rows, y.Columns, y.Columns / heads);
         Require(B <= MostSequences, "the batch", $"at most {MostSequences} sequences", B);
         // In the scratch memory, two numbers a query, up to the next multiple of a tile, and then each block's sums.
@@ -571,7 +564,7 @@ public sealed unsafe class Cuda : IDevice {
         const int blocks = 1024, threads = 256;
         Launch("sum_of_squares", (blocks, 1, 1), threads, 0, 0, x.Bytes, x, x.Count, scratch);
         var at = Stage(blocks * sizeof(double));
-        Check(cuMemcpyDtoHAsync(pinned + at, scratch, blocks * sizeof(double), stream), "copying from the GPU");
+        Check(cuMemcpyAsync(pinned + at, scratch, blocks * sizeof(double), stream), "copying from the GPU");
         Synchronize();
         var sum = 0.0;
         foreach (var part in new Span<double>((void*)(pinned + at), blocks))
@@ -617,7 +610,7 @@ public sealed unsafe class Cuda : IDevice {
         var n = Precision == DataType.Bf16 ? 8192 : 2048;
         const int rounds = 10;
         var bytes = (nuint)n * (nuint)n * (nuint)Tensor.SizeOf(Precision) * 4;
-        Check(cuMemAlloc(out var memory, bytes), "allocating memory to measure with");
+        Check(cuMemAlloc_v2(out var memory, bytes), "allocating memory to measure with");
         var (x, w, y) = (At(0), At(1), At(2));
         Tensor At(int i) => new Tensor(memory, 4, n, n, Precision)[i];
         const int rows = 64;
@@ -631,9 +624,9 @@ public sealed unsafe class Cuda : IDevice {
         for (var round = 0; round < rounds; round++) {
             multiplied[round] = CudaEvent.Time(stream, () => Linear(x, w, default, y));
             copied[round] = CudaEvent.Time(stream,
-                () => Check(cuMemcpyDtoDAsync(y.Address, memory, bytes / 2, stream), "copying"));
+                () => Check(cuMemcpyAsync(y.Address, memory, bytes / 2, stream), "copying"));
         }
-        cuMemFree(memory);
+        cuMemFree_v2(memory);
         Array.Sort(multiplied);
         Array.Sort(copied);
         return (2.0 * n * n * n / multiplied[rounds / 2], bytes / copied[rounds / 2]);
@@ -666,14 +659,6 @@ static class CudaEvent {
     }
 }
 
-/// <summary>A function of the loaded module.</summary>
-sealed class CudaKernel(nint function) {
-    public nint Function => function;
-
-    /// <summary>Bytes of dynamic shared memory that launches have been allowed to ask for.</summary>
-    public int SharedLimit { get; set; }
-}
-
 /// <summary>An argument of a kernel: its bits, from the lowest, or the place of a larger one.</summary>
 readonly record struct Argument(long Bits, nint Place = 0) {
     public static implicit operator Argument(Tensor tensor) => new(tensor.Address);
@@ -688,30 +673,25 @@ readonly record struct ProductKind(int M, int N, int K, bool TransposeA, bool Tr
     DataType Input, DataType Output);
 
 /// <summary>Products by cuBLASLt.</summary>
-sealed unsafe class Products : IDisposable {
+sealed unsafe class Products(nint stream, nint workspace, long workspaceBytes) : IDisposable {
     readonly Dictionary<ProductKind, Plan> plans = [];
-    readonly nint handle, stream, workspace;
-    readonly long workspaceBytes;
+    readonly nint handle = Start();
 
-    public Products(nint stream, nint workspace, long workspaceBytes) {
-        (this.stream, this.workspace, this.workspaceBytes) = (stream, workspace, workspaceBytes);
+    static nint Start() {
         try {
-            CheckProducts(cublasLtCreate(out handle), "starting cuBLASLt");
+            CheckProducts(cublasLtCreate(out var handle), "starting cuBLASLt");
+            return handle;
         } catch (DllNotFoundException) {
             throw new Gpt2Exception("--device cuda: expected cuBLASLt (libcublasLt.so.13 or .12, on the loader's " +
                 "path or in $CUDA_HOME/lib64), found none");
         }
     }
 
-    sealed record Plan(nint Operation, nint A, nint B, nint C) {
-        public Heuristic Algorithm;
-    }
+    sealed record Plan(nint Operation, nint A, nint B, nint C, Heuristic Algorithm);
 
     public void Multiply(ProductKind kind, nint a, nint b, nint c, nint bias, nint addend) {
-        if (!plans.TryGetValue(kind, out var plan)) {
+        if (!plans.TryGetValue(kind, out var plan))
             plans[kind] = plan = Describe(kind);
-            plan.Algorithm = Propose(kind, plan);
-        }
         if (kind.HasBias)
             Set(plan.Operation, Attribute.Bias, bias);
         var (alpha, beta, algorithm) = (1f, kind.Adds ? 1f : 0f, plan.Algorithm);
@@ -721,7 +701,8 @@ sealed unsafe class Products : IDisposable {
             CheckProducts(status, $"the product {kind}");
     }
 
-    static Plan Describe(ProductKind kind) {
+    /// <summary>A kind of product as cuBLASLt has it, and the algorithm that it proposes first.</summary>
+    Plan Describe(ProductKind kind) {
         const int computeFp32 = 68, fp32 = 0, bf16 = 14, addBias = 4;
         var (M, N, K) = (kind.M, kind.N, kind.K);
         CheckProducts(cublasLtMatmulDescCreate(out var operation, computeFp32, fp32), "describing a product");
@@ -735,22 +716,19 @@ sealed unsafe class Products : IDisposable {
             CheckProducts(status, "describing a product");
             return layout;
         }
-        return new Plan(operation, kind.TransposeA ? Layout(kind.Input, K, M) : Layout(kind.Input, M, K),
-            kind.TransposeB ? Layout(kind.Input, N, K) : Layout(kind.Input, K, N), Layout(kind.Output, M, N));
-    }
-
-    /// <summary>The algorithm for a product that cuBLASLt proposes first.</summary>
-    Heuristic Propose(ProductKind kind, Plan plan) {
+        var a = kind.TransposeA ? Layout(kind.Input, K, M) : Layout(kind.Input, M, K);
+        var b = kind.TransposeB ? Layout(kind.Input, N, K) : Layout(kind.Input, K, N);
+        var c = Layout(kind.Output, M, N);
         const int largestWorkspace = 1, reductionSchemes = 3, throughWorkspace = 6; // so that sums have one order
         CheckProducts(cublasLtMatmulPreferenceCreate(out var preference), "preferences");
         var (bytes, schemes) = (workspaceBytes, throughWorkspace);
         CheckProducts(cublasLtMatmulPreferenceSetAttribute(preference, largestWorkspace, &bytes, 8), "preferences");
         CheckProducts(cublasLtMatmulPreferenceSetAttribute(preference, reductionSchemes, &schemes, 4), "preferences");
         Heuristic proposal;
-        CheckProducts(cublasLtMatmulAlgoGetHeuristic(handle, plan.Operation, plan.A, plan.B, plan.C, plan.C, preference,
-            1, &proposal, out var found), $"finding an algorithm for the product {kind}");
+        CheckProducts(cublasLtMatmulAlgoGetHeuristic(handle, operation, a, b, c, c, preference, 1, &proposal,
+            out var found), $"finding an algorithm for the product {kind}");
         cublasLtMatmulPreferenceDestroy(preference);
-        return found > 0 ? proposal
+        return found > 0 ? new Plan(operation, a, b, c, proposal)
             : throw new Gpt2Exception($"cuBLASLt: expected an algorithm for the product {kind}, found none");
     }
 
@@ -772,7 +750,7 @@ sealed unsafe class Products : IDisposable {
     }
 }
 
-/// <summary>The driver API, as far as we call it.</summary>
+/// <summary>The driver API, as far as we call it. cuda.h hides the suffix _v2 behind macros.</summary>
 static unsafe partial class Driver {
     const string Library = "cuda";
     public const int NoBinaryForGpu = 209;
@@ -789,13 +767,6 @@ static unsafe partial class Driver {
             $"({Marshal.PtrToStringUTF8(text)})");
     }
 
-    [StructLayout(LayoutKind.Sequential)]
-    public struct LaunchConfig {
-        public int GridX, GridY, GridZ, BlockX, BlockY, BlockZ, Shared;
-        public nint Stream, Attributes;
-        public int AttributeCount;
-    }
-
     [LibraryImport(Library)] public static partial int cuInit(uint flags);
     [LibraryImport(Library)] public static partial int cuDriverGetVersion(out int version);
     [LibraryImport(Library)] public static partial int cuGetErrorName(int status, out nint text);
@@ -805,8 +776,7 @@ static unsafe partial class Driver {
     [LibraryImport(Library)] public static partial int cuDeviceGetName(byte* name, int length, int device);
     [LibraryImport(Library)] public static partial int cuDeviceGetAttribute(out int value, int attribute, int device);
     [LibraryImport(Library)] public static partial int cuDevicePrimaryCtxRetain(out nint context, int device);
-    [LibraryImport(Library, EntryPoint = "cuDevicePrimaryCtxRelease_v2")]
-    public static partial int cuDevicePrimaryCtxRelease(int device);
+    [LibraryImport(Library)] public static partial int cuDevicePrimaryCtxRelease_v2(int device);
     [LibraryImport(Library)] public static partial int cuCtxSetCurrent(nint context);
     [LibraryImport(Library)] public static partial int cuModuleLoadData(out nint module, nint image);
     [LibraryImport(Library)] public static partial int cuModuleUnload(nint module);
@@ -814,7 +784,8 @@ static unsafe partial class Driver {
     public static partial int cuModuleGetFunction(out nint function, nint module, string name);
     [LibraryImport(Library)] public static partial int cuFuncSetAttribute(nint function, int attribute, int value);
     [LibraryImport(Library)]
-    public static partial int cuLaunchKernelEx(LaunchConfig* config, nint function, nint* parameters, nint* extra);
+    public static partial int cuLaunchKernel(nint function, int gridX, int gridY, int gridZ, int blockX, int blockY,
+        int blockZ, int shared, nint stream, nint* parameters, nint* extra);
     [LibraryImport(Library)]
     public static partial int cuTensorMapEncodeTiled(nint map, int type, int rank, nint address, ulong* dimensions,
         ulong* strides, uint* box, uint* steps, int interleave, int swizzle, int promotion, int fill);
@@ -831,21 +802,13 @@ static unsafe partial class Driver {
     [LibraryImport(Library)] public static partial int cuEventRecord(nint @event, nint stream);
     [LibraryImport(Library)] public static partial int cuEventElapsedTime(out float milliseconds, nint start, nint end);
     [LibraryImport(Library, EntryPoint = "cuEventDestroy_v2")] public static partial int cuEventDestroy(nint @event);
-    [LibraryImport(Library, EntryPoint = "cuMemAlloc_v2")]
-    public static partial int cuMemAlloc(out nint address, nuint bytes);
-    [LibraryImport(Library, EntryPoint = "cuMemFree_v2")] public static partial int cuMemFree(nint address);
-    [LibraryImport(Library, EntryPoint = "cuMemAllocHost_v2")]
-    public static partial int cuMemAllocHost(out nint address, nuint bytes);
+    [LibraryImport(Library)] public static partial int cuMemAlloc_v2(out nint address, nuint bytes);
+    [LibraryImport(Library)] public static partial int cuMemFree_v2(nint address);
+    [LibraryImport(Library)] public static partial int cuMemAllocHost_v2(out nint address, nuint bytes);
     [LibraryImport(Library)] public static partial int cuMemFreeHost(nint address);
-    [LibraryImport(Library, EntryPoint = "cuMemGetInfo_v2")]
-    public static partial int cuMemGetInfo(out nuint free, out nuint total);
+    [LibraryImport(Library)] public static partial int cuMemGetInfo_v2(out nuint free, out nuint total);
     [LibraryImport(Library)] public static partial int cuMemsetD8Async(nint to, byte value, nuint bytes, nint stream);
-    [LibraryImport(Library, EntryPoint = "cuMemcpyHtoDAsync_v2")]
-    public static partial int cuMemcpyHtoDAsync(nint to, nint from, nuint bytes, nint stream);
-    [LibraryImport(Library, EntryPoint = "cuMemcpyDtoHAsync_v2")]
-    public static partial int cuMemcpyDtoHAsync(nint to, nint from, nuint bytes, nint stream);
-    [LibraryImport(Library, EntryPoint = "cuMemcpyDtoDAsync_v2")]
-    public static partial int cuMemcpyDtoDAsync(nint to, nint from, nuint bytes, nint stream);
+    [LibraryImport(Library)] public static partial int cuMemcpyAsync(nint to, nint from, nuint bytes, nint stream);
 }
 
 /// <summary>cuBLASLt, as far as we call it.</summary>
@@ -874,32 +837,27 @@ static unsafe partial class CublasLt {
     [LibraryImport(Library)] public static partial int cublasLtMatmulDescDestroy(nint operation);
     [LibraryImport(Library)]
     public static partial int cublasLtMatmulDescSetAttribute(nint operation, int attribute, void* value, nuint bytes);
-    [LibraryImport(Library)]
-    public static partial int cublasLtMatrixLayoutCreate(
+    [LibraryImport(Library)] public static partial int cublasLtMatrixLayoutCreate(
         out nint layout, int type, ulong rows, ulong columns, long stride);
     [LibraryImport(Library)] public static partial int cublasLtMatrixLayoutDestroy(nint layout);
     [LibraryImport(Library)] public static partial int cublasLtMatmulPreferenceCreate(out nint preference);
     [LibraryImport(Library)] public static partial int cublasLtMatmulPreferenceDestroy(nint preference);
-    [LibraryImport(Library)]
-    public static partial int cublasLtMatmulPreferenceSetAttribute(
+    [LibraryImport(Library)] public static partial int cublasLtMatmulPreferenceSetAttribute(
         nint preference, int attribute, void* value, nuint bytes);
     [LibraryImport(Library)]
     public static partial int cublasLtMatmulAlgoGetHeuristic(nint handle, nint operation, nint a, nint b, nint c,
         nint d, nint preference, int wanted, Heuristic* results, out int found);
-    [LibraryImport(Library)]
-    public static partial int cublasLtMatmul(nint handle, nint operation, void* alpha, nint a, nint aLayout, nint b,
-        nint bLayout, void* beta, nint c, nint cLayout, nint d, nint dLayout, Heuristic* algorithm, nint workspace,
-        nuint workspaceBytes, nint stream);
+    [LibraryImport(Library)] public static partial int cublasLtMatmul(
+        nint handle, nint operation, void* alpha, nint a, nint aLayout, nint b, nint bLayout, void* beta, nint c,
+        nint cLayout, nint d, nint dLayout, Heuristic* algorithm, nint workspace, nuint workspaceBytes, nint stream);
 }
 
 /// <summary>Where the libraries are that come with a driver or a toolkit.</summary>
 static class Libraries {
-    static readonly Lazy<bool> registered = new(() => {
-        NativeLibrary.SetDllImportResolver(typeof(Libraries).Assembly, Resolve);
-        return true;
-    });
+    static Libraries() => NativeLibrary.SetDllImportResolver(typeof(Libraries).Assembly, Resolve);
 
-    public static void Register() => _ = registered.Value;
+    /// <summary>Has the constructor run, once.</summary>
+    public static void Register() { }
 
     static nint Resolve(string name, Assembly assembly, DllImportSearchPath? path) {
         string[] files = name switch {

@@ -65,6 +65,14 @@ __device__ void store(__nv_bfloat16* to, Pack pack) {
     *(uint4*)to = make_uint4(pair(x[0], x[1]), pair(x[2], x[3]), pair(x[4], x[5]), pair(x[6], x[7]));
 }
 
+// f of each element.
+template <typename F>
+__device__ Pack map(Pack a, F f) {
+    for (int i = 0; i < Width; i++)
+        a.x[i] = f(a.x[i]);
+    return a;
+}
+
 __device__ Pack operator+(Pack a, Pack b) {
     for (int i = 0; i < Width; i++)
         a.x[i] += b.x[i];
@@ -102,25 +110,22 @@ __device__ void cp_async(uint32_t to, const void* from, bool inside) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(inside ? 16 : 0));
 }
 
-__device__ float warp_sum(float x) {
-    for (int lane = Warp / 2; lane > 0; lane /= 2)
-        x += __shfl_xor_sync(~0u, x, lane);
+// Sums, and the maximum, over the lanes that are so far apart, in that order.
+template <int... Apart>
+__device__ float sum_lanes(float x) {
+    ((x += __shfl_xor_sync(~0u, x, Apart)), ...);
     return x;
 }
 
-// Sums over the lanes that are so far apart.
-template <int Stride>
-__device__ Pack sum_lanes(Pack a) {
-    for (int i = 0; i < Width; i++) {
-        for (int lane = Stride; lane < Warp; lane *= 2)
-            a.x[i] += __shfl_xor_sync(~0u, a.x[i], lane);
-    }
-    return a;
+template <int... Apart>
+__device__ float max_lanes(float x) {
+    ((x = fmaxf(x, __shfl_xor_sync(~0u, x, Apart))), ...);
+    return x;
 }
 
-__device__ float warp_max(float x) {
+__device__ float warp_sum(float x) {
     for (int lane = Warp / 2; lane > 0; lane /= 2)
-        x = fmaxf(x, __shfl_xor_sync(~0u, x, lane));
+        x += __shfl_xor_sync(~0u, x, lane);
     return x;
 }
 
@@ -128,11 +133,10 @@ __device__ float warp_max(float x) {
 
 constexpr int SumThreads = 256;
 
-// The sum over count rows of x (.., C), of which row(i) is the i-th, in the column this thread then has; false past
-// the end and for threads without one. A block has so many columns, eight of them a thread, and its threads divide
-// the rows.
-template <int Columns, typename T, typename Row>
-__device__ bool sum_rows(const T* x, int C, int count, Row row, int& column, float& total) {
+// Sums count rows of x (.., C), of which row(i) is the i-th, and has a thread for each column call then(column, sum).
+// A block has so many columns, eight of them a thread, and its threads divide the rows.
+template <int Columns, typename T, typename Row, typename Then>
+__device__ void sum_rows(const T* x, int C, int count, Row row, Then then) {
     constexpr int Across = Columns / Width, Down = SumThreads / Across;
     __shared__ float sums[Down][Columns];
     int down = threadIdx.x / Across, first = blockIdx.y * Columns, own_first = first + threadIdx.x % Across * Width;
@@ -144,28 +148,26 @@ __device__ bool sum_rows(const T* x, int C, int count, Row row, int& column, flo
     }
     store(&sums[down][own_first - first], own);
     __syncthreads();
-    column = first + threadIdx.x;
-    total = 0;
+    int column = first + threadIdx.x;
+    float total = 0;
     for (int i = 0; i < Down && threadIdx.x < Columns; i++)
         total += sums[i][threadIdx.x];
-    return threadIdx.x < Columns && column < C;
+    if (threadIdx.x < Columns && column < C)
+        then(column, total);
 }
 
 // partial (blocks, C): sums of x (rows, C) over each block's share of the rows.
 KERNEL sum_rows_partially(const floatX* x, int rows, int C, float* partial) {
-    int first = (int64_t)rows * blockIdx.x / gridDim.x, end = (int64_t)rows * (blockIdx.x + 1) / gridDim.x, column;
-    float total;
-    if (sum_rows<256>(x, C, end - first, [=](int i) { return first + i; }, column, total))
-        partial[(int64_t)blockIdx.x * C + column] = total;
+    int first = (int64_t)rows * blockIdx.x / gridDim.x, end = (int64_t)rows * (blockIdx.x + 1) / gridDim.x;
+    sum_rows<256>(x, C, end - first, [=](int i) { return first + i; },
+        [=](int column, float sum) { partial[(int64_t)blockIdx.x * C + column] = sum; });
 }
 
 // db (C) += sums of partial (count, C); with more layers of blocks, those of a second and third (count, C) after it are
 // added to dw and dbias.
 KERNEL add_row_sums(const float* partial, int count, int C, float* db, float* dw, float* dbias) {
-    int column;
-    float total;
-    if (sum_rows<32>(partial + (int64_t)blockIdx.z * count * C, C, count, [](int i) { return i; }, column, total))
-        (blockIdx.z == 0 ? db : blockIdx.z == 1 ? dw : dbias)[column] += total;
+    sum_rows<32>(partial + (int64_t)blockIdx.z * count * C, C, count, [](int i) { return i; },
+        [=](int column, float sum) { (blockIdx.z == 0 ? db : blockIdx.z == 1 ? dw : dbias)[column] += sum; });
 }
 
 // ---- Embedding
@@ -180,18 +182,16 @@ KERNEL embed(const int* tokens, const floatX* wte, const floatX* wpe, int start,
 
 // order holds the rows sorted by token, and first where each token's begin: a block a token.
 KERNEL embed_backward_tokens(const int* order, const int* first, const floatX* dx, float* dwte, int C) {
-    int begin = first[blockIdx.x], count = first[blockIdx.x + 1] - begin, column;
-    float total;
-    if (count > 0 && sum_rows<256>(dx, C, count, [=](int i) { return order[begin + i]; }, column, total))
-        dwte[(int64_t)blockIdx.x * C + column] += total;
+    int begin = first[blockIdx.x], count = first[blockIdx.x + 1] - begin;
+    if (count > 0)
+        sum_rows<256>(dx, C, count, [=](int i) { return order[begin + i]; },
+            [=](int column, float sum) { dwte[(int64_t)blockIdx.x * C + column] += sum; });
 }
 
 // A block a position.
 KERNEL embed_backward_positions(const floatX* dx, float* dwpe, int B, int T, int C) {
-    int column;
-    float total;
-    if (sum_rows<256>(dx, C, B, [=](int b) { return b * T + blockIdx.x; }, column, total))
-        dwpe[(int64_t)blockIdx.x * C + column] += total;
+    sum_rows<256>(dx, C, B, [=](int b) { return b * T + blockIdx.x; },
+        [=](int column, float sum) { dwpe[(int64_t)blockIdx.x * C + column] += sum; });
 }
 
 // ---- Layer norm
@@ -319,6 +319,10 @@ __device__ float gelu_gate(float x) {
     return inverse_approximate(1 + exp2_approximate(x * (Scale + Scale * 0.044715f * (x * x))));
 }
 
+__device__ float gelu_of(float x) {
+    return x * gelu_gate(x);
+}
+
 __device__ float gelu_slope(float x) {
     constexpr float Scale = 2 * 0.7978845608f;
     float gate = gelu_gate(x);
@@ -327,12 +331,8 @@ __device__ float gelu_slope(float x) {
 
 KERNEL gelu(const floatX* x, floatX* y, int64_t count) {
     int64_t i = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * Width;
-    if (i >= count)
-        return;
-    Pack value = load(x + i);
-    for (int j = 0; j < Width; j++)
-        value.x[j] *= gelu_gate(value.x[j]);
-    store(y + i, value);
+    if (i < count)
+        store(y + i, map(load(x + i), gelu_of));
 }
 
 // dx *= GELU'(x)
@@ -340,10 +340,8 @@ KERNEL gelu_backward(const floatX* x, floatX* dx, int64_t count) {
     int64_t i = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * Width;
     if (i >= count)
         return;
-    Pack value = load(x + i);
-    for (int j = 0; j < Width; j++)
-        value.x[j] = gelu_slope(value.x[j]);
-    store(dx + i, load(dx + i) * value);
+    Pack slope = map(load(x + i), gelu_slope);
+    store(dx + i, load(dx + i) * slope);
 }
 
 // ---- Attention for any size of heads, and for generation
@@ -354,9 +352,7 @@ constexpr int HeadWarps = 8, LargestHead = 256;
 struct Head {
     float x[LargestHead / Warp];
 
-    __device__ Head() : x() { }
-
-    __device__ Head(const floatX* from, int HS) : x() {
+    __device__ Head(const floatX* from = nullptr, int HS = 0) : x() {
         for (int j = 0; j < LargestHead / Warp; j++) {
             if (int i = j * Warp + threadIdx.x % Warp; i < HS)
                 x[j] = from[i];
@@ -466,8 +462,7 @@ KERNEL attention_any_backward_kv(const floatX* dy, const floatX* qkv, const floa
 // A block of two warpgroups holds 128 rows (queries; keys in the kernel for dk and dv) and walks over tiles of 64 of
 // the others. All products have one of two forms: scores = rows·tileᵀ, of two tiles in shared memory, and sums +=
 // weights·tile, whose weights are scores still in registers. Their layout is that of mma.m16n8k16, which four warps
-// side by side share with wgmma.m64n64k16; so each kernel is written once, for any GPU and (Hopper) with wgmma and
-// TMA.
+// side by side share with wgmma.m64n64k16; so each kernel is written once, for any GPU and, with wgmma and TMA, Hopper.
 constexpr int HS = 64, TileRows = 64, TileBytes = TileRows * HS * 2;
 constexpr int FlashThreads = 256, FlashRows = 128;
 
@@ -727,8 +722,7 @@ __device__ void multiply_transposed(Accumulators& scores, uint32_t rows, uint32_
         wgmma_commit();
     } else {
         int lane = threadIdx.x % Warp, row = threadIdx.x / Warp % 4 * 16;
-        for (int j = 0; j < 8; j++)
-            scores[j][0] = scores[j][1] = scores[j][2] = scores[j][3] = 0;
+        each([&](int j, int i) { scores[j][i] = 0; });
         for (int k = 0; k < 4; k++) {
             uint32_t a[4], b[4];
             ldmatrix(a, chunk(rows, row + lane % 16, 2 * k + lane / 16));
@@ -765,10 +759,8 @@ __device__ void multiply_add(Accumulators& sums, const Fragments& weights, uint3
 // Accumulators in bf16, as the weights of the next product.
 __device__ void to_fragments(Fragments& to, const Accumulators& from) {
     for (int k = 0; k < 4; k++) {
-        to[k][0] = pair(from[2 * k][0], from[2 * k][1]);
-        to[k][1] = pair(from[2 * k][2], from[2 * k][3]);
-        to[k][2] = pair(from[2 * k + 1][0], from[2 * k + 1][1]);
-        to[k][3] = pair(from[2 * k + 1][2], from[2 * k + 1][3]);
+        for (int i = 0; i < 4; i++)
+            to[k][i] = pair(from[2 * k + i / 2][i % 2 * 2], from[2 * k + i / 2][i % 2 * 2 + 1]);
     }
 }
 
@@ -815,7 +807,7 @@ __device__ void store_rows(const Accumulators& from, float factor0, float factor
         }
     }
     if (Sums) {
-        sums = sum_lanes<8>(sums);
+        sums = map(sums, sum_lanes<8, 16>);
         if (lane < 8)
             store((float*)__cvta_shared_to_generic(tile + row * 128) + lane * Width, sums);
     }
@@ -830,17 +822,6 @@ __device__ void store_sums(uint32_t tile, float* partial) {
     for (int row = 0; row < Rows; row += 16)
         total += ((float*)__cvta_shared_to_generic(tile + row * 128))[threadIdx.x];
     partial[threadIdx.x] = total;
-}
-
-// The largest, or the sum, of what the four threads have that share a row.
-__device__ float row_max(float x) {
-    x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
-    return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
-}
-
-__device__ float row_sum(float x) {
-    x += __shfl_xor_sync(~0u, x, 1);
-    return x + __shfl_xor_sync(~0u, x, 2);
 }
 
 // ---- The three kernels
@@ -871,8 +852,8 @@ __device__ void flash_forward(const CUtensorMap* map, const floatX* qkv, floatX*
                 mask(scores, false);
             float new_max[2] = {max[0], max[1]};
             each([&](int j, int i) { new_max[i / 2] = fmaxf(new_max[i / 2], scores[j][i]); });
-            new_max[0] = row_max(new_max[0]);
-            new_max[1] = row_max(new_max[1]);
+            new_max[0] = max_lanes<1, 2>(new_max[0]); // of the four threads that share a row
+            new_max[1] = max_lanes<1, 2>(new_max[1]);
             // What is subtracted need not be the maximum, only near it: exponentials may reach 2^8.
             if (__any_sync(~0u, fmaxf(new_max[0] - max[0], new_max[1] - max[1]) * scale > 8)) {
                 float keep[2];
@@ -893,8 +874,8 @@ __device__ void flash_forward(const CUtensorMap* map, const floatX* qkv, floatX*
             wgmma_wait<Hopper, 0>(sums);
         }
     }
-    total[0] = row_sum(total[0]);
-    total[1] = row_sum(total[1]);
+    total[0] = sum_lanes<1, 2>(total[0]);
+    total[1] = sum_lanes<1, 2>(total[1]);
     __syncthreads();
     store_rows<false>(sums, 1 / total[0], 1 / total[1], queries, y, NH, blockIdx.y, first, T);
     for (int i = 0; i < 2; i++) {
@@ -940,8 +921,7 @@ __device__ void flash_backward_q(const CUtensorMap* map, const CUtensorMap* dy_m
     }
     for (int i = 0; i < FlashRows / RowsAtATime; i++) {
         int own = i * RowsAtATime + threadIdx.x / 8, row = first + own;
-        deltas[i] = row_sum(deltas[i]);
-        deltas[i] += __shfl_xor_sync(~0u, deltas[i], 4);
+        deltas[i] = sum_lanes<1, 2, 4>(deltas[i]);
         float2 both = {};
         if (row < T)
             both = make_float2(lse[((int64_t)blockIdx.z * NH + blockIdx.y) * T + row] * Log2E, deltas[i]);
@@ -1075,11 +1055,10 @@ FLASH_KERNEL(attention_backward_q, 2, FlashThreads, flash_backward_q, (const __g
 FLASH_KERNEL(attention_backward_kv, 1, 2 * KeyRows<true>, flash_backward_kv, (const __grid_constant__ CUtensorMap map,
     const __grid_constant__ CUtensorMap dy_map, const floatX* dy, const floatX* qkv, float2* statistics, floatX* dqkv,
     float* partial, int T, int NH), &map, &dy_map, dy, qkv, statistics, dqkv, partial, T, NH)
-#endif
 
 // ---- Products for Hopper, with what comes after them
 
-#if !defined(FP32) && defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
 // c (M, N) = a·b + bias with a (M, K) and b (N, K) or, not transposed, (K, N). Blocks take tiles of c, 128 x 192; two
 // of them, a cluster, take the next two, one below the other, that none has taken, and share the tiles of b: so nothing
 // waits for blocks that begin late, because NCCL has their place. Two warpgroups multiply 64 rows each and leave the
@@ -1150,10 +1129,8 @@ __device__ void store_box(const CUtensorMap* map, int column, int row, uint32_t 
 
 typedef float ProductSums[ProductColumns / 8][4]; // as Accumulators
 
-#define ROWS(j) "+f"(c[j][0]), "+f"(c[j][1]), "+f"(c[j][2]), "+f"(c[j][3]), \
-    "+f"(c[j + 1][0]), "+f"(c[j + 1][1]), "+f"(c[j + 1][2]), "+f"(c[j + 1][3])
-#define ALL_PRODUCT_ROWS ROWS(0), ROWS(2), ROWS(4), ROWS(6), ROWS(8), ROWS(10), ROWS(12), ROWS(14), ROWS(16), \
-    ROWS(18), ROWS(20), ROWS(22)
+#define ALL_PRODUCT_ROWS ALL_ROWS, ROW(8), ROW(9), ROW(10), ROW(11), ROW(12), ROW(13), ROW(14), ROW(15), ROW(16), \
+    ROW(17), ROW(18), ROW(19), ROW(20), ROW(21), ROW(22), ROW(23)
 
 // c += a·b for 16 of the depth.
 template <bool Transposed>
@@ -1171,33 +1148,11 @@ __device__ void wgmma_wait(ProductSums& c) {
     asm volatile("wgmma.wait_group.sync.aligned 0;" : ALL_PRODUCT_ROWS :: "memory");
 }
 
-// As descriptor; the second 64 columns of b, where its rows are the depth, are so many bytes after the first.
-__device__ uint64_t descriptor_of_columns(uint32_t tile, int bytes) {
-    return descriptor(tile, bytes) + ((uint64_t)((Depth * 128 >> 4) - 1) << 16);
-}
-
-// The i-th tile: along its row, but not farther than what of b stays in the L2 with what else passes there.
-__device__ void place_of(int i, int down, int across, int& row, int& column) {
-    int first = i / (down * WidestBand) * WidestBand, within = i % (down * WidestBand);
-    int columns = min(WidestBand, across - first);
-    row = within / columns;
-    column = first + within % columns;
-}
-
 // Products in bf16.
 __device__ Eight operator*(Eight a, Eight b) {
     for (int i = 0; i < Width; i += 2)
         *(__nv_bfloat162*)(a.x + i) = __hmul2(*(__nv_bfloat162*)(a.x + i), *(__nv_bfloat162*)(b.x + i));
     return a;
-}
-
-// a = f(a), an element at a time.
-template <typename F>
-__device__ void apply(Eight& a, F f) {
-    Pack pack = load(a.x);
-    for (int i = 0; i < Width; i++)
-        pack.x[i] = f(pack.x[i]);
-    store(a.x, pack);
 }
 
 // GELU'(x) to some 11 bits.
@@ -1208,13 +1163,9 @@ __device__ float gelu_slope_approximate(float x) {
     return 0.5f + 0.5f * tanh + (1 - tanh * tanh) * (x * half_du);
 }
 
-// e^(x - ClassShift), with zeros from element first on.
-__device__ Pack exponentials(Pack x, int first) {
-    for (int i = 0; i < Width; i++)
-        x.x[i] = exp2_approximate(fminf(x.x[i] * Log2E - ClassShift * Log2E, LargestClass));
-    if (first < Width)
-        fill(x, first, 0);
-    return x;
+// e^(x - ClassShift)
+__device__ float exponential(float x) {
+    return exp2_approximate(fminf(x * Log2E - ClassShift * Log2E, LargestClass));
 }
 
 // Pairs of tiles that clusters have come for, and zero again when the last has found none.
@@ -1244,10 +1195,12 @@ __device__ void multiply(const CUtensorMap* a, const CUtensorMap* b, const CUten
         pair_of_tiles = pairs[turn % Turns];
         return pair_of_tiles < all;
     };
+    // Along the tiles' row, but not farther than what of b stays in the L2 with what else passes there.
     auto go_to_tile = [&] {
-        place_of(pair_of_tiles, down, across, row, column);
-        row = (2 * row + rank) * ProductRows;
-        column *= ProductColumns;
+        int first = pair_of_tiles / (down * WidestBand) * WidestBand, within = pair_of_tiles % (down * WidestBand);
+        int columns = min(WidestBand, across - first);
+        row = (2 * (within / columns) + rank) * ProductRows;
+        column = (first + within % columns) * ProductColumns;
     };
     if (threadIdx.x == 0) {
         for (int i = 0; i < Stages; i++) {
@@ -1338,7 +1291,7 @@ __device__ void multiply(const CUtensorMap* a, const CUtensorMap* b, const CUten
                 load_box(place + TileBytes / 2, residual, column, row + 32, free, false);
             }
             for (int i = 0; Then == Then::GeluBackward && i < 16; i++)
-                apply(slopes[i], gelu_slope_approximate);
+                store(slopes[i].x, map(load(slopes[i].x), gelu_slope_approximate));
             mbarrier_wait(filled, turn);
 #pragma unroll (Then == Then::Exponentials ? 4 : 16)
             for (int i = 0; Changes && i < 16; i++) {
@@ -1346,11 +1299,11 @@ __device__ void multiply(const CUtensorMap* a, const CUtensorMap* b, const CUten
                 if (Then == Then::GeluBackward) {
                     x = slopes[i] = x * slopes[i];
                 } else {
-                    Pack e = exponentials(load(x.x), V - column - lane % 8 * Width);
+                    Pack e = map(load(x.x), exponential);
+                    if (int inside = V - column - lane % 8 * Width; inside < Width)
+                        fill(e, inside, 0);
                     store(x.x, e);
-                    float total = sum(e);
-                    for (int other = 1; other < 8; other *= 2)
-                        total += __shfl_xor_sync(~0u, total, other);
+                    float total = sum_lanes<1, 2, 4>(sum(e));
                     if (4 * i < rows && lane % 8 == 0)
                         partial[(int64_t)(column / 64) * M + row + 4 * i + lane / 8] = total;
                 }
@@ -1367,7 +1320,7 @@ __device__ void multiply(const CUtensorMap* a, const CUtensorMap* b, const CUten
 #pragma unroll 4
                 for (int i = 0; i < 16; i++) {
                     Eight x = in_place(i);
-                    apply(x, [](float x) { return x * gelu_gate(x); });
+                    store(x.x, map(load(x.x), gelu_of));
                     if (4 * i < rows)
                         __stcs((uint4*)(gelu + at + 4 * i * N), *(uint4*)&x);
                 }
@@ -1375,7 +1328,7 @@ __device__ void multiply(const CUtensorMap* a, const CUtensorMap* b, const CUten
                 Pack sums = {};
                 for (int i = 0; i < 16; i++)
                     sums = sums + load(slopes[i].x);
-                sums = sum_lanes<8>(sums);
+                sums = map(sums, sum_lanes<8, 16>);
                 if (lane < 8 && rows > 0)
                     store(partial + (int64_t)(row / 64) * N + column + lane * Width, sums);
             }
@@ -1412,9 +1365,13 @@ __device__ void multiply(const CUtensorMap* a, const CUtensorMap* b, const CUten
                 mbarrier_wait(full + 8 * stage, phase);
                 wgmma_fence();
 #pragma unroll
-                for (int i = 0; i < Depth / 16; i++)
-                    wgmma<Transposed>(sums, descriptor(rows + warpgroup * TileBytes, i * 32), Transposed
-                        ? descriptor(columns, i * 32) : descriptor_of_columns(columns, i * 16 * 128));
+                for (int i = 0; i < Depth / 16; i++) {
+                    uint64_t left = descriptor(rows + warpgroup * TileBytes, i * 32);
+                    uint64_t right = descriptor(columns, Transposed ? i * 32 : i * 16 * 128);
+                    if (!Transposed) // the second 64 columns of b are so many bytes after the first
+                        right += (uint64_t)((Depth * 128 >> 4) - 1) << 16;
+                    wgmma<Transposed>(sums, left, right);
+                }
                 wgmma_commit();
                 wgmma_wait(sums);
                 if (lane < 2)
@@ -1521,6 +1478,7 @@ KERNEL normalize_classes(const float* partial, int chunks, const int* targets, f
     }
 }
 #endif
+#endif
 
 // ---- Classifier
 
@@ -1550,7 +1508,7 @@ KERNEL __launch_bounds__(ClassifyThreads) classify(floatX* logits, const int* ta
             own += exp2_approximate((x.x[i] - new_max) * Log2E);
         own_max = new_max;
     }
-    float max = warp_max(own_max);
+    float max = max_lanes<16, 8, 4, 2, 1>(own_max);
     own = warp_sum(own * exp2_approximate((own_max - max) * Log2E));
     if (threadIdx.x % Warp == 0) {
         maxima[threadIdx.x / Warp] = max;
