@@ -43,10 +43,8 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
 
     public (double Flops, double Bytes) MeasureCeilings() {
         const int floats = 1 << 25;
-        float[] from = new float[floats], to = new float[floats];
-        fixed (float* source = from, target = to) {
-            var x = new Tensor((nint)source, 1, 1, floats);
-            var y = x with { Address = (nint)target };
+        fixed (float* from = new float[floats], to = new float[floats]) {
+            Tensor x = new((nint)from, 1, 1, floats), y = new((nint)to, 1, 1, floats);
             var seconds = Best(5, () => ForParts(x.Count, FlatPart, (x, y), static (s, i, n) =>
                 new Span<float>(Floats(s.x) + i, n).CopyTo(new Span<float>(Floats(s.y) + i, n))));
             return (PeakFlops(), 2.0 * floats * sizeof(float) / seconds);
@@ -257,7 +255,7 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
                     var visible = s.start + first + row + 1;
                     var max = Maximum(p.Row(row), visible) * scale;
                     var sum = Exponentials(p.Row(row), visible, keys, scale, max);
-                    Floats(s.lse)[(long)head * y.Rows + first + row] = max + MathF.Log(sum);
+                    Row(s.lse, head)[first + row] = max + MathF.Log(sum);
                     for (int i = 0, n = visible; n > 0; i += Lanes, n -= Lanes)
                         Store(p.Row(row) + i, n, Load(p.Row(row) + i, n) * (1 / sum));
                 }
@@ -283,8 +281,7 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
                 Product.Add(dy.RowsFrom(first, queries), v.RowsFrom(0, keys).Transposed, ds.Cleared());
                 for (var row = 0; row < queries; row++) {
                     // P = e^(scale·s − lse); dS = scale·P·(dP − dy·y).
-                    var lse = Floats(s.lse)[(long)head * y.Rows + first + row];
-                    Exponentials(p.Row(row), first + row + 1, keys, scale, lse);
+                    Exponentials(p.Row(row), first + row + 1, keys, scale, Row(s.lse, head)[first + row]);
                     Vector<float> delta = new(Product.Dot(dy.Row(first + row), y.Row(first + row), y.Columns));
                     for (int i = 0, n = keys; n > 0; i += Lanes, n -= Lanes)
                         Store(ds.Row(row) + i, n, Load(p.Row(row) + i, n) * (Load(ds.Row(row) + i, n) - delta) * scale);
@@ -635,17 +632,17 @@ sealed unsafe class Workers : IDisposable {
     public void Run<T>(int count, T state, Action<T, int> body) {
         // The call lies on this stack, which waits for it: nothing is allocated.
         var local = new Call<T>(state, body);
-#pragma warning disable CS8500 // the address of a managed local
-        call = &local;
+        call = Unsafe.AsPointer(ref local);
         invoke = &Invoke;
         (this.count, next) = (count, 0);
         Share();
 
-        static void Invoke(void* call, int i) => ((Call<T>*)call)->Body(((Call<T>*)call)->State, i);
-#pragma warning restore CS8500
+        static void Invoke(void* call, int i) => Unsafe.AsRef<Call<T>>(call).Run(i);
     }
 
-    readonly record struct Call<T>(T State, Action<T, int> Body);
+    readonly record struct Call<T>(T State, Action<T, int> Body) {
+        public void Run(int i) => Body(State, i);
+    }
 
     bool Share() {
         barrier.SignalAndWait();
