@@ -23,13 +23,10 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
     public DataType Precision => DataType.Fp32;
 
     /// <summary>What the system has left for new processes, within what a container allows this one.</summary>
-    public long FreeMemory {
-        get {
-            var available = File.ReadLines("/proc/meminfo").First(line => line.StartsWith("MemAvailable:"));
-            var limit = GC.GetGCMemoryInfo().TotalAvailableMemoryBytes - Environment.WorkingSet;
-            return Math.Min(1024 * long.Parse(available.Split(' ', StringSplitOptions.RemoveEmptyEntries)[1]), limit);
-        }
-    }
+    public long FreeMemory => Math.Min(
+        GC.GetGCMemoryInfo().TotalAvailableMemoryBytes - Environment.WorkingSet,
+        1024 * long.Parse( // "MemAvailable:   24251556 kB"
+            File.ReadLines("/proc/meminfo").First(line => line.StartsWith("MemAvailable:")).Split(' ')[^2]));
 
     public long Workspace => 0;
 
@@ -361,7 +358,7 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
     public void AdamW(ReadOnlySpan<AdamWPart> parts, in AdamWStep step) {
         var rate = step.LearningRate / (1 - MathF.Pow(step.Beta1, step.Number));
         var correction = 1 / (1 - MathF.Pow(step.Beta2, step.Number));
-        foreach (var part in parts) {
+        foreach (var part in parts)
             ForParts(part.W.Count, FlatPart, (part, step, rate, correction), static (s, i, n) => {
                 float* w = Floats(s.part.W) + i, dw = Floats(s.part.Dw) + i;
                 float* m = Floats(s.part.M) + i, v = Floats(s.part.V) + i;
@@ -378,7 +375,6 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
                     Store(dw, n, Vector<float>.Zero);
                 }
             });
-        }
     }
 
     // ---- Threads, rows and lanes
@@ -487,10 +483,9 @@ static unsafe class Product {
         for (var j = 0; j < c.Columns; j += StripColumns) {
             for (var k = 0; k < a.Columns; k += DepthBlock) {
                 Pack(b.Part(k, j, DepthBlock, StripColumns).Transposed, TileColumns, packedB);
-                for (var i = 0; i < c.Rows; i += BlockRows) {
-                    var block = c.Part(i, j, BlockRows, StripColumns);
-                    AddBlock(a.Part(i, k, BlockRows, DepthBlock), packedA, packedB, block);
-                }
+                for (var i = 0; i < c.Rows; i += BlockRows)
+                    AddBlock(
+                        a.Part(i, k, BlockRows, DepthBlock), packedA, packedB, c.Part(i, j, BlockRows, StripColumns));
             }
         }
     }

@@ -1,4 +1,3 @@
-using System.Numerics;
 using System.Runtime.InteropServices;
 
 namespace Gpt2;
@@ -248,7 +247,7 @@ public sealed class Parameters {
     public Parameters(
         Config config, DataType type, nint address, int rank = 0, int ranks = 1, Parameters? whole = null) {
         // Kernels take eight elements at a time, so each part begins at such a group.
-        var (start, group, columns) = (address, ranks == 1 ? 1 : 8, ranks == 1 ? config.C : 8);
+        var (start, group, columns) = ranks == 1 ? (address, 1, config.C) : (address, 8, 8);
         Cuts = [.. config.Cuts(rank, ranks)];
         Tensors = [.. Cuts.Select(cut => {
             if (whole != null)
@@ -259,7 +258,8 @@ public sealed class Parameters {
             address += (nint)((tensor.Count + group - 1) / group * group * tensor.ElementSize);
             return tensor;
         })];
-        All = whole?.All ?? new Tensor(start, 1, (int)((address - start) / columns / Tensor.SizeOf(type)), columns, type);
+        var rows = (int)((address - start) / (columns * Tensor.SizeOf(type)));
+        All = whole?.All ?? new Tensor(start, 1, rows, columns, type);
     }
 
     /// <summary>What the tensors are of all parameters.</summary>
@@ -424,7 +424,7 @@ public sealed class Model {
         var (fits, largest, levels) = (new List<string>(), 0, purpose == Purpose.Train ? 2 : recompute);
         for (var level = recompute; level <= levels && largest < B; level++) {
             // A higher level fits at least what a lower one does, so the search goes on from there.
-            for (var more = (int)BitOperations.RoundUpToPowerOf2((uint)B); more > 0; more /= 2) {
+            for (var more = 1 << 30; more > 0; more /= 2) {
                 var batch = Math.Min(largest + more, B);
                 if (Plan(batch, purpose, level).Sum(part => part.Bytes) <= available)
                     largest = batch;
@@ -569,11 +569,11 @@ public sealed class Model {
     /// projections scaled by 1/√(2L); biases 0, layer-norm weights 1.</summary>
     void Initialize(uint seed) {
         const int chunk = Tensor.ChunkSize, most = chunk + Mt19937.Group; // so that the last part is not too small
-        var (random, layers, writing, turn) =
-            (new Mt19937(seed), Enumerable.Range(0, Config.L), Task.CompletedTask, 0);
+        var (random, shapes, writing, turn) = (new Mt19937(seed), Config.Parameters, Task.CompletedTask, 0);
         // Memory that was never touched before takes longer than the numbers that go there.
         float[][] buffers = [new float[most], new float[most]];
-        foreach (var (l, (i, shape)) in layers.SelectMany(_ => Config.Parameters.Index(), ValueTuple.Create)) {
+        var layers = Enumerable.Range(0, Config.L);
+        foreach (var (l, (i, shape)) in layers.SelectMany(_ => shapes.Index(), ValueTuple.Create)) {
             // The padded rows of wte stay zero.
             var count = l >= shape.Layers ? 0 : (shape.Name == "wte" ? Config.V : shape.Rows) * shape.Columns;
             for (var done = 0; done < count;) {
@@ -585,7 +585,7 @@ public sealed class Model {
                     values.Span.Fill(shape.Name is "ln1w" or "ln2w" or "lnfw" ? 1 : 0);
                 var first = (long)l * shape.Rows * shape.Columns + done;
                 writing.Wait();
-                writing = Task.Run(() => Set(Held, i, first, values.Span)); // while the next are drawn
+                writing = Task.Run(() => Set([Weights, Master], i, first, values.Span)); // while the next are drawn
                 done += values.Length;
             }
         }
@@ -599,13 +599,10 @@ public sealed class Model {
         if (file == null)
             Initialize(seed);
         else
-            Read(file, 0, 1, Held);
+            Read(file, 0, 1, Weights, Master);
     }
 
-    /// <summary>The weights, and the master weights where they are others.</summary>
-    Parameters[] Held => Master == Weights ? [Weights] : [Weights, Master];
-
-    /// <summary>Reads a rank's part of all parameters from a file into those that hold any of it.</summary>
+    /// <summary>Reads a rank's part of all parameters from a file; each holder keeps what it has memory for.</summary>
     public void Read(BinaryFile file, int rank, int ranks, params Parameters[] holders) {
         var buffer = new float[Tensor.ChunkSize];
         foreach (var cut in Config.Cuts(rank, ranks)) {
@@ -622,9 +619,9 @@ public sealed class Model {
         }
     }
 
-    /// <summary>Writes those of a tensor's elements, from one on, that each holder has.</summary>
+    /// <summary>Writes a tensor's values, from an element on, to the memory of every holder of any of them.</summary>
     void Set(Parameters[] holders, int tensor, long first, ReadOnlySpan<float> values) {
-        foreach (var (cut, held) in holders.SelectMany(holder => holder.Cuts.Zip(holder.Tensors))) {
+        foreach (var (cut, held) in holders.Distinct().SelectMany(holder => holder.Cuts.Zip(holder.Tensors))) {
             var begin = Math.Max(cut.First, first);
             var count = (int)(Math.Min(cut.First + cut.Count, first + values.Length) - begin);
             if (cut.Tensor == tensor && count > 0)
