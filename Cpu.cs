@@ -597,13 +597,12 @@ static unsafe class Product {
     /// <summary>Runs the tile's inner loop over data in the first-level cache, to measure its peak.</summary>
     /// <returns>Floating-point operations done.</returns>
     public static long Spin(int rounds) {
-        const int depth = 256;
-        var size = (TileRows + TileColumns) * depth + TileRows * TileColumns;
-        var a = stackalloc float[size];
-        new Span<float>(a, size).Clear();
-        float* b = a + TileRows * depth, c = b + TileColumns * depth;
+        const int depth = 256, widest = 2 * WidestVector;
+        var data = stackalloc float[TileRows * depth + widest * depth + TileRows * widest];
+        new Span<float>(data, TileRows * depth + widest * depth + TileRows * widest).Clear();
+        var a = new Matrix(data, TileRows, depth, 1, TileRows);
         for (var round = 0; round < rounds; round++)
-            AddTile(new(a, TileRows, depth, 1, TileRows), b, c, TileColumns);
+            AddTile(a, data + TileRows * depth, data + (TileRows + widest) * depth, widest);
         return 2L * rounds * depth * TileRows * TileColumns;
     }
 }
