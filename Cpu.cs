@@ -23,13 +23,10 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
     public DataType Precision => DataType.Fp32;
 
     /// <summary>What the system has left for new processes, within what a container allows this one.</summary>
-    public long FreeMemory {
-        get {
-            var available = File.ReadLines("/proc/meminfo").First(line => line.StartsWith("MemAvailable:"));
-            var limit = GC.GetGCMemoryInfo().TotalAvailableMemoryBytes - Environment.WorkingSet;
-            return Math.Min(1024 * long.Parse(available.Split(' ', StringSplitOptions.RemoveEmptyEntries)[1]), limit);
-        }
-    }
+    public long FreeMemory => Math.Min(
+        GC.GetGCMemoryInfo().TotalAvailableMemoryBytes - Environment.WorkingSet,
+        1024 * long.Parse( // "MemAvailable:   24251556 kB"
+            File.ReadLines("/proc/meminfo").First(line => line.StartsWith("MemAvailable:")).Split(' ')[^2]));
 
     public long Workspace => 0;
 
@@ -43,25 +40,19 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
 
     public (double Flops, double Bytes) MeasureCeilings() {
         const int floats = 1 << 25;
-        float[] from = new float[floats], to = new float[floats];
-        fixed (float* source = from, target = to) {
-            var x = new Tensor((nint)source, 1, 1, floats);
-            var y = x with { Address = (nint)target };
-            var seconds = Best(5, () => ForChunks(x, (x, y), static (s, i, n) =>
+        fixed (float* from = new float[floats], to = new float[floats]) {
+            Tensor x = new((nint)from, 1, 1, floats), y = new((nint)to, 1, 1, floats);
+            var seconds = Best(5, () => ForParts(x.Count, FlatPart, (x, y), static (s, i, n) =>
                 new Span<float>(Floats(s.x) + i, n).CopyTo(new Span<float>(Floats(s.y) + i, n))));
             return (PeakFlops(), 2.0 * floats * sizeof(float) / seconds);
         }
     }
 
-    static double Best(int tries, Action run) {
-        var best = double.PositiveInfinity;
-        for (var i = 0; i < tries; i++) {
-            var start = Stopwatch.GetTimestamp();
-            run();
-            best = Math.Min(best, Stopwatch.GetElapsedTime(start).TotalSeconds);
-        }
-        return best;
-    }
+    static double Best(int tries, Action run) => Enumerable.Range(0, tries).Min(_ => {
+        var start = Stopwatch.GetTimestamp();
+        run();
+        return Stopwatch.GetElapsedTime(start).TotalSeconds;
+    });
 
     public nint Allocate(long bytes) {
         // The system zeroes pages as they are touched; huge ones spare the products' strided reads most TLB misses.
@@ -91,30 +82,28 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
     // ---- Embedding
 
     public void Embed(ReadOnlySpan<int> tokens, Tensor wte, Tensor wpe, int start, Tensor x) {
-        fixed (int* ids = tokens) {
-            ForRows(x, (ids: (nint)ids, wte, wpe, start, x), static (s, row) => {
+        fixed (int* ids = tokens)
+            For(x.AllRows, (ids: (nint)ids, wte, wpe, start, x), static (s, row) => {
                 float* token = Row(s.wte, ((int*)s.ids)[row]), position = Row(s.wpe, s.start + row % s.x.Rows);
                 for (int i = 0, n = s.x.Columns; n > 0; i += Lanes, n -= Lanes)
                     Store(Row(s.x, row) + i, n, Load(token + i, n) + Load(position + i, n));
             });
-        }
     }
 
     public void EmbedBackward(ReadOnlySpan<int> tokens, Tensor dx, Tensor dwte, Tensor dwpe) {
-        fixed (int* ids = tokens) {
-            ForColumns(dx, (ids: (nint)ids, dx, dwte, dwpe), static (s, begin, end) => {
+        fixed (int* ids = tokens)
+            ForParts(dx.Columns, ColumnPart, (ids: (nint)ids, dx, dwte, dwpe), static (s, first, n) => {
                 for (var row = 0; row < s.dx.AllRows; row++) {
-                    AddTo(Row(s.dwte, ((int*)s.ids)[row]), Row(s.dx, row), begin, end);
-                    AddTo(Row(s.dwpe, row % s.dx.Rows), Row(s.dx, row), begin, end);
+                    AddTo(Row(s.dwte, ((int*)s.ids)[row]) + first, Row(s.dx, row) + first, n);
+                    AddTo(Row(s.dwpe, row % s.dx.Rows) + first, Row(s.dx, row) + first, n);
                 }
             });
-        }
     }
 
     // ---- Layer norm
 
     public void LayerNorm(Tensor x, Tensor w, Tensor b, Tensor y, Tensor statistics) =>
-        ForRows(x, (x, w, b, y, statistics), static (s, row) => {
+        For(x.AllRows, (x, w, b, y, statistics), static (s, row) => {
             float* x = Row(s.x, row), y = Row(s.y, row), w = Floats(s.w), b = Floats(s.b);
             var count = s.x.Columns;
             Vector<float> sum = default, squares = default;
@@ -133,7 +122,7 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
 
     public void LayerNormBackward(
         Tensor dy, Tensor x, Tensor w, Tensor statistics, Tensor dx, Tensor dw, Tensor db, Tensor dbias) {
-        ForRows(x, (dy, x, w, statistics, dx), static (s, row) => {
+        For(x.AllRows, (dy, x, w, statistics, dx), static (s, row) => {
             float* dy = Row(s.dy, row), x = Row(s.x, row), w = Floats(s.w), dx = Row(s.dx, row);
             Vector<float> mean = new(Row(s.statistics, row)[0]), rstd = new(Row(s.statistics, row)[1]);
             var count = s.x.Columns;
@@ -150,13 +139,13 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
                 Store(dx + i, n, Load(dx + i, n) + (Load(dy + i, n) * Load(w + i, n) - meanG - z * meanGZ) * rstd);
             }
         });
-        ForColumns(x, (dy, x, statistics, dw, db), static (s, begin, end) => {
+        ForParts(x.Columns, ColumnPart, (dy, x, statistics, dw, db), static (s, first, n) => {
             for (var row = 0; row < s.x.AllRows; row++) {
-                float* dy = Row(s.dy, row), x = Row(s.x, row), dw = Floats(s.dw);
+                float* dy = Row(s.dy, row) + first, x = Row(s.x, row) + first, dw = Floats(s.dw) + first;
                 Vector<float> mean = new(Row(s.statistics, row)[0]), rstd = new(Row(s.statistics, row)[1]);
-                for (int i = begin, n = end - begin; n > 0; i += Lanes, n -= Lanes)
-                    Store(dw + i, n, Load(dw + i, n) + Load(dy + i, n) * (Load(x + i, n) - mean) * rstd);
-                AddTo(Floats(s.db), dy, begin, end);
+                AddTo(Floats(s.db) + first, dy, n);
+                for (int i = 0, left = n; left > 0; i += Lanes, left -= Lanes)
+                    Store(dw + i, left, Load(dw + i, left) + Load(dy + i, left) * (Load(x + i, left) - mean) * rstd);
             }
         });
         AddRows(dx, dbias);
@@ -166,9 +155,9 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
     void AddRows(Tensor x, Tensor sums, [CallerMemberName] string operation = "") {
         if (sums.Address == 0)
             return;
-        ForColumns(x, (x, sums), static (s, begin, end) => {
+        ForParts(x.Columns, ColumnPart, (x, sums), static (s, first, n) => {
             for (var row = 0; row < s.x.AllRows; row++)
-                AddTo(Floats(s.sums), Row(s.x, row), begin, end);
+                AddTo(Floats(s.sums) + first, Row(s.x, row) + first, n);
         }, operation);
     }
 
@@ -182,10 +171,8 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
 
     public void LinearResidual(Tensor x, Tensor w, Tensor b, Tensor residual, Tensor y) {
         Linear(x, w, b, y);
-        ForChunks(y, (residual, y), static (s, i, n) => {
-            for (; n > 0; i += Lanes, n -= Lanes)
-                Store(Floats(s.y) + i, n, Load(Floats(s.y) + i, n) + Load(Floats(s.residual) + i, n));
-        });
+        ForParts(y.Count, FlatPart, (residual, y), static (s, first, n) =>
+            AddTo(Floats(s.y) + first, Floats(s.residual) + first, n));
     }
 
     public void LinearGelu(Tensor x, Tensor w, Tensor b, Tensor input, Tensor y) {
@@ -201,7 +188,7 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
 
     public void LinearGeluBackward(Tensor dy, Tensor x, Tensor input, Tensor w, Tensor dx, Tensor dw, Tensor dbias) {
         LinearBackward(dy, x, w, dx, dw);
-        ForChunks(dx, (input, dx), static (s, i, n) => {
+        ForParts(dx.Count, FlatPart, (input, dx), static (s, i, n) => {
             for (; n > 0; i += Lanes, n -= Lanes) {
                 var x = Load(Floats(s.input) + i, n);
                 var gate = Gate(x);
@@ -213,7 +200,7 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
         AddRows(dx, dbias);
     }
 
-    public void Gelu(Tensor x, Tensor y) => ForChunks(x, (x, y), static (s, i, n) => {
+    public void Gelu(Tensor x, Tensor y) => ForParts(x.Count, FlatPart, (x, y), static (s, i, n) => {
         for (; n > 0; i += Lanes, n -= Lanes)
             Store(Floats(s.y) + i, n, Load(Floats(s.x) + i, n) * Gate(Load(Floats(s.x) + i, n)));
     });
@@ -238,12 +225,8 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
             var c = s.c.Part(i, j, s.rows, s.columns);
             for (var row = 0; s.bias.Address != 0 && row < c.Rows; row++)
                 new Span<float>(Floats(s.bias) + j, c.Columns).CopyTo(new Span<float>(c.Row(row), c.Columns));
-            // Not Add: whether a part has one row depends on the threads, and its bits must not.
-            var (a, b) = (s.a.Part(i, 0, s.rows, s.a.Columns), s.b.Part(0, j, s.b.Rows, s.columns));
-            if (s.c.Rows == 1)
-                Product.Add(a, b, c);
-            else
-                Product.AddTiles(a, b, c);
+            // Whether a part has one row depends on the number of threads; its bits must not.
+            Product.Add(s.a.RowsFrom(i, c.Rows), s.b.Part(0, j, s.b.Rows, s.columns), c, asTiles: s.c.Rows > 1);
         }, 2.0 * c.Rows * c.Columns * a.Columns, name);
     }
 
@@ -268,11 +251,10 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
                 for (var row = 0; row < queries; row++) {
                     var visible = s.start + first + row + 1;
                     var max = Maximum(p.Row(row), visible) * scale;
-                    var sum = Exponentials(p.Row(row), visible, scale, max);
-                    Floats(s.lse)[(long)head * y.Rows + first + row] = max + MathF.Log(sum);
+                    var sum = Exponentials(p.Row(row), visible, keys, scale, max);
+                    Row(s.lse, head)[first + row] = max + MathF.Log(sum);
                     for (int i = 0, n = visible; n > 0; i += Lanes, n -= Lanes)
                         Store(p.Row(row) + i, n, Load(p.Row(row) + i, n) * (1 / sum));
-                    new Span<float>(p.Row(row) + visible, keys - visible).Clear();
                 }
                 Product.Add(p, v.RowsFrom(0, keys), y.RowsFrom(first, queries).Cleared());
             }
@@ -296,9 +278,7 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
                 Product.Add(dy.RowsFrom(first, queries), v.RowsFrom(0, keys).Transposed, ds.Cleared());
                 for (var row = 0; row < queries; row++) {
                     // P = e^(scale·s − lse); dS = scale·P·(dP − dy·y).
-                    var visible = first + row + 1;
-                    Exponentials(p.Row(row), visible, scale, Floats(s.lse)[(long)head * y.Rows + first + row]);
-                    new Span<float>(p.Row(row) + visible, keys - visible).Clear();
+                    Exponentials(p.Row(row), first + row + 1, keys, scale, Row(s.lse, head)[first + row]);
                     Vector<float> delta = new(Product.Dot(dy.Row(first + row), y.Row(first + row), y.Columns));
                     for (int i = 0, n = keys; n > 0; i += Lanes, n -= Lanes)
                         Store(ds.Row(row) + i, n, Load(p.Row(row) + i, n) * (Load(ds.Row(row) + i, n) - delta) * scale);
@@ -330,8 +310,9 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
         return result;
     }
 
-    /// <summary>Replaces x by e^(scale·x − shift) and returns the sum.</summary>
-    static float Exponentials(float* x, int count, float scale, float shift) {
+    /// <summary>Replaces x by e^(scale·x − shift), and by 0 from count on; returns the sum.</summary>
+    static float Exponentials(float* x, int count, int length, float scale, float shift) {
+        new Span<float>(x + count, length - count).Clear();
         Vector<float> sum = default;
         for (int i = 0, n = count; n > 0; i += Lanes, n -= Lanes) {
             var e = Vector.Exp(Load(x + i, n, float.NegativeInfinity) * scale - new Vector<float>(shift));
@@ -344,19 +325,17 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
     // ---- Classifier
 
     public void Classify(Tensor logits, ReadOnlySpan<int> targets, int vocabulary, Tensor losses, float gradientScale) {
-        fixed (int* ids = targets) {
-            ForRows(logits, (logits, ids: (nint)ids, vocabulary, losses, gradientScale), static (s, row) => {
+        fixed (int* ids = targets)
+            For(logits.AllRows, (logits, ids: (nint)ids, vocabulary, losses, gradientScale), static (s, row) => {
                 var logits = Row(s.logits, row);
                 var target = ((int*)s.ids)[row];
                 var (max, picked) = (Maximum(logits, s.vocabulary), logits[target]);
-                var sum = Exponentials(logits, s.vocabulary, 1, max);
+                var sum = Exponentials(logits, s.vocabulary, s.logits.Columns, 1, max);
                 Floats(s.losses)[row] = MathF.Log(sum) + max - picked;
                 for (int i = 0, n = s.vocabulary; n > 0; i += Lanes, n -= Lanes)
                     Store(logits + i, n, Load(logits + i, n) * (s.gradientScale / sum));
                 logits[target] -= s.gradientScale;
-                new Span<float>(logits + s.vocabulary, s.logits.Columns - s.vocabulary).Clear();
             });
-        }
     }
 
     // ---- Optimizer
@@ -379,8 +358,8 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
     public void AdamW(ReadOnlySpan<AdamWPart> parts, in AdamWStep step) {
         var rate = step.LearningRate / (1 - MathF.Pow(step.Beta1, step.Number));
         var correction = 1 / (1 - MathF.Pow(step.Beta2, step.Number));
-        foreach (var part in parts) {
-            ForChunks(part.W, (part, step, rate, correction), static (s, i, n) => {
+        foreach (var part in parts)
+            ForParts(part.W.Count, FlatPart, (part, step, rate, correction), static (s, i, n) => {
                 float* w = Floats(s.part.W) + i, dw = Floats(s.part.Dw) + i;
                 float* m = Floats(s.part.M) + i, v = Floats(s.part.V) + i;
                 var (beta1, beta2) = (s.step.Beta1, s.step.Beta2);
@@ -396,7 +375,6 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
                     Store(dw, n, Vector<float>.Zero);
                 }
             });
-        }
     }
 
     // ---- Threads, rows and lanes
@@ -408,49 +386,42 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
         Profile?.Add(operation, Stopwatch.GetElapsedTime(start).TotalSeconds, flops, 0);
     }
 
-    void ForRows<T>(Tensor x, T state, Action<T, int> body, [CallerMemberName] string operation = "") =>
-        For(x.AllRows, state, body, 0, operation);
+    /// <summary>Elements, or columns, that a thread takes at a time; columns fill cache lines, so that no two threads
+    /// write to the same line.</summary>
+    const int FlatPart = 1 << 16, ColumnPart = 64;
 
-    /// <summary>body(state, begin, end) for parts of the columns: whole cache lines, no two threads in one.</summary>
-    void ForColumns<T>(Tensor x, T state, Action<T, int, int> body, [CallerMemberName] string operation = "") {
-        const int size = 64;
-        For(Tiles(x.Columns, size), (state, body, x.Columns), static (s, i) =>
-            s.body(s.state, i * size, Math.Min(s.Columns, (i + 1) * size)), 0, operation);
-    }
-
-    /// <summary>body(state, first, n) for parts of n elements of a flat array.</summary>
-    void ForChunks<T>(Tensor x, T state, Action<T, long, int> body, [CallerMemberName] string operation = "") {
-        const int size = 1 << 16;
-        For((int)((x.Count + size - 1) / size), (state, body, x.Count), static (s, i) =>
-            s.body(s.state, (long)i * size, (int)Math.Min(size, s.Count - (long)i * size)), 0, operation);
-    }
+    /// <summary>body(state, first, n) for each part [first, first + n) of <paramref name="count"/> elements.</summary>
+    void ForParts<T>(
+        long count, int size, T state, Action<T, long, int> body, [CallerMemberName] string operation = "") =>
+        For((int)((count + size - 1) / size), (state, body, count, size), static (s, i) =>
+            s.body(s.state, (long)i * s.size, (int)Math.Min(s.size, s.count - (long)i * s.size)), 0, operation);
 
     static float* Floats(Tensor x) => (float*)x.Address;
 
     static float* Row(Tensor x, int row) => (float*)x.Address + (long)row * x.Columns;
 
     static Matrix Matrix(Tensor x) => new(Floats(x), x.AllRows, x.Columns, x.Columns, 1);
-
-    static void AddTo(float* to, float* from, int begin, int end) {
-        for (int i = begin, n = end - begin; n > 0; i += Lanes, n -= Lanes)
-            Store(to + i, n, Load(to + i, n) + Load(from + i, n));
-    }
 }
 
-/// <summary>Vectors at an array's end: loads and stores of which only the first n lanes count.</summary>
+/// <summary>Vectors of arrays whose end may cut one: loads and stores of which only the first n lanes count.</summary>
 static unsafe class Simd {
     public static int Lanes => Vector<float>.Count;
 
+    /// <summary>to += scale·from.</summary>
+    public static void AddTo(float* to, float* from, int count, float scale = 1) {
+        for (int i = 0, n = count; n > 0; i += Lanes, n -= Lanes)
+            Store(to + i, n, Load(to + i, n) + Load(from + i, n) * scale);
+    }
+
     /// <summary>The next lanes of an array of which n elements are left; those past its end read as a filler.</summary>
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    public static Vector<float> Load(float* x, int n, float filler = 0) {
-        return n >= Lanes ? *(Vector<float>*)x : LoadPart(x, n, filler);
+    public static Vector<float> Load(float* x, int n, float filler = 0) =>
+        n >= Lanes ? *(Vector<float>*)x : LoadPart(x, n, filler);
 
-        static Vector<float> LoadPart(float* x, int n, float filler) {
-            var value = new Vector<float>(filler);
-            new Span<float>(x, n).CopyTo(new Span<float>(&value, Lanes));
-            return value;
-        }
+    static Vector<float> LoadPart(float* x, int n, float filler) {
+        var value = new Vector<float>(filler);
+        new Span<float>(x, n).CopyTo(new Span<float>(&value, Lanes));
+        return value;
     }
 
     /// <summary>Stores lanes to an array of which n elements are left.</summary>
@@ -500,26 +471,21 @@ static unsafe class Product {
 
     static int TileColumns => 2 * Lanes;
 
-    /// <summary>c += a·b for c with contiguous columns.</summary>
-    public static void Add(Matrix a, Matrix b, Matrix c) {
-        if (a.Rows == 1 && a.ColumnStride == 1)
+    /// <summary>c += a·b for c with contiguous columns: in tiles, or faster and with other bits for one row.</summary>
+    public static void Add(Matrix a, Matrix b, Matrix c, bool asTiles = false) {
+        if (a.Rows == 1 && a.ColumnStride == 1 && !asTiles) {
             AddRow(a.Address, b, c.Address);
-        else
-            AddTiles(a, b, c);
-    }
-
-    /// <summary>The same for any number of rows, as tiles even for one.</summary>
-    public static void AddTiles(Matrix a, Matrix b, Matrix c) {
+            return;
+        }
         var buffer = stackalloc float[DepthBlock * (StripColumns + BlockRows) + WidestVector];
         var packedB = (float*)(((nint)buffer + 63) & ~63);
         var packedA = packedB + DepthBlock * StripColumns;
         for (var j = 0; j < c.Columns; j += StripColumns) {
             for (var k = 0; k < a.Columns; k += DepthBlock) {
                 Pack(b.Part(k, j, DepthBlock, StripColumns).Transposed, TileColumns, packedB);
-                for (var i = 0; i < c.Rows; i += BlockRows) {
-                    var block = c.Part(i, j, BlockRows, StripColumns);
-                    AddBlock(a.Part(i, k, BlockRows, DepthBlock), packedA, packedB, block);
-                }
+                for (var i = 0; i < c.Rows; i += BlockRows)
+                    AddBlock(
+                        a.Part(i, k, BlockRows, DepthBlock), packedA, packedB, c.Part(i, j, BlockRows, StripColumns));
             }
         }
     }
@@ -528,10 +494,8 @@ static unsafe class Product {
     static void AddRow(float* a, Matrix b, float* c) {
         for (var j = 0; b.RowStride == 1 && j < b.Columns; j++)
             c[j] += Dot(a, b.Address + j * b.ColumnStride, b.Rows);
-        for (var k = 0; b.RowStride != 1 && k < b.Rows; k++) {
-            for (int j = 0, n = b.Columns; n > 0; j += Lanes, n -= Lanes)
-                Store(c + j, n, Load(c + j, n) + Load(b.Row(k) + j, n) * a[k]);
-        }
+        for (var k = 0; b.RowStride != 1 && k < b.Rows; k++)
+            AddTo(c, b.Row(k), b.Columns, a[k]);
     }
 
     /// <summary>Σ x·y.</summary>
@@ -560,10 +524,8 @@ static unsafe class Product {
                 }
                 new Span<float>(edge, TileRows * TileColumns).Clear();
                 AddTile(rows, packedB + j * depth, edge, TileColumns);
-                for (var row = 0; row < tile.Rows; row++) {
-                    for (var column = 0; column < tile.Columns; column++)
-                        tile.Row(row)[column] += edge[row * TileColumns + column];
-                }
+                for (var row = 0; row < tile.Rows; row++)
+                    AddTo(tile.Row(row), edge + row * TileColumns, tile.Columns);
             }
         }
     }
@@ -655,7 +617,7 @@ sealed unsafe class Workers : IDisposable {
     public Workers(int threads) {
         barrier = new Barrier(threads);
         for (var i = 1; i < threads; i++) // with a stack for the blocks of products and attention
-            new Thread(Work, 8 << 20) { IsBackground = true }.Start();
+            new Thread(() => { while (Share()) { } }, 8 << 20) { IsBackground = true }.Start();
     }
 
     public int Threads => barrier.ParticipantCount;
@@ -664,17 +626,17 @@ sealed unsafe class Workers : IDisposable {
     public void Run<T>(int count, T state, Action<T, int> body) {
         // The call lies on this stack, which waits for it: nothing is allocated.
         var local = new Call<T>(state, body);
-#pragma warning disable CS8500 // the address of a managed local
-        call = &local;
+        call = Unsafe.AsPointer(ref local);
         invoke = &Invoke;
         (this.count, next) = (count, 0);
         Share();
 
-        static void Invoke(void* call, int i) => ((Call<T>*)call)->Body(((Call<T>*)call)->State, i);
-#pragma warning restore CS8500
+        static void Invoke(void* call, int i) => Unsafe.AsRef<Call<T>>(call).Run(i);
     }
 
-    readonly record struct Call<T>(T State, Action<T, int> Body);
+    readonly record struct Call<T>(T State, Action<T, int> Body) {
+        public void Run(int i) => Body(State, i);
+    }
 
     bool Share() {
         barrier.SignalAndWait();
@@ -684,10 +646,6 @@ sealed unsafe class Workers : IDisposable {
             invoke(call, i);
         barrier.SignalAndWait();
         return true;
-    }
-
-    void Work() {
-        while (Share()) { }
     }
 
     public void Dispose() {

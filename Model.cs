@@ -10,19 +10,15 @@ public enum DataType { Fp32, Bf16 }
 public readonly record struct Tensor(
     nint Address, int Depth, int Rows, int Columns, DataType Type = DataType.Fp32) {
     /// <summary>Bytes of an element.</summary>
+    public static int SizeOf(DataType type) => type == DataType.Bf16 ? 2 : 4;
     public int ElementSize => SizeOf(Type);
 
-    /// <summary>Bytes of an element of a type.</summary>
-    public static int SizeOf(DataType type) => type == DataType.Bf16 ? 2 : 4;
-
-    /// <summary>Number of elements.</summary>
+    /// <summary>Number of elements, and their size in memory.</summary>
     public long Count => (long)Depth * Rows * Columns;
+    public long Bytes => Count * ElementSize;
 
     /// <summary>Rows of all depths together.</summary>
     public int AllRows => Depth * Rows;
-
-    /// <summary>Size in memory.</summary>
-    public long Bytes => Count * ElementSize;
 
     /// <summary>The (Rows, Columns) part at index <paramref name="i"/> of the first dimension.</summary>
     public Tensor this[int i] => Part((long)i * Rows * Columns, Rows, Columns);
@@ -98,7 +94,6 @@ public interface IDevice : IDisposable {
     void Write(Tensor to, ReadOnlySpan<float> values);
     /// <summary>Copies device values to the host, after all work before it.</summary>
     void Read(Tensor from, Span<float> values);
-    /// <summary>Fills with zeros.</summary>
     void Clear(Tensor x);
     /// <summary>x (B, T, C) = wte[token] + wpe[start + t].</summary>
     void Embed(ReadOnlySpan<int> tokens, Tensor wte, Tensor wpe, int start, Tensor x);
@@ -241,57 +236,49 @@ public sealed record Config(int MaxT, int V, int Vp, int L, int NH, int C) {
 
     /// <summary>The header of a checkpoint of this model.</summary>
     public int[] Header(DataType type) {
-        var header = new int[BinaryFile.HeaderLength];
         int[] fields = [ModelMagic, type == DataType.Fp32 ? 3 : 5, MaxT, V, L, NH, C, Vp];
-        fields.CopyTo(header, 0);
-        return header;
+        return [.. fields, .. new int[BinaryFile.HeaderLength - fields.Length]];
     }
 }
 
-/// <summary>All 16 parameter tensors, or their gradients or moments, or a rank's part of them, in one piece of memory.
-/// </summary>
+/// <summary>All 16 parameter tensors, or their gradients or moments, or a rank's part of them, in one array.</summary>
 public sealed class Parameters {
-    readonly Tensor[] tensors;
-
-    public Parameters(Config config, DataType type, nint address, int rank = 0, int ranks = 1) {
-        var start = address;
+    /// <param name="whole">Whose memory holds the part, if it has none of its own; then All is the whole.</param>
+    public Parameters(
+        Config config, DataType type, nint address, int rank = 0, int ranks = 1, Parameters? whole = null) {
+        // Kernels take eight elements at a time, so each part begins at such a group.
+        var (start, group, columns) = ranks == 1 ? (address, 1, config.C) : (address, 8, 8);
         Cuts = [.. config.Cuts(rank, ranks)];
-        tensors = [.. Cuts.Select(cut => {
+        Tensors = [.. Cuts.Select(cut => {
+            if (whole != null)
+                return whole.Tensors[cut.Tensor].Flat(cut.First, (int)cut.Count);
             var shape = config.Parameters[cut.Tensor];
             var tensor = ranks == 1 ? new Tensor(address, shape.Layers, shape.Rows, shape.Columns, type)
                 : new Tensor(address, 1, 1, (int)cut.Count, type);
-            const int alignment = 32; // of a part, as kernels take eight elements at a time
-            address += (nint)(ranks == 1 ? tensor.Bytes : (tensor.Bytes + alignment - 1) / alignment * alignment);
+            address += (nint)((tensor.Count + group - 1) / group * group * tensor.ElementSize);
             return tensor;
         })];
-        var columns = ranks == 1 ? config.C : 8;
-        All = new Tensor(start, 1, (int)((address - start) / columns / Tensor.SizeOf(type)), columns, type);
-    }
-
-    /// <summary>A rank's part, where the whole has it; All is the whole.</summary>
-    public Parameters(Config config, Parameters whole, int rank, int ranks) {
-        Cuts = [.. config.Cuts(rank, ranks)];
-        tensors = [.. Cuts.Select(cut => whole.Tensors[cut.Tensor].Flat(cut.First, (int)cut.Count))];
-        All = whole.All;
+        var rows = (int)((address - start) / (columns * Tensor.SizeOf(type)));
+        All = whole?.All ?? new Tensor(start, 1, rows, columns, type);
     }
 
     /// <summary>What the tensors are of all parameters.</summary>
     public Cut[] Cuts { get; }
 
     /// <summary>The tensors in the order of checkpoints, (layers, rows, columns), or flat parts of layers'.</summary>
-    public ReadOnlySpan<Tensor> Tensors => tensors;
+    public Tensor[] Tensors { get; }
 
     /// <summary>Everything as one array.</summary>
     public Tensor All { get; }
 
-    public Tensor Wte => tensors[0];
-    public Tensor Wpe => tensors[1];
-    public Tensor Lnfw => tensors[14];
-    public Tensor Lnfb => tensors[15];
+    public Tensor Wte => Tensors[0];
+    public Tensor Wpe => Tensors[1];
+    public Tensor Lnfw => Tensors[14];
+    public Tensor Lnfb => Tensors[15];
 
     /// <summary>One layer's tensors by name.</summary>
-    public LayerParameters this[int l] => new(tensors[2][l], tensors[3][l], tensors[4][l], tensors[5][l], tensors[6][l],
-        tensors[7][l], tensors[8][l], tensors[9][l], tensors[10][l], tensors[11][l], tensors[12][l], tensors[13][l]);
+    public LayerParameters this[int l] => new(Tensors[2][l], Tensors[3][l], Tensors[4][l], Tensors[5][l], Tensors[6][l],
+        Tensors[7][l], Tensors[8][l], Tensors[9][l], Tensors[10][l], Tensors[11][l], Tensors[12][l], Tensors[13][l]);
 }
 
 /// <summary>One layer's parameters, or their gradients.</summary>
@@ -307,12 +294,10 @@ public enum Purpose { Train, Evaluate, Generate }
 public sealed class Activations {
     public readonly Tensor Encoded, Final, FinalStatistics, Logits, Losses, DResidual, DBranch, DQkv, DFch;
     public readonly Layer[] Layers;
+    public readonly long Bytes;
 
     /// <summary>Rows whose logits are held at a time: the largest activation but for this.</summary>
     const int LogitRows = 1 << 14;
-
-    /// <summary>Size in memory.</summary>
-    public readonly long Bytes;
 
     /// <param name="context">Rows of queries, keys and values: T unless earlier rows are to be attended to.</param>
     /// <param name="recompute">1: GELU's output is computed anew in the backward pass; 2: layer norms' too.</param>
@@ -344,12 +329,10 @@ public sealed class Activations {
             (DResidual, DBranch) = (New(C), New(C));
         // The logits and, once those are done with, the gradients inside a block have one place.
         var place = address;
-        Logits = Place(new(0, 1, purpose == Purpose.Generate ? 1 : Math.Min(B * T, LogitRows), config.Vp, type));
-        var end = address;
-        if (purpose == Purpose.Train) {
-            address = place;
+        if (purpose == Purpose.Train)
             (DQkv, DFch) = (New(3 * C), New(4 * C));
-        }
+        (var end, address) = (address, place);
+        Logits = Place(new(0, 1, purpose == Purpose.Generate ? 1 : Math.Min(B * T, LogitRows), config.Vp, type));
         Bytes = Math.Max(address, end) - start;
     }
 
@@ -374,15 +357,15 @@ public sealed class Model {
         (this.rank, this.ranks) = (rank, ranks);
         Memory = Plan(B, purpose, recompute);
         CheckMemory(purpose);
-        Weights = Allocate(device.Precision, 0, 1);
-        Gradients = purpose == Purpose.Train ? Allocate(DataType.Fp32, 0, 1) : null;
+        Weights = Allocate(device.Precision);
+        Gradients = purpose == Purpose.Train ? Allocate(DataType.Fp32) : null;
         GradientParts = ranks == 1 ? Gradients : AllocateParts();
         Master = purpose != Purpose.Train || device.Precision == DataType.Fp32 && ranks == 1 ? Weights
-            : device.Precision == DataType.Fp32 ? new Parameters(config, Weights, rank, ranks) : AllocateParts();
+            : device.Precision == DataType.Bf16 ? AllocateParts()
+            : new Parameters(config, DataType.Fp32, 0, rank, ranks, Weights);
         Activations Place(Func<nint, Activations> layout) => layout(device.Allocate(layout(0).Bytes));
         activations = Place(address => Layout(B, purpose, recompute, address));
-        cache = purpose == Purpose.Evaluate ? null
-            : Place(address => Cache(config, device.Precision, config.MaxT, address));
+        cache = purpose == Purpose.Evaluate ? null : Place(address => Cache(config.MaxT, address));
         (Tokens, Targets, Losses) = (new int[B * T], new int[B * T], new float[B * T]);
     }
 
@@ -428,7 +411,7 @@ public sealed class Model {
             ("master weights", training * (type == DataType.Fp32 ? 0 : part)),
             ("gradients", training * (whole * sizeof(float) + (ranks == 1 ? 0 : part))),
             ("moments", training * 2 * part), ("activations", Layout(B, purpose, recompute, 0).Bytes),
-            ("keys and values", purpose == Purpose.Evaluate ? 0 : Cache(Config, type, Config.MaxT, 0).Bytes),
+            ("keys and values", purpose == Purpose.Evaluate ? 0 : Cache(Config.MaxT, 0).Bytes),
         ];
         return [.. all.Where(part => part.Item2 > 0)];
     }
@@ -438,18 +421,17 @@ public sealed class Model {
         var (available, total) = (Device.FreeMemory, Memory.Sum(part => part.Bytes));
         if (total <= available)
             return;
-        var fits = new List<string>();
-        var (level, low) = (recompute, 0);
-        do {
-            var tooMany = B + 1;
-            while (tooMany - low > 1) {
-                var batch = low + (tooMany - low) / 2;
-                var bytes = Plan(batch, purpose, level).Sum(part => part.Bytes);
-                (low, tooMany) = bytes <= available ? (batch, tooMany) : (low, batch);
+        var (fits, largest, levels) = (new List<string>(), 0, purpose == Purpose.Train ? 2 : recompute);
+        for (var level = recompute; level <= levels && largest < B; level++) {
+            // A higher level fits at least what a lower one does, so the search goes on from there.
+            for (var more = 1 << 30; more > 0; more /= 2) {
+                var batch = Math.Min(largest + more, B);
+                if (Plan(batch, purpose, level).Sum(part => part.Bytes) <= available)
+                    largest = batch;
             }
-            if (low > 0)
-                fits.Add($"--batch {low}{(level > recompute ? $" with --recompute {level}" : "")}");
-        } while (purpose == Purpose.Train && low < B && ++level <= 2);
+            if (largest > 0)
+                fits.Add($"--batch {largest}{(level > recompute ? $" with --recompute {level}" : "")}");
+        }
         throw new Gpt2Exception($"memory: expected {total / 1e9:F2} GB free on {Device.Name}, found " +
             $"{available / 1e9:F2} GB, {(total - available) / 1e9:F2} GB too little" +
             (fits.Count > 0 ? $"; {string.Join(", or ", fits)} fits" : ""));
@@ -459,13 +441,13 @@ public sealed class Model {
         new(Config, Device.Precision, B, T, T, purpose, recompute, address);
 
     /// <summary>The activations of generating, with room for the keys and values of a full context.</summary>
-    static Activations Cache(Config config, DataType type, int T, nint address) =>
-        new(config, type, 1, T, config.MaxT, Purpose.Generate, 0, address);
+    Activations Cache(int T, nint address) =>
+        new(Config, Device.Precision, 1, T, Config.MaxT, Purpose.Generate, 0, address);
 
     /// <summary>Memory of the device for a number in fp32 for each parameter that this rank updates.</summary>
     public Parameters AllocateParts() => Allocate(DataType.Fp32, rank, ranks);
 
-    Parameters Allocate(DataType type, int rank, int ranks) => new(Config, type,
+    Parameters Allocate(DataType type, int rank = 0, int ranks = 1) => new(Config, type,
         Device.Allocate(new Parameters(Config, type, 0, rank, ranks).All.Bytes), rank, ranks);
 
     // ---- Forward and backward
@@ -571,7 +553,7 @@ public sealed class Model {
         var logits = new float[Config.V];
         var tokens = prompt;
         for (var start = 0; start + tokens.Length <= Config.MaxT; ) {
-            var a = Cache(Config, Device.Precision, tokens.Length, cache!.Layers[0].Qkv.Address);
+            var a = Cache(tokens.Length, cache!.Layers[0].Qkv.Address);
             ForwardBlocks(tokens, a, start);
             Device.Linear(a.Final.Slice(tokens.Length - 1, 1), Weights.Wte, default, a.Logits);
             Device.Read(a.Logits.Flat(0, Config.V), logits);
@@ -590,25 +572,21 @@ public sealed class Model {
         var (random, shapes, writing, turn) = (new Mt19937(seed), Config.Parameters, Task.CompletedTask, 0);
         // Memory that was never touched before takes longer than the numbers that go there.
         float[][] buffers = [new float[most], new float[most]];
-        for (var l = 0; l < Config.L; l++) {
-            for (var i = 0; i < shapes.Length; i++) {
-                var shape = shapes[i];
-                if (l >= shape.Layers)
-                    continue;
-                // The padded rows of wte stay zero.
-                var count = (shape.Name == "wte" ? Config.V : shape.Rows) * shape.Columns;
-                for (var done = 0; done < count;) {
-                    var left = count - done;
-                    var values = buffers[turn ^= 1].AsMemory(0, left <= most ? left : chunk);
-                    if (shape.IsMatrix)
-                        random.Normal(values, shape.Name.EndsWith("projw") ? 0.02f / MathF.Sqrt(2 * Config.L) : 0.02f);
-                    else
-                        values.Span.Fill(shape.Name is "ln1w" or "ln2w" or "lnfw" ? 1 : 0);
-                    var (tensor, first) = (i, (long)l * shape.Rows * shape.Columns + done);
-                    writing.Wait();
-                    writing = Task.Run(() => Set(tensor, first, values.Span)); // while the next are drawn
-                    done += values.Length;
-                }
+        var layers = Enumerable.Range(0, Config.L);
+        foreach (var (l, (i, shape)) in layers.SelectMany(_ => shapes.Index(), ValueTuple.Create)) {
+            // The padded rows of wte stay zero.
+            var count = l >= shape.Layers ? 0 : (shape.Name == "wte" ? Config.V : shape.Rows) * shape.Columns;
+            for (var done = 0; done < count;) {
+                var left = count - done;
+                var values = buffers[turn ^= 1].AsMemory(0, left <= most ? left : chunk);
+                if (shape.IsMatrix)
+                    random.Normal(values, shape.Name.EndsWith("projw") ? 0.02f / MathF.Sqrt(2 * Config.L) : 0.02f);
+                else
+                    values.Span.Fill(shape.Name is "ln1w" or "ln2w" or "lnfw" ? 1 : 0);
+                var first = (long)l * shape.Rows * shape.Columns + done;
+                writing.Wait();
+                writing = Task.Run(() => Set([Weights, Master], i, first, values.Span)); // while the next are drawn
+                done += values.Length;
             }
         }
         writing.Wait();
@@ -621,42 +599,33 @@ public sealed class Model {
         if (file == null)
             Initialize(seed);
         else
-            ReadWeights(file);
+            Read(file, 0, 1, Weights, Master);
     }
 
-    void ReadWeights(BinaryFile file) {
+    /// <summary>Reads a rank's part of all parameters from a file; each holder keeps what it has memory for.</summary>
+    public void Read(BinaryFile file, int rank, int ranks, params Parameters[] holders) {
         var buffer = new float[Tensor.ChunkSize];
-        foreach (var (i, tensor) in Weights.Tensors.ToArray().Index()) {
-            var first = 0L;
-            foreach (var part in tensor.Chunks()) {
-                var values = buffer.AsSpan(0, (int)part.Count);
+        foreach (var cut in Config.Cuts(rank, ranks)) {
+            for (long done = 0; done < cut.Count; done += Tensor.ChunkSize) {
+                var values = buffer.AsSpan(0, (int)Math.Min(Tensor.ChunkSize, cut.Count - done));
                 if (file.Header[1] == 5)
                     file.ReadBFloat16(values);
                 else
                     file.Read(values);
                 if (Numbers.NotFinite(values) is { } value)
-                    throw file.Fail("finite weights", $"{value} in {Config.Parameters[i].Name}");
-                Set(i, first, values);
-                first += part.Count;
+                    throw file.Fail("finite weights", $"{value} in {Config.Parameters[cut.Tensor].Name}");
+                Set(holders, cut.Tensor, cut.First + done, values);
             }
         }
     }
 
-    /// <summary>Writes weights of a tensor from an element on, and this rank's master weights among them.</summary>
-    void Set(int tensor, long first, ReadOnlySpan<float> values) {
-        Device.Write(Weights.Tensors[tensor].Flat(first, values.Length), values);
-        if (Master != Weights)
-            SetParts(Master, tensor, first, values);
-    }
-
-    /// <summary>Writes what there is to write of a tensor's elements from one on to parts of the parameters.</summary>
-    public void SetParts(Parameters to, int tensor, long first, ReadOnlySpan<float> values) {
-        foreach (var (part, cut) in to.Cuts.Index()) {
+    /// <summary>Writes a tensor's values, from an element on, to the memory of every holder of any of them.</summary>
+    void Set(Parameters[] holders, int tensor, long first, ReadOnlySpan<float> values) {
+        foreach (var (cut, held) in holders.Distinct().SelectMany(holder => holder.Cuts.Zip(holder.Tensors))) {
             var begin = Math.Max(cut.First, first);
             var count = (int)(Math.Min(cut.First + cut.Count, first + values.Length) - begin);
             if (cut.Tensor == tensor && count > 0)
-                Device.Write(
-                    to.Tensors[part].Flat(begin - cut.First, count), values.Slice((int)(begin - first), count));
+                Device.Write(held.Flat(begin - cut.First, count), values.Slice((int)(begin - first), count));
         }
     }
 
@@ -669,7 +638,7 @@ public sealed class Model {
     /// <summary>Writes all 16 tensors, or the parts of them.</summary>
     public void Write(Stream to, Parameters from) {
         var (buffer, halves) = (new float[Tensor.ChunkSize], new ushort[Tensor.ChunkSize]);
-        foreach (var part in from.Tensors.ToArray().SelectMany(tensor => tensor.Chunks())) {
+        foreach (var part in from.Tensors.SelectMany(tensor => tensor.Chunks())) {
             var values = buffer.AsSpan(0, (int)part.Count);
             Device.Read(part, values);
             if (Numbers.NotFinite(values) is { } value)
@@ -705,16 +674,12 @@ public sealed class Sampler(float temperature, int topK, float topP, uint seed) 
         var count = topK > 0 ? Math.Min(topK, logits.Length) : logits.Length;
         if (count < logits.Length || topP < 1)
             Array.Sort(logits, order, Comparer<float>.Create((x, y) => y.CompareTo(x)));
-        var (total, kept) = (logits.Take(count).Sum(x => (double)x) * topP, 0.0);
-        for (var i = 0; i < count; i++) {
-            kept += logits[i];
-            if (kept >= total)
-                count = i + 1;
-        }
-        var threshold = random.NextFloat() * kept;
-        var choice = 0;
-        for (; choice < count - 1 && threshold >= logits[choice]; choice++)
-            threshold -= logits[choice];
+        var (total, kept, last) = (logits.Take(count).Sum(x => (double)x) * topP, (double)logits[0], 0);
+        while (last < count - 1 && kept < total)
+            kept += logits[++last];
+        var (choice, threshold) = (0, random.NextFloat() * kept);
+        while (choice < last && threshold >= logits[choice])
+            threshold -= logits[choice++];
         return order[choice];
     }
 }

@@ -402,7 +402,7 @@ public sealed class Optimizer {
     /// <summary>Updates a few tensors at a time, so that they are gathered while the next are updated.</summary>
     void UpdateParts(AdamWStep step) {
         const int together = 4;
-        foreach (var (group, tensors) in model.Weights.Tensors.ToArray().Chunk(together).Index()) {
+        foreach (var (group, tensors) in model.Weights.Tensors.Chunk(together).Index()) {
             model.Device.AdamW([.. parts.Where((_, i) => model.Master.Cuts[i].Tensor / together == group)], step);
             ranks.AllGather([.. tensors.SelectMany(x => Enumerable.Range(0, x.Depth), (x, layer) => x[layer])]);
         }
@@ -557,7 +557,7 @@ public sealed class Checkpoints(string folder) {
 
     /// <summary>Reads the moments and the loader's position of a checkpoint of any number of ranks.</summary>
     public void LoadState(int step, Model model, Optimizer optimizer, TokenLoader loader) {
-        var (parts, buffer) = (0, new float[Tensor.ChunkSize]);
+        var parts = 0;
         for (var part = 0; part == 0 || part < parts; part++) {
             using var file = OpenState(step, part);
             var header = file.Header;
@@ -576,22 +576,12 @@ public sealed class Checkpoints(string folder) {
             var everything = (2 + header[4]) * sizeof(float) * model.Config.ParameterCount;
             if (header[SampleTokens] == 0 && file.Length > everything)
                 parts = 1;
-            Read(optimizer.M);
-            Read(optimizer.V);
+            model.Read(file, part, parts, optimizer.M);
+            model.Read(file, part, parts, optimizer.V);
             if (header[4] == 1)
-                Read(model.Master);
+                model.Read(file, part, parts, model.Master);
             loader.Load(file, header[5] == 1, (header[30], header[32]), header[SampleTokens]);
             file.CheckEnd();
-
-            void Read(Parameters to) {
-                foreach (var cut in model.Config.Cuts(part, parts)) {
-                    for (long done = 0; done < cut.Count; done += Tensor.ChunkSize) {
-                        var values = buffer.AsSpan(0, (int)Math.Min(Tensor.ChunkSize, cut.Count - done));
-                        file.Read(values);
-                        model.SetParts(to, cut.Tensor, cut.First + done, values);
-                    }
-                }
-            }
         }
     }
 }
