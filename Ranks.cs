@@ -1,4 +1,3 @@
-using System.Collections;
 using System.Collections.Concurrent;
 using System.Diagnostics;
 using System.IO.Hashing;
@@ -19,48 +18,39 @@ public enum DeviceKind { Auto, Cuda, Cpu }
 
 /// <summary>The processes that train together, a device each. What is summed is summed in one order, and all ranks have
 /// the same result. Tensors are worked on beside the device's own work: after what it was given before, and before what
-/// it is given after <see cref="Join"/>.</summary>
+/// it is given after <see cref="Join"/>. The defaults are those of one process alone.</summary>
 public interface ICollective : IDisposable {
     /// <summary>This process among them, from 0 on.</summary>
-    int Rank { get; }
+    int Rank => 0;
     /// <summary>How many they are.</summary>
-    int Size { get; }
+    int Size => 1;
     /// <summary>Where the run is, for messages: "step 7".</summary>
-    string Place { set; }
+    string Place { set { } }
     /// <summary>Sums numbers over ranks, when all have come here.</summary>
-    void Sum(Span<double> values);
+    void Sum(Span<double> values) { }
     /// <summary>The same for one number.</summary>
     double Sum(double value) {
         Sum(new Span<double>(ref value));
         return value;
     }
     /// <summary>Sums each array over ranks.</summary>
-    void AllReduce(ReadOnlySpan<Tensor> arrays);
+    void AllReduce(ReadOnlySpan<Tensor> arrays) { }
     /// <summary>Sums each array over ranks, of which this rank gets its part (<see cref="Config.Cuts"/>).</summary>
-    void ReduceScatter(ReadOnlySpan<Tensor> arrays, ReadOnlySpan<Tensor> parts);
+    void ReduceScatter(ReadOnlySpan<Tensor> arrays, ReadOnlySpan<Tensor> parts) { }
     /// <summary>Completes each array, of which each rank has its part.</summary>
-    void AllGather(ReadOnlySpan<Tensor> arrays);
+    void AllGather(ReadOnlySpan<Tensor> arrays) { }
     /// <summary>Has the device's later work wait for all this.</summary>
-    void Join();
+    void Join() { }
+    void IDisposable.Dispose() { }
 }
 
 /// <summary>One process alone.</summary>
-public sealed class Alone : ICollective {
-    public int Rank => 0;
-    public int Size => 1;
-    public string Place { set { } }
-    public void Sum(Span<double> values) { }
-    public void AllReduce(ReadOnlySpan<Tensor> arrays) { }
-    public void ReduceScatter(ReadOnlySpan<Tensor> arrays, ReadOnlySpan<Tensor> parts) { }
-    public void AllGather(ReadOnlySpan<Tensor> arrays) { }
-    public void Join() { }
-    public void Dispose() { }
-}
+public sealed class Alone : ICollective;
 
 /// <summary>This process among those that train together, which we, torchrun, mpirun or srun started.</summary>
 internal sealed partial record Job(int Rank, int Size, int LocalRank, string Host, int Port, string Key) {
     const string Own = "GPT2_JOB_KEY", Parent = "GPT2_PARENT";
-    const int Terminate = 15, Kill = 9;
+    const int Terminate = 15, Kill = 9, ParentDeathSignal = 1;
 
     static string? Variable(string name) =>
         Environment.GetEnvironmentVariable(name) is { Length: > 0 } text ? text : null;
@@ -73,8 +63,7 @@ internal sealed partial record Job(int Rank, int Size, int LocalRank, string Hos
     public static Job? OfEnvironment(int? gpus, DeviceKind device) {
         var parent = Number(Parent);
         if (parent != null) {
-            const int deathSignal = 1;
-            _ = prctl(deathSignal, Kill); // children end with their parent
+            _ = prctl(ParentDeathSignal, Kill); // children end with their parent
             // A child that took itself for a parent would start children that start children.
             if (getppid() != parent || Number("RANK") == null || Number("WORLD_SIZE") is null or 1)
                 throw new Gpt2Exception($"{Parent}: expected nothing (gpt2 sets it for its children), found {parent}");
@@ -84,9 +73,9 @@ internal sealed partial record Job(int Rank, int Size, int LocalRank, string Hos
         }
         // A batch script has SLURM_PROCID too, but no step; the steps of shells have numbers from the top down.
         var isStep = uint.TryParse(Variable("SLURM_STEP_ID"), out var step) && step < 0xffff_fff0;
+        var isTorch = Variable("RANK") != null && Variable("WORLD_SIZE") != null;
         // PMI's are of MPICH and Intel MPI; but srun --mpi=pmi2 sets the first two as well.
-        string[] names = parent != null || Variable("RANK") != null && Variable("WORLD_SIZE") != null
-                ? ["RANK", "WORLD_SIZE", "LOCAL_RANK"]
+        string[] names = isTorch ? ["RANK", "WORLD_SIZE", "LOCAL_RANK"]
             : Variable("OMPI_COMM_WORLD_RANK") != null ? ["OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE",
                 "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"]
             : Variable("PMI_RANK") != null && (!isStep || Variable("MPI_LOCALRANKID") != null)
@@ -94,7 +83,7 @@ internal sealed partial record Job(int Rank, int Size, int LocalRank, string Hos
             : isStep ? ["SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"] : ["", ""];
         if (Number(names[1], 1) is not { } size || size == 1 || Number(names[0], 0, size - 1) is not { } rank)
             return null;
-        var (isTorch, isSlurm) = (names[0] == "RANK", names[0] == "SLURM_PROCID");
+        var isSlurm = names[0] == "SLURM_PROCID";
         var host = Variable("MASTER_ADDR") ?? (isSlurm ? FirstHost(Variable("SLURM_STEP_NODELIST")) : null);
         if (host == null && names is [_, _, _, var localSize] && Number(localSize) != size)
             throw new Gpt2Exception("MASTER_ADDR: expected rank 0's host (mpirun -x or -genv sets it), found none");
@@ -104,9 +93,8 @@ internal sealed partial record Job(int Rank, int Size, int LocalRank, string Hos
         var id = (isTorch ? Variable("TORCHELASTIC_RUN_ID") : isSlurm ? $"{Variable("SLURM_JOB_ID")}.{step}"
             : Variable("PMIX_NAMESPACE") ?? Variable("OMPI_MCA_ess_base_jobid")) ?? "";
         var next = isTorch && id != "" ? 1 : 0; // torchrun itself listens at the port
-        const int firstPort = 20_000, ports = 10_000;
-        var port = Number("MASTER_PORT", 1, ushort.MaxValue - next) + next ??
-            firstPort + (int)(XxHash3.HashToUInt64(Encoding.UTF8.GetBytes(id)) % ports);
+        var port = Number("MASTER_PORT", 1, ushort.MaxValue - next) + next ?? // or one of 10,000, by the job's id
+            20_000 + (int)(XxHash3.HashToUInt64(Encoding.UTF8.GetBytes(id)) % 10_000);
         return new Job(rank, size, Number(names[2]) ?? rank, host, port, Variable(Own) ?? id);
     }
 
@@ -117,13 +105,12 @@ internal sealed partial record Job(int Rank, int Size, int LocalRank, string Hos
     /// <summary>How many processes to start: as many as asked for, or as there are GPUs.</summary>
     public static int Gpus(int? asked, DeviceKind device) {
         Require(device != DeviceKind.Cpu || asked is null or 1, "--gpus", "1 for the CPU", asked ?? 0);
-        if (asked == 1 || device is not (DeviceKind.Auto or DeviceKind.Cuda) ||
-            asked == null && device == DeviceKind.Auto && !Cuda.IsAvailable)
+        if (asked == 1 || device == DeviceKind.Cpu || asked == null && device == DeviceKind.Auto && !Cuda.IsAvailable)
             return 1;
         var found = Cuda.Count();
         // Several ranks on one GPU are good for tests alone.
-        var fits = asked == null || asked <= found || Variable("GPT2_SHARE_GPUS") != null;
-        Require(fits, "--gpus", $"at most {found}", asked ?? 0);
+        var most = Variable("GPT2_SHARE_GPUS") == null ? found : int.MaxValue;
+        Require(asked is null || asked <= most, "--gpus", $"at most {found}", asked ?? 0);
         return asked ?? found;
     }
 
@@ -150,10 +137,8 @@ internal sealed partial record Job(int Rank, int Size, int LocalRank, string Hos
         (environment["MASTER_ADDR"], environment["MASTER_PORT"]) = ("127.0.0.1", port);
         var running = new Dictionary<int, int>(); // ranks by process
         void Send(int signal) {
-            lock (running) {
-                foreach (var process in running.Keys)
-                    _ = kill(process, signal);
-            }
+            lock (running)
+                running.Keys.ToList().ForEach(process => kill(process, signal));
         }
         void Pass(PosixSignalContext signal) {
             signal.Cancel = true;
@@ -168,7 +153,7 @@ internal sealed partial record Job(int Rank, int Size, int LocalRank, string Hos
                 // NCCL refuses two ranks on one GPU of one host: ranks that share a GPU pretend to be on several hosts.
                 if (Variable("GPT2_SHARE_GPUS") != null)
                     environment["NCCL_HOSTID"] = $"rank {rank}";
-                var lines = environment.Cast<DictionaryEntry>().Select(variable => $"{variable.Key}={variable.Value}");
+                var lines = environment.Keys.Cast<string>().Select(name => $"{name}={environment[name]}");
                 var error = posix_spawn(out var process, Environment.ProcessPath!, 0, 0, arguments,
                     [.. lines.Where(line => !Regex.IsMatch(line, "^(TORCHELASTIC|OMPI|PMIX?|MPI|SLURM)_")), null]);
                 if (error != 0)
@@ -199,8 +184,7 @@ internal sealed partial record Job(int Rank, int Size, int LocalRank, string Hos
         return result;
     }
 
-    [LibraryImport("libc", StringMarshalling = StringMarshalling.Utf8)]
-    private static partial int posix_spawn(
+    [LibraryImport("libc", StringMarshalling = StringMarshalling.Utf8)] private static partial int posix_spawn(
         out int process, string path, nint actions, nint attributes, string?[] arguments, string?[] environment);
     [LibraryImport("libc", SetLastError = true)]
     private static partial int waitpid(int process, out int status, int options);
@@ -214,7 +198,6 @@ internal sealed partial record Job(int Rank, int Size, int LocalRank, string Hos
 /// <summary>The connections between a job's ranks, a star around the first. They carry what the hosts agree on, and
 /// tell when a rank is gone or silent.</summary>
 public sealed class Peers : IDisposable {
-    const int ChallengeBytes = 32;
     const int LongestMessage = 1024; // NCCL's id has 128 bytes, a sum of numbers fewer
     const int End = -1; // in place of the meetings
     static readonly TimeSpan Patience = TimeSpan.FromSeconds(5); // with a greeting; and until we say whom we await
@@ -236,12 +219,10 @@ public sealed class Peers : IDisposable {
 
         /// <returns>False if the connection is gone; the thread that listens says so.</returns>
         public bool Send(ReadOnlySpan<byte> message, int meetings) {
+            byte[] all = [.. BitConverter.GetBytes(message.Length), .. BitConverter.GetBytes(meetings), .. message];
             try {
-                lock (Client) {
-                    int[] header = [message.Length, meetings];
-                    Client.GetStream().Write(MemoryMarshal.AsBytes(header.AsSpan()));
-                    Client.GetStream().Write(message);
-                }
+                lock (Client)
+                    Client.GetStream().Write(all);
                 return true;
             } catch (Exception e) when (e is IOException or InvalidOperationException) {
                 return false;
@@ -249,14 +230,12 @@ public sealed class Peers : IDisposable {
         }
 
         public byte[] Receive() {
-            var header = new byte[2 * sizeof(int)];
-            Client.GetStream().ReadExactly(header);
-            Meetings = BitConverter.ToInt32(header, sizeof(int));
-            var length = BitConverter.ToInt32(header);
+            var reader = new BinaryReader(Client.GetStream());
+            (var length, Meetings) = (reader.ReadInt32(), reader.ReadInt32());
             if (length is < 0 or > LongestMessage)
                 throw new InvalidDataException($"it sent a message of {length} bytes");
             var message = new byte[length];
-            Client.GetStream().ReadExactly(message);
+            reader.BaseStream.ReadExactly(message);
             return message;
         }
     }
@@ -266,8 +245,8 @@ public sealed class Peers : IDisposable {
     /// <param name="key">What every rank of the job knows and none sends; who does not know it is turned away.</param>
     /// <param name="timeout">How long another may be silent.</param>
     /// <param name="say">Is told once for whom this rank waits, if that takes long.</param>
-    /// <param name="lost">Is told once, on another thread, which rank is gone, or nothing if the first rank has said
-    /// it already; must end the process.</param>
+    /// <param name="lost">Is told once, on another thread, which rank is gone ("" if rank 0 has said it already); must
+    /// end the process.</param>
     /// <exception cref="Gpt2Exception">A rank did not come in time.</exception>
     public Peers(int rank, int size, string host, int port, string key, TimeSpan timeout, Action<string> say,
         Action<string> lost) {
@@ -283,8 +262,7 @@ public sealed class Peers : IDisposable {
             throw new Gpt2Exception($"rank {rank}: expected {awaited()} in {timeout.TotalSeconds:F0} s, found none");
         foreach (var link in links)
             new Thread(() => Listen(link)) { IsBackground = true }.Start();
-        void Beat(object? _) => Array.ForEach(links, link => link.Send([], Meetings));
-        heartbeat = new Timer(Beat, null, TimeSpan.Zero, timeout / 8);
+        heartbeat = new(_ => Array.ForEach(links, link => link.Send([], Meetings)), null, TimeSpan.Zero, timeout / 8);
     }
 
     public int Rank { get; }
@@ -296,8 +274,7 @@ public sealed class Peers : IDisposable {
     /// <summary>To how many meetings elsewhere, in NCCL, this rank has come.</summary>
     public int Meetings { get; set; }
 
-    /// <summary>A rank that has not come to the last of them, by what the others have said; null if none is known.
-    /// </summary>
+    /// <summary>A rank that has not come to the last of them, by what it has told us; null if none is known.</summary>
     public int? Absent => Array.Find(links, link => link.Meetings < Meetings)?.Rank;
 
     byte[] Proof(byte[] sender, byte[] receiver) => HMACSHA256.HashData(key, (byte[])[.. sender, .. receiver]);
@@ -310,8 +287,8 @@ public sealed class Peers : IDisposable {
         patience.CancelAfter(Patience);
         (client.NoDelay, client.ReceiveTimeout) = (true, (int)timeout.TotalMilliseconds);
         var stream = client.GetStream();
-        byte[] own = [.. BitConverter.GetBytes(Rank), .. BitConverter.GetBytes(Size),
-            .. RandomNumberGenerator.GetBytes(ChallengeBytes)];
+        var challenge = RandomNumberGenerator.GetBytes(32);
+        byte[] own = [.. BitConverter.GetBytes(Rank), .. BitConverter.GetBytes(Size), .. challenge];
         await stream.WriteAsync(own, patience.Token);
         var (other, proof) = (new byte[own.Length], new byte[HMACSHA256.HashSizeInBytes]);
         await stream.ReadExactlyAsync(other, patience.Token);
@@ -433,25 +410,20 @@ public sealed class Peers : IDisposable {
         var message = own.ToArray();
         if (Rank == 0)
             message = combine([message, .. links.Select(link => Take(link, message.Length))]);
-        foreach (var link in links) {
-            if (!link.Send(message, Meetings))
-                throw new Gpt2Exception($"rank {Rank}: expected rank {link.Rank} at {Place}, found it gone");
-        }
+        if (Array.Find(links, link => !link.Send(message, Meetings)) is { } gone)
+            throw new Gpt2Exception($"rank {Rank}: expected rank {gone.Rank} at {Place}, found it gone");
         return Rank == 0 ? message : Take(links[0], message.Length);
     }
 
     /// <summary>Sums numbers over ranks, in the order of ranks, when all have come here.</summary>
     public void Sum(Span<double> values) {
-        var count = values.Length;
+        double[] own = [.. values, 0]; // one more, for no message is empty
         var sums = Exchange(all => {
-            var sum = new double[count + 1]; // one more, for no message is empty
-            foreach (var numbers in all) {
-                for (var i = 0; i < count; i++)
-                    sum[i] += BitConverter.ToDouble(numbers, i * sizeof(double));
-            }
-            return MemoryMarshal.AsBytes(sum.AsSpan()).ToArray();
-        }, MemoryMarshal.AsBytes<double>([.. values, 0]));
-        MemoryMarshal.Cast<byte, double>(sums)[..count].CopyTo(values);
+            var places = Enumerable.Range(0, own.Length).Select(i => i * sizeof(double));
+            var sum = places.Select(place => all.Sum(numbers => BitConverter.ToDouble(numbers, place)));
+            return [.. sum.SelectMany(BitConverter.GetBytes)];
+        }, MemoryMarshal.AsBytes(own.AsSpan()));
+        MemoryMarshal.Cast<byte, double>(sums)[..values.Length].CopyTo(values);
     }
 
     /// <summary>Parts from the others, once all have come here.</summary>
@@ -512,58 +484,41 @@ public sealed unsafe class Nccl : ICollective {
 
     public void Sum(Span<double> values) => peers.Sum(values);
 
-    public void AllReduce(ReadOnlySpan<Tensor> arrays) {
-        Begin();
-        foreach (var x in arrays)
-            CheckNccl(ncclAllReduce(x.Address, x.Address, (nuint)x.Count, Type(x), Sums, communicator, stream),
-                "summing");
-        End();
-    }
+    public void AllReduce(ReadOnlySpan<Tensor> arrays) => Group("summing", arrays, arrays, (x, sum) =>
+        ncclAllReduce(x.Address, sum.Address, (nuint)x.Count, Type(x), Sums, communicator, stream));
 
-    public void ReduceScatter(ReadOnlySpan<Tensor> arrays, ReadOnlySpan<Tensor> parts) {
-        Begin();
-        for (var i = 0; i < arrays.Length; i++) {
-            var (x, to) = (arrays[i], parts[i].Address);
-            if (x.Count % Size == 0)
-                CheckNccl(ncclReduceScatter(x.Address, to, (nuint)parts[i].Count, Type(x), Sums, communicator, stream),
-                    "summing");
-            for (var rank = 0; rank < Size && x.Count % Size != 0; rank++) {
-                var part = x.PartOf(rank, Size);
-                CheckNccl(ncclReduce(part.Address, to, (nuint)part.Count, Type(x), Sums, rank, communicator, stream),
-                    "summing");
-            }
-        }
-        End();
-    }
+    public void ReduceScatter(ReadOnlySpan<Tensor> arrays, ReadOnlySpan<Tensor> parts) =>
+        Group("summing", arrays, parts, (x, own) => x.Count % Size == 0
+            ? ncclReduceScatter(x.Address, own.Address, (nuint)own.Count, Type(x), Sums, communicator, stream)
+            : ForEachPart(x, (part, rank) => ncclReduce(
+                part.Address, own.Address, (nuint)part.Count, Type(x), Sums, rank, communicator, stream)));
 
-    public void AllGather(ReadOnlySpan<Tensor> arrays) {
-        Begin();
-        foreach (var x in arrays) {
-            var own = x.PartOf(Rank, Size);
-            if (x.Count % Size == 0)
-                CheckNccl(ncclAllGather(own.Address, x.Address, (nuint)own.Count, Type(x), communicator, stream),
-                    "gathering");
-            for (var rank = 0; rank < Size && x.Count % Size != 0; rank++) {
-                var part = x.PartOf(rank, Size);
-                CheckNccl(ncclBroadcast(part.Address, part.Address, (nuint)part.Count, Type(x), rank, communicator,
-                    stream), "gathering");
-            }
-        }
-        End();
-    }
+    public void AllGather(ReadOnlySpan<Tensor> arrays) => Group("gathering", arrays, arrays, (x, all) => {
+        var own = x.PartOf(Rank, Size);
+        return x.Count % Size == 0
+            ? ncclAllGather(own.Address, all.Address, (nuint)own.Count, Type(x), communicator, stream)
+            : ForEachPart(x, (part, rank) => ncclBroadcast(
+                part.Address, part.Address, (nuint)part.Count, Type(x), rank, communicator, stream));
+    });
 
     const int Sums = 0;
 
     static int Type(Tensor x) => x.Type == DataType.Bf16 ? 9 : 7;
 
-    void Begin() {
+    /// <summary>Queues a call for each rank's part, where NCCL's own operation would want equal parts.</summary>
+    /// <returns>The first error, or 0.</returns>
+    int ForEachPart(Tensor x, Func<Tensor, int, int> queue) =>
+        Enumerable.Range(0, Size).Select(rank => queue(x.PartOf(rank, Size), rank)).FirstOrDefault(IsError);
+
+    /// <summary>Queues an operation on each array, as one group after the device's work so far.</summary>
+    void Group(
+        string doing, ReadOnlySpan<Tensor> arrays, ReadOnlySpan<Tensor> results, Func<Tensor, Tensor, int> queue) {
         device.Enter();
         Check(cuEventRecord(before, device.Stream), "ordering streams");
         Check(cuStreamWaitEvent(stream, before, 0), "ordering streams");
         CheckNccl(ncclGroupStart(), "grouping");
-    }
-
-    void End() {
+        for (var i = 0; i < arrays.Length; i++)
+            CheckNccl(queue(arrays[i], results[i]), doing);
         CheckNccl(ncclGroupEnd(), "grouping");
         Check(cuEventRecord(after, stream), "ordering streams");
         peers.Meetings++;
@@ -590,14 +545,12 @@ public sealed unsafe class Nccl : ICollective {
             peers.Report(peers.Absent is { } absent
                 ? $"rank {absent} did not come to NCCL at {peers.Place} in {timeout.TotalSeconds:F0} s"
                 : $"rank {Rank}: expected an end of NCCL at {peers.Place} in {timeout.TotalSeconds:F0} s, found none");
-        if (ncclCommGetAsyncError(communicator, out var error) == 0 && error is not 0 and not 7)
+        if (ncclCommGetAsyncError(communicator, out var error) == 0 && IsError(error))
             peers.Report($"rank {Rank}: NCCL at {peers.Place}: expected success, found {NcclError(error)}");
     }
 
     public void Dispose() {
-        using var watched = new ManualResetEvent(false);
-        watch.Dispose(watched);
-        watched.WaitOne();
+        watch.DisposeAsync().AsTask().Wait(); // which waits for a callback under way
         device.Enter();
         ncclCommAbort(communicator);
         cuEventDestroy(before);
@@ -613,16 +566,16 @@ static unsafe partial class NcclApi {
     static NcclApi() => Libraries.Register();
 
     /// <summary>What names a communicator before there is one.</summary>
-    public struct NcclId {
-        public fixed byte Bytes[128];
-    }
+    public struct NcclId { public fixed byte Bytes[128]; }
 
     public static string NcclError(int status) => Marshal.PtrToStringUTF8(ncclGetErrorString(status)) ?? $"{status}";
 
-    /// <exception cref="Gpt2Exception">Not success: NCCL's name for it, and its last words.</exception>
+    /// <summary>Neither success nor work in progress.</summary>
+    public static bool IsError(int status) => status is not 0 and not 7;
+
+    /// <exception cref="Gpt2Exception">An error: NCCL's name for it, and its last words.</exception>
     public static void CheckNccl(int status, string doing) {
-        const int inProgress = 7;
-        if (status is not 0 and not inProgress)
+        if (IsError(status))
             throw new Gpt2Exception($"NCCL: {doing}: expected success, found {NcclError(status)} " +
                 $"({Marshal.PtrToStringUTF8(ncclGetLastError(0))})");
     }
@@ -636,19 +589,14 @@ static unsafe partial class NcclApi {
     [LibraryImport(Library)] public static partial int ncclCommAbort(nint communicator);
     [LibraryImport(Library)] public static partial int ncclGroupStart();
     [LibraryImport(Library)] public static partial int ncclGroupEnd();
-    [LibraryImport(Library)]
-    public static partial int ncclAllReduce(
+    [LibraryImport(Library)] public static partial int ncclAllReduce(
         nint from, nint to, nuint count, int type, int operation, nint communicator, nint stream);
-    [LibraryImport(Library)]
-    public static partial int ncclReduceScatter(
+    [LibraryImport(Library)] public static partial int ncclReduceScatter(
         nint from, nint to, nuint count, int type, int operation, nint communicator, nint stream);
-    [LibraryImport(Library)]
-    public static partial int ncclReduce(
+    [LibraryImport(Library)] public static partial int ncclReduce(
         nint from, nint to, nuint count, int type, int operation, int root, nint communicator, nint stream);
     [LibraryImport(Library)]
-    public static partial int ncclAllGather(
-        nint from, nint to, nuint count, int type, nint communicator, nint stream);
-    [LibraryImport(Library)]
-    public static partial int ncclBroadcast(
+    public static partial int ncclAllGather(nint from, nint to, nuint count, int type, nint communicator, nint stream);
+    [LibraryImport(Library)] public static partial int ncclBroadcast(
         nint from, nint to, nuint count, int type, int root, nint communicator, nint stream);
 }
