@@ -347,7 +347,7 @@ public sealed class TokenShards : IDisposable {
     public IEnumerable<string> TooShort(int tokens) => paths.Where((_, shard) => Samples(shard, tokens) == 0);
 
     /// <summary>Where the first rows of T tokens begin, in order. For 0 batches they do not depend on the batch size;
-    /// else they are those of llm.c's batches, which leaves out a shard's last rows if they are no whole batch.</summary>
+    /// else they are those of llm.c's batches: a shard's last rows are left out if they are no whole batch.</summary>
     /// <exception cref="Gpt2Exception">There are none.</exception>
     public (int Shard, long First)[] Rows(int T, int batchRows, int batches, int rows = int.MaxValue) {
         if (batches > 0)

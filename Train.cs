@@ -22,8 +22,8 @@ public sealed record TrainOptions(
     int ValBatches, int SampleEvery, int GenTokens, int CheckpointEvery, int Keep, bool Resume, int Recompute,
     bool Overfit, bool Shuffle, uint Seed, float SkipOutliers = 0, string DefaultInit = "d6", int Zero = 1,
     DataType? Precision = null) {
-    /// <summary>The options that make a run what it is. Its folder keeps them, and a resumed run takes up those that are
-    /// not given again.</summary>
+    /// <summary>The options that make a run what it is. Its folder keeps them, and a resumed run takes up those that
+    /// are not given again.</summary>
     public IEnumerable<(string Option, object? Value)> Settings => [
         ("--train-data", TrainData), ("--val-data", ValData), ("--batch", B), ("--seq", T),
         ("--total-batch", TotalBatch), ("--max-steps", MaxSteps), ("--lr", LearningRate), ("--warmup", Warmup),

@@ -301,8 +301,10 @@ public partial class BadInputTests {
                 CopyRun(folder);
                 Folders.WriteModel(folder["other.bin"], 32, 211, 1, 3, 48, 256);
             });
-        yield return new("resuming with another batch size", $"{Resume} -b 3", 2, "--batch 3 --total-batch 42", CopyRun);
-        yield return new("resuming with another sequence length", $"{Resume} -t 20", 2, "--seq 20 --total-batch 42", CopyRun);
+        yield return new(
+            "resuming with another batch size", $"{Resume} -b 3", 2, "--batch 3 --total-batch 42", CopyRun);
+        yield return new(
+            "resuming with another sequence length", $"{Resume} -t 20", 2, "--seq 20 --total-batch 42", CopyRun);
         yield return new("resuming with --no-shuffle", $"{Resume} --no-shuffle", 1, $"{State} shuffle", CopyRun);
         yield return new("resuming with --overfit", $"{Resume} --overfit", 1, $"{State} shuffle", CopyRun);
         yield return new("resuming with more shards", $"{Resume} -i *a*n.bin", 1, $"{State} shards 2 1", folder => {

@@ -173,7 +173,8 @@ public partial class CheckpointTests {
     public async Task Only_the_newest_checkpoints_are_kept() {
         using var folder = Folders.Inputs();
         await Gpt2Process.Succeed(folder.Path, $"{Train} -x 7 -n 2 --keep 2 -o out");
-        await Assert.That(Folders.Names(folder["out"])).IsEqualTo("DONE_00000006 DONE_00000007 lock loss.svg main.log " +
+        await Assert.That(Folders.Names(folder["out"])).IsEqualTo("DONE_00000006 DONE_00000007 lock loss.svg " +
+            "main.log " +
             "model_00000006.bin model_00000007.bin settings.txt state_00000006_00000.bin " +
             "state_00000007_00000.bin");
         await Gpt2Process.Succeed(folder.Path, $"{Train} -x 8 -n 0 --keep 1 -o out -y");

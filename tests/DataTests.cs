@@ -352,7 +352,8 @@ public class TokenLoaderTests {
         foreach (var (name, count) in ((string, int)[])[("a", 10), ("b", 3), ("c", 14)])
             WriteShard(folder[$"{name}.bin"], new ushort[count]);
         using var shards = new TokenShards(folder["*.bin"], 1);
-        (int, long)[] all = [(0, 0), (0, 3), (0, 6), (2, 0), (2, 3), (2, 6), (2, 9)], pairs = [.. all[..2], .. all[3..]];
+        (int, long)[] all = [(0, 0), (0, 3), (0, 6), (2, 0), (2, 3), (2, 6), (2, 9)];
+        (int, long)[] pairs = [.. all[..2], .. all[3..]];
         await Same(shards.Rows(3, 2, 0), all);
         await Same(shards.Rows(3, 2, 0, rows: 4), all[..4]);
         await Same(shards.Rows(3, 2, 2), pairs[..4]);
