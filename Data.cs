@@ -704,7 +704,7 @@ public sealed class Tokenizer {
         if (Files.Glob($"{prefix}_*.bin") is [var old, ..])
             throw new Gpt2Exception($"{old}: expected no shards of this name yet, found some; remove them first");
         if (files.FirstOrDefault(file => file != "-" && !File.Exists(file)) is { } bad)
-            throw new Gpt2Exception($"{bad}: expected text, found {(Directory.Exists(bad) ? "a folder" : "nothing")}");
+            throw new Gpt2Exception($"{bad}: expected text, found {(Directory.Exists(bad) ? "a folder" : "none")}");
         var (written, number, paths) = (0L, valTokens > 0 ? 0 : 1, new List<string>());
         var (running, rest) = (new Queue<Task<ArraySegment<ushort>>>(), ArraySegment<ushort>.Empty);
         using var blocks = files.SelectMany(file => Read(file, lossy, progress)).GetEnumerator();
@@ -740,7 +740,8 @@ public sealed class Tokenizer {
             return next;
         }
 
-        void Remove() => paths.ForEach(path => Array.ForEach([path, path + ".tmp"], File.Delete));
+        void Remove() =>
+            Array.ForEach([.. paths.SelectMany(path => (string[])[path, path + ".tmp"]).Where(File.Exists)], File.Delete);
     }
 
     /// <summary>Reads a file, and encodes it in blocks that do not depend on each other.</summary>
