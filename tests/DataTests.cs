@@ -768,7 +768,7 @@ public class TokenizeTests {
 
     [Test]
     [Arguments(".", "a folder")]
-    [Arguments("nowhere.txt", "nothing")]
+    [Arguments("nowhere.txt", "none")]
     public async Task WhatIsNoFileIsNamed(string path, string found) {
         using var folder = new TemporaryFolder();
         File.WriteAllText(folder["text.txt"], Text);
