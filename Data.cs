@@ -740,8 +740,10 @@ public sealed class Tokenizer {
             return next;
         }
 
-        void Remove() =>
-            Array.ForEach([.. paths.SelectMany(path => (string[])[path, path + ".tmp"]).Where(File.Exists)], File.Delete);
+        void Remove() {
+            foreach (var path in paths.Concat(paths.Select(path => path + ".tmp")).Where(File.Exists))
+                File.Delete(path);
+        }
     }
 
     /// <summary>Reads a file, and encodes it in blocks that do not depend on each other.</summary>
