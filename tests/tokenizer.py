@@ -94,6 +94,10 @@ def documents(ranks):
             [" ", "\n", "\t", "\u2003", "\u3000"], "\U0001d41a\u90fd", "\U0001f600", words, kana]
     for run in runs:
         yield "x" * (run[0] in " !'") + "".join(rng.choice(run) for _ in range(4000))[: rng.randint(1900, 2100)] + "x"
+    # Tokens of up to 128 bytes, so that a token depends on text far behind it, at any distance from the start.
+    for run in ("=", "-", "\xc3\xc2"):
+        for _ in range(6):
+            yield "#?" * rng.randint(0, 9) * (run < "A") + "x" * rng.randint(1, 64) * (run > "A") + run * 1000
     yield from (" ", "\n\u3000", "")
 
 
