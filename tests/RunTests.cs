@@ -167,19 +167,19 @@ public partial class RunTests {
     [Arguments("DONE_00000008")]
     public async Task From_a_corrupt_checkpoint_it_goes_back_to_the_one_before(string name) {
         using var folder = Folders.Inputs();
-        await Gpt2Process.Succeed(folder.Path, $"{Train} -x 8 -n 4 -o out");
-        var whole = await Gpt2Process.Succeed(folder.Path, $"{Train} -x 9 -n 4 -o whole");
+        await Gpt2Process.Succeed(folder.Path, $"{Train} -k constant -x 8 -n 4 -o out");
+        var whole = await Gpt2Process.Succeed(folder.Path, $"{Train} -k constant -x 6 -n 4 -o whole");
         var bytes = File.ReadAllBytes(InRun(folder, name));
         bytes[bytes.Length / 2] ^= 1;
         File.WriteAllBytes(InRun(folder, name), bytes);
         // With one checkpoint to keep, the useless one must not be taken for the newest.
-        var resumed = await Gpt2Process.Succeed(folder.Path, $"{Train} -x 9 -n 1 --keep 1 -v 0 -o out -y");
+        var resumed = await Gpt2Process.Succeed(folder.Path, $"{Train} -k constant -x 6 -n 1 --keep 1 -v 0 -o out -y");
         await Assert.That(FirstStep(resumed)).IsEqualTo(5);
         await Assert.That(resumed.Sentences).Count().IsEqualTo(1);
         await Assert.That(resumed.Sentences[0]).Contains("DONE_00000008").And.Contains("checkpoint of step 4");
         await Assert.That(resumed.Lines[^3].Split(" | lr")[0]).IsEqualTo(whole.Lines[^3].Split(" | lr")[0]);
         await Assert.That(Folders.Names(folder["out"])).IsEqualTo(
-            "DONE_00000009 lock loss.svg main.log model_00000009.bin settings.txt state_00000009_00000.bin");
+            "DONE_00000006 lock loss.svg main.log model_00000006.bin settings.txt state_00000006_00000.bin");
     }
 
     [Test]
