@@ -562,7 +562,7 @@ public class TokenizerTests {
             " ", "  ", "\r\n", "\t\u3000", "\u00a0", "x", "word", "'s", "'ll", "'", "''t", "!?", "12", "\u0bf0", "é",
             "漢字", "ー", "𝐚", "😀", "<|", "<|endof", "text|>", Tokenizer.EndOfText, "<|endoftext|> \n", marks,
         ];
-        string[] runs = ["a", "7", "'!", "ーa", "'é", "\u00a0 ", "😀", "\u2003\n", "'s"];
+        string[] runs = ["a", "7", "' !", "ー ヺ", "é ' s", "\u00a0", "😀", "\u2003 \u3000 \n", "'s"];
         var text = new StringBuilder();
         for (var block = 0; block < 2 * runs.Length; block++) {
             for (var length = text.Length + 100_000 + random.Next(1000); text.Length < length;)
@@ -571,8 +571,10 @@ public class TokenizerTests {
                 continue;
             // A run of one kind goes on in a document, or begins one.
             text.Append(block % 4 == 1 ? "" : Tokenizer.EndOfText);
-            var count = (600_000 + random.Next(1000)) / Encoding.UTF8.GetByteCount(runs[block / 2]);
-            text.Insert(text.Length, runs[block / 2], count).Append(random.Next(2) == 0 ? "x" : Tokenizer.EndOfText);
+            var alphabet = runs[block / 2].Split(' ');
+            for (var length = text.Length + 200_000 + random.Next(1000); text.Length < length;)
+                text.Append(alphabet[random.Next(alphabet.Length)]);
+            text.Append(random.Next(2) == 0 ? "x" : Tokenizer.EndOfText);
         }
         return text.Append("  \n").ToString();
     }
@@ -598,6 +600,26 @@ public class TokenizerTests {
         var (val, train) = (ReadShard(folder["shard_val_000000.bin"]), ReadShard(folder["shard_train_000001.bin"]));
         await Assert.That(val.Length).IsEqualTo(1000);
         await Same(val.Concat(train), expected);
+    }
+
+    [Test]
+    [Arguments("7", "7", "'ll x")]
+    [Arguments("7", "7", "<|endoftext|>x")]
+    [Arguments("!", "!", "<|endoftext|>x")]
+    // A token ends within this character.
+    [Arguments("é", "鴧", " and so on")]
+    public async Task ABlockMayEndAnywhereAfterALongPiece(string first, string run, string end) {
+        using var folder = new TemporaryFolder();
+        for (var before = 1; before < 14; before++) {
+            var text = new StringBuilder().Insert(0, first, before);
+            var bytes = (1 << 18) - before - Encoding.UTF8.GetByteCount(text.ToString());
+            text.Insert(before, run, bytes / Encoding.UTF8.GetByteCount(run)).Append(end);
+            var file = folder[$"{before}.txt"];
+            File.WriteAllText(file, text.ToString());
+            Tokenizer.WriteShards(file, 0, [file], lossy: false, (_, _) => { });
+            var expected = Tokenizer.Encode(text.ToString());
+            await Same(ReadShard($"{file}_train_000001.bin"), [Tokenizer.EndOfTextId, .. expected]);
+        }
     }
 
     static int[] ReadShard(string path) => [.. MemoryMarshal.Cast<byte, ushort>(File.ReadAllBytes(path).AsSpan(1024))
