@@ -612,8 +612,8 @@ public sealed class Tokenizer {
                 var length = PieceLength(document, at);
                 var isWhole = length <= Window && (!goesOn || at + length <= document.Length - Mark.Length);
                 if (!isWhole && document.Length - at <= Window) {
-                    // The rest is read on its own, so it must not begin in a character or like a contraction.
-                    while (at > 0 && (document[at] == '\'' || (document[at] & 0xc0) == 0x80))
+                    // The rest is a text of its own, so it must not begin within a character.
+                    while ((document[at] & 0xc0) == 0x80)
                         at -= vocabulary[tokens[--count]].Length;
                     break;
                 }
@@ -628,12 +628,10 @@ public sealed class Tokenizer {
     /// 's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+</summary>
     static int PieceLength(ReadOnlySpan<byte> text, int at) {
         var rest = text[at..];
-        if (rest[0] == '\'' && (at == 0 || text[at - 1] != ' ' && KindAt(text, at - 1) != '.')) {
-            if (rest.Length > 1 && "stmd"u8.Contains(rest[1]))
-                return 2;
-            if (rest.StartsWith("'re"u8) || rest.StartsWith("'ve"u8) || rest.StartsWith("'ll"u8))
-                return 3;
-        }
+        if (rest[0] == '\'' && rest.Length > 1 && "stmd"u8.Contains(rest[1]))
+            return 2;
+        if (rest.StartsWith("'re"u8) || rest.StartsWith("'ve"u8) || rest.StartsWith("'ll"u8))
+            return 3;
         var first = rest[0] == ' ' && rest.Length > 1 && KindAt(text, at + 1) != ' ' ? at + 1 : at;
         var end = RunEnd(text[..Math.Min(text.Length, at + Window + 8)], first, KindAt(text, first));
         Rune.DecodeLastFromUtf8(text[..end], out var rune, out var size);
@@ -790,11 +788,10 @@ public sealed class Tokenizer {
 
     /// <summary>The last place where GPT-2's pattern divides a text whatever surrounds it; 0 for none.</summary>
     static int LastCut(ReadOnlySpan<byte> text) {
-        // Between two kinds, but not at white space, a contraction, or within a mark, which may be cut off at the end.
+        // After a mark, or between two kinds but not after white space, in a contraction, or in a mark that is cut off.
         for (var cut = text.Length; cut > 0; cut--) {
             if (text[..cut].EndsWith(Mark) || cut <= text.Length - Mark.Length && text[cut - 1] != '\''
-                && KindAt(text, cut - 1) is var kind && kind != ' ' && kind != KindAt(text, cut)
-                && text[Math.Max(0, cut - Mark.Length)..(cut + Mark.Length)].IndexOf(Mark) < 0)
+                && KindAt(text, cut - 1) is var kind && kind != ' ' && kind != KindAt(text, cut))
                 return cut;
         }
         return 0;

@@ -235,7 +235,7 @@ internal sealed class Commands {
     /// <param name="valTokens">First tokens to hold out for validation (0 to 100000000).</param>
     /// <param name="lossy">Put U+FFFD in place of bytes that are not UTF-8.</param>
     /// <param name="verbose">Show where an error came from.</param>
-    /// <param name="files">Text files in UTF-8; documents in one are divided by &lt;|endoftext|&gt;.</param>
+    /// <param name="files">Text files in UTF-8, - for standard input; &lt;|endoftext|&gt; divides documents.</param>
     public int Tokenize(string @out, int valTokens = 0, bool lossy = false, bool verbose = false,
         [Argument] params string[] files) => Guard(verbose, () => {
             Require(files.Length > 0, "FILE", "one text file or more", "none");

@@ -598,7 +598,6 @@ public class TokenizerTests {
             " ", "  ", "\r\n", "\t\u3000", "\u00a0", "x", "word", "'s", "'ll", "'", "''t", "!?", "12", "\u0bf0", "é",
             "漢字", "ー", "𝐚", "😀", "<|", "<|endof", "text|>", Tokenizer.EndOfText, "<|endoftext|> \n", marks,
         ];
-        // Tokens of ー and ヺ end within a character.
         string[] runs = ["a", "7", "' !", "ー ヺ", "é ' s", "\u00a0", "😀", "\u2003 \u3000 \n", "'s"];
         var text = new StringBuilder();
         for (var block = 0; block < 2 * runs.Length; block++) {
@@ -640,17 +639,22 @@ public class TokenizerTests {
     }
 
     [Test]
-    [Arguments('7', "'ll x")]
-    [Arguments('7', "<|endoftext|>x")]
-    [Arguments('!', "<|endoftext|>x")]
-    public async Task ABlockMayEndAnywhereAfterALongPiece(char character, string end) {
+    [Arguments("7", "7", "'ll x")]
+    [Arguments("7", "7", "<|endoftext|>x")]
+    [Arguments("!", "!", "<|endoftext|>x")]
+    // A token ends within this character.
+    [Arguments("é", "鴧", " and so on")]
+    public async Task ABlockMayEndAnywhereAfterALongPiece(string first, string run, string end) {
         using var folder = new TemporaryFolder();
-        for (var before = 1; before < end.Length; before++) {
-            var (file, run) = (folder[$"{before}.txt"], new string(character, (1 << 18) - before));
-            File.WriteAllText(file, run + end);
+        for (var before = 1; before < 14; before++) {
+            var text = new StringBuilder().Insert(0, first, before);
+            var bytes = (1 << 18) - before - Encoding.UTF8.GetByteCount(text.ToString());
+            text.Insert(before, run, bytes / Encoding.UTF8.GetByteCount(run)).Append(end);
+            var file = folder[$"{before}.txt"];
+            File.WriteAllText(file, text.ToString());
             Tokenizer.WriteShards(file, 0, [file], lossy: false, (_, _) => { });
-            await Same(
-                ReadShard($"{file}_train_000001.bin"), [Tokenizer.EndOfTextId, .. Tokenizer.Encode(run + end)]);
+            var expected = Tokenizer.Encode(text.ToString());
+            await Same(ReadShard($"{file}_train_000001.bin"), [Tokenizer.EndOfTextId, .. expected]);
         }
     }
 

@@ -44,7 +44,7 @@ def kind(character):
 
 
 def pieces(text):
-    """What 's|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+ finds, one after another."""
+    """What 's|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+ finds, in order."""
     while text:
         end = next((len(x) for x in ("'s", "'t", "'re", "'ve", "'m", "'ll", "'d") if text.startswith(x)), 0)
         if not end:
@@ -91,7 +91,7 @@ def documents(ranks):
     words = [text for text in texts if text.isalpha() and text.isascii()]
     kana = [text for text in texts if text.isalpha() and any(0x3040 < ord(c) < 0x3100 for c in text)]
     runs = ["a", "acgt", "abcdefghijklmnopqrstuvwxyz", "0123456789", "!'", "'<|>=-*", "\xc3\xc2", "\u4e2d", "\u30fc",
-            [" ", "\n", "\t", "\u2003", "\u3000"], "\U0001d41a\u90fd", "\U0001f600", words, kana]
+            *[" \u2003"] * 4, "\U0001d41a\u90fd", "\U0001f600", words, kana]
     for run in runs:
         yield "x" * (run[0] in " !'") + "".join(rng.choice(run) for _ in range(4000))[: rng.randint(1900, 2100)] + "x"
     # Tokens of up to 128 bytes, so that a token depends on text far behind it, at any distance from the start.
