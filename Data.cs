@@ -604,7 +604,7 @@ public sealed class Tokenizer {
         var (tokens, count) = (ArrayPool<ushort>.Shared.Rent(text.Length + 1), 0);
         foreach (var part in text.Split(Mark)) {
             var document = text[part];
-            if (begins && RunEnd(document, 0, ' ') == document.Length)
+            if (begins && !goesOn && RunEnd(document, 0, ' ') == document.Length)
                 continue;
             if (begins)
                 tokens[count++] = EndOfTextId;
@@ -691,7 +691,8 @@ public sealed class Tokenizer {
     }
 
     /// <summary>Encodes text files as shards PREFIX_val_000000.bin and PREFIX_train_000001.bin, …: each file is split
-    /// at the mark for the end of text into documents, and the mark's id is written before each one.</summary>
+    /// at the mark for the end of text into documents, and the mark's id is written before each one. White space alone
+    /// is no document, up to 256 KB.</summary>
     /// <param name="valTokens">How many of the first tokens are held out for validation.</param>
     /// <param name="files">Their paths; - is standard input.</param>
     /// <param name="lossy">Whether U+FFFD replaces what is not UTF-8; otherwise that is an error.</param>
@@ -747,6 +748,9 @@ public sealed class Tokenizer {
     /// <summary>Reads a file, and encodes it in blocks that do not depend on each other.</summary>
     IEnumerable<Task<ArraySegment<ushort>>> Read(string path, bool lossy, Action<string, int?> progress) {
         using var patience = new Timer(_ => progress(path, null), null, 5000, Timeout.Infinite);
+        // .NET opens this where standard input is closed.
+        if (path == "-" && new FileInfo("/proc/self/fd/0").LinkTarget == "/dev/urandom")
+            throw new Gpt2Exception("standard input: expected text, found it closed");
         using var file = path == "-" ? Console.OpenStandardInput()
             : new FileStream(path, FileMode.Open, FileAccess.Read, FileShare.Read, bufferSize: 0);
         using var stream = lossy ? Encoding.CreateTranscodingStream(file, Encoding.UTF8, Encoding.UTF8) : file;
@@ -768,21 +772,17 @@ public sealed class Tokenizer {
                 throw new Gpt2Exception($"{path}: expected text in UTF-8, found something else at byte " +
                     $"{position + valid}; --lossy puts U+FFFD in its place");
             }
-            if (!open || !begins || RunEnd(text, 0, ' ') < length - Mark.Length) {
-                var block = MemoryPool<byte>.Shared.Rent(size);
-                text.AsSpan(0, size).CopyTo(block.Memory.Span);
-                var encoding = Task.Run(() => {
-                    using (block)
-                        return Encode(block.Memory.Span[..size], first, open);
-                });
-                cut = open ? encoding.Result.Skip(begins ? 1 : 0).Sum(token => vocabulary[token].Length) : cut;
-                begins = text.AsSpan(0, cut).EndsWith(Mark);
-                yield return encoding;
-            }
+            var block = MemoryPool<byte>.Shared.Rent(size);
+            text.AsSpan(0, size).CopyTo(block.Memory.Span);
+            var encoding = Task.Run(() => {
+                using (block)
+                    return Encode(block.Memory.Span[..size], first, open);
+            });
+            cut = open ? encoding.Result.Skip(begins ? 1 : 0).Sum(token => vocabulary[token].Length) : cut;
+            begins = text.AsSpan(0, cut).EndsWith(Mark);
+            yield return encoding;
             text.AsSpan(cut, length - cut).CopyTo(text);
             (length, position) = (length - cut, position + cut);
-            if (length == text.Length)
-                Array.Resize(ref text, 2 * length);
         }
     }
 

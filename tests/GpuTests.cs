@@ -740,6 +740,59 @@ public sealed class GpuAttentionTests(GpuUnderTest gpu) {
     }
 
     [Test]
+    [Arguments(64)]
+    [Arguments(8)]
+    public async Task AttentionTakesTheLongestSequence(int HS) {
+        // Three queries are the reference's work: the others' outputs are not looked at, and have no gradient.
+        const int T = Config.LongestT;
+        var (device, type, scale) = (gpu.Shared, gpu.Precision, 1 / Math.Sqrt(HS));
+        float[] qkv = Rounded(Floats(1, T * 3 * HS), type), draws = Rounded(Floats(2, T * HS), type);
+        float[] dy = new float[T * HS], y = new float[T * HS], lse = [.. Enumerable.Repeat(20f, T)];
+        double[] values = Doubles(qkv), expected = new double[T * 3 * HS];
+        var yDevice = device.Poisoned(1, T, HS, type);
+        var (qkvDevice, lseDevice) = (device.Upload(qkv, 1, T, 3 * HS, type), device.Poisoned(1, 1, T));
+        device.Attention(qkvDevice, 0, 1, yDevice, lseDevice);
+        var (yFound, lseFound) = (device.Download(yDevice), device.Download(lseDevice));
+        foreach (var t in (int[])[0, T / 2 + 1, T - 1]) {
+            Span<double> Packed(double[] array, int part, int s) => array.AsSpan((s * 3 + part) * HS, HS);
+            draws.AsSpan(t * HS, HS).CopyTo(dy.AsSpan(t * HS));
+            var (scores, output, gradient) = (new double[t + 1], new double[HS], Doubles(draws.AsSpan(t * HS, HS)));
+            for (var s = 0; s <= t; s++)
+                scores[s] = Reference.Dot(Packed(values, 0, t), Packed(values, 1, s)) * scale;
+            var logSum = Reference.LogSumExp(scores);
+            for (var s = 0; s <= t; s++) {
+                for (var i = 0; i < HS; i++)
+                    output[i] += Math.Exp(scores[s] - logSum) * Packed(values, 2, s)[i];
+            }
+            var delta = Reference.Dot(output, gradient);
+            for (var s = 0; s <= t; s++) {
+                var weight = Math.Exp(scores[s] - logSum);
+                var dscore = weight * (Reference.Dot(gradient, Packed(values, 2, s)) - delta) * scale;
+                for (var i = 0; i < HS; i++) {
+                    Packed(expected, 0, t)[i] += dscore * Packed(values, 1, s)[i];
+                    Packed(expected, 1, s)[i] += dscore * Packed(values, 0, t)[i];
+                    Packed(expected, 2, s)[i] += weight * gradient[i];
+                }
+            }
+            for (var i = 0; i < HS; i++)
+                y[t * HS + i] = (float)output[i];
+            lse[t] = (float)logSum;
+            var bound = type == DataType.Bf16 ? Arrays.Bf16Bound : LargeScoresBound;
+            await Assert.That(RelativeError(yFound.AsSpan(t * HS, HS), output)).IsLessThan(bound).Because($"y {t}");
+            await Assert.That(Math.Abs(lseFound[t] - logSum)).IsLessThan(1e-4).Because($"lse {t}");
+        }
+        var (dqkv, dbias) = (device.Poisoned(1, T, 3 * HS, type), device.Upload(new float[3 * HS]));
+        device.AttentionBackward(device.Upload(dy, 1, T, HS, type), qkvDevice, device.Upload(y, 1, T, HS, type),
+            device.Upload(lse, 1, 1, T), 1, dqkv, dbias);
+        var found = device.Download(dqkv);
+        for (var part = 0; part < 3; part++) {
+            var columns = Enumerable.Range(0, expected.Length).Where(i => i / HS % 3 == part);
+            var error = RelativeError([.. columns.Select(i => found[i])], [.. columns.Select(i => expected[i])]);
+            await Assert.That(error).IsLessThan(type == DataType.Bf16 ? 5e-3 : LargeScoresBound).Because($"part {part}");
+        }
+    }
+
+    [Test]
     [Arguments(1, 1, 64)]
     [Arguments(2, 3, 64)]
     [Arguments(2, 3, 16)]
