@@ -1,4 +1,4 @@
-// The kernels of the GPU backend, in the order of the operations in Model.cs and Cuda.cs. The file is compiled twice,
+// The kernels of the GPU backend, in the order of the operations in Device.cs. The file is compiled twice,
 // for bf16 and (-DFP32) for fp32: floatX is the type of weights and activations. Sums and statistics are fp32, and no
 // result depends on the order in which blocks run. Columns are multiples of 8: a thread moves eight elements at a
 // time, in loads and stores of 128 bits. nvcc unrolls loops of a constant length by itself; a pragma stands where it

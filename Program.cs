@@ -218,14 +218,14 @@ internal sealed class Commands {
             model.Load(file);
             var output = ranks.Rank == 0 ? Console.Out : TextWriter.Null;
             if (shards != null) {
-                var loss = Trainer.Evaluate(model, shards, rows, ranks);
+                var loss = Evaluation.Loss(model, shards, rows, ranks);
                 if (!double.IsFinite(loss))
                     throw new Gpt2Exception($"{init}: expected weights with a finite loss, found loss {loss}");
                 output.WriteLine(
                     $"loss {loss:F6} | perplexity {Math.Exp(loss):F3} | {(long)rows.Length * T} tokens");
             }
             if (questions.Length > 0) {
-                var accuracy = Trainer.Evaluate(model, questions, ranks);
+                var accuracy = Evaluation.Accuracy(model, questions, ranks);
                 output.WriteLine($"accuracy {accuracy:F4} | {questions.Length} examples");
             }
         });

@@ -13,9 +13,6 @@ using static Gpt2.NcclApi;
 
 namespace Gpt2;
 
-/// <summary>Which device computes.</summary>
-public enum DeviceKind { Auto, Cuda, Cpu }
-
 /// <summary>The processes that train together, a device each. What is summed is summed in one order, and all ranks have
 /// the same result. Tensors are worked on beside the device's own work: after what it was given before, and before what
 /// it is given after <see cref="Join"/>. The defaults are those of one process alone.</summary>

@@ -267,60 +267,10 @@ public sealed class Trainer : IDisposable {
     }
 
     void Validate(int step) {
-        var loss = Evaluate(model, val, valRows, ranks);
+        var loss = Evaluation.Loss(model, val, valRows, ranks);
         CheckFinite(step, loss, "validation loss", "no checkpoint was written");
         output.WriteLine(Terminal.Over($"val loss {loss:F6}"));
         runLog?.Validation(step, loss);
-    }
-
-    /// <summary>The mean loss over rows of T tokens. It does not depend on the batch size or the number of ranks, which
-    /// take batches in turn.</summary>
-    public static double Evaluate(Model model, TokenShards shards, (int Shard, long First)[] rows, ICollective ranks) {
-        var (T, sum) = (model.T, 0.0);
-        foreach (var (i, batch) in rows.Chunk(model.B).Index().Where(batch => batch.Index % ranks.Size == ranks.Rank)) {
-            foreach (var (b, (shard, first)) in batch.Index())
-                shards.Read(shard, first, model.Tokens.AsSpan(b * T, T), model.Targets.AsSpan(b * T, T));
-            model.Forward();
-            model.Loss();
-            model.MeanLoss();
-            sum += model.Losses.Take(batch.Length * T).Sum(loss => (double)loss);
-        }
-        return ranks.Sum(sum) / rows.Length / T;
-    }
-
-    /// <summary>The share of questions whose right completion has the lowest mean loss a token.</summary>
-    public static double Evaluate(Model model, MultipleChoice[] questions, ICollective ranks) {
-        var own = questions.Where((_, i) => i % ranks.Size == ranks.Rank).ToArray();
-        return ranks.Sum(own.Length == 0 ? 0 : CountRight(model, own)) / questions.Length;
-    }
-
-    static int CountRight(Model model, MultipleChoice[] questions) {
-        var (B, T) = (model.B, model.T);
-        var rows = questions.SelectMany(q => q.Rows.Select(row => (Tokens: row, q.ContextLength))).ToArray();
-        var scores = new List<double>();
-        foreach (var batch in rows.Chunk(B)) {
-            Array.Clear(model.Tokens);
-            for (var b = 0; b < batch.Length; b++) {
-                for (var t = 0; t < batch[b].Tokens.Length; t++)
-                    model.Tokens[b * T + t] = batch[b].Tokens[t];
-            }
-            // The target of each position is the next token; only those of the completion count.
-            model.Tokens.AsSpan(1).CopyTo(model.Targets);
-            model.Forward();
-            model.Loss();
-            model.MeanLoss();
-            if (!model.Losses.All(float.IsFinite))
-                throw new Gpt2Exception("--hellaswag: expected finite losses, found others: the weights are too large");
-            scores.AddRange(batch.Select((row, b) => model.Losses.AsSpan(b * T, T)[(row.ContextLength - 1)..]
-                [..(row.Tokens.Length - row.ContextLength)].ToArray().Average(loss => (double)loss)));
-        }
-        var (first, right) = (0, 0);
-        foreach (var question in questions) {
-            var own = scores.GetRange(first, question.Rows.Length);
-            right += own.IndexOf(own.Min()) == question.Label ? 1 : 0;
-            first += own.Count;
-        }
-        return right;
     }
 
     void Sample() {
@@ -678,6 +628,113 @@ public sealed partial class RunLog {
             var path = string.Join(' ', curve.Select(p => $"{X(p.Step):F1},{Y(p.Loss):F1}"));
             Add($"""<polyline points="{path}" fill="none" stroke="{color}" stroke-width="1.5"/>""");
             Text(right - 10, y, "end", name, color);
+        }
+    }
+}
+
+/// <summary>How good a model is.</summary>
+public static class Evaluation {
+    /// <summary>The mean loss over rows of T tokens. It does not depend on the batch size or the number of ranks, which
+    /// take batches in turn.</summary>
+    public static double Loss(Model model, TokenShards shards, (int Shard, long First)[] rows, ICollective ranks) {
+        var (T, sum) = (model.T, 0.0);
+        foreach (var (i, batch) in rows.Chunk(model.B).Index().Where(batch => batch.Index % ranks.Size == ranks.Rank)) {
+            foreach (var (b, (shard, first)) in batch.Index())
+                shards.Read(shard, first, model.Tokens.AsSpan(b * T, T), model.Targets.AsSpan(b * T, T));
+            model.Forward();
+            model.Loss();
+            model.MeanLoss();
+            sum += model.Losses.Take(batch.Length * T).Sum(loss => (double)loss);
+        }
+        return ranks.Sum(sum) / rows.Length / T;
+    }
+
+    /// <summary>The share of questions whose right completion has the lowest mean loss a token.</summary>
+    public static double Accuracy(Model model, MultipleChoice[] questions, ICollective ranks) {
+        var own = questions.Where((_, i) => i % ranks.Size == ranks.Rank).ToArray();
+        return ranks.Sum(own.Length == 0 ? 0 : CountRight(model, own)) / questions.Length;
+    }
+
+    static int CountRight(Model model, MultipleChoice[] questions) {
+        var (B, T) = (model.B, model.T);
+        var rows = questions.SelectMany(q => q.Rows.Select(row => (Tokens: row, q.ContextLength))).ToArray();
+        var scores = new List<double>();
+        foreach (var batch in rows.Chunk(B)) {
+            Array.Clear(model.Tokens);
+            for (var b = 0; b < batch.Length; b++) {
+                for (var t = 0; t < batch[b].Tokens.Length; t++)
+                    model.Tokens[b * T + t] = batch[b].Tokens[t];
+            }
+            // The target of each position is the next token; only those of the completion count.
+            model.Tokens.AsSpan(1).CopyTo(model.Targets);
+            model.Forward();
+            model.Loss();
+            model.MeanLoss();
+            if (!model.Losses.All(float.IsFinite))
+                throw new Gpt2Exception("--hellaswag: expected finite losses, found others: the weights are too large");
+            scores.AddRange(batch.Select((row, b) => model.Losses.AsSpan(b * T, T)[(row.ContextLength - 1)..]
+                [..(row.Tokens.Length - row.ContextLength)].ToArray().Average(loss => (double)loss)));
+        }
+        var (first, right) = (0, 0);
+        foreach (var question in questions) {
+            var own = scores.GetRange(first, question.Rows.Length);
+            right += own.IndexOf(own.Min()) == question.Label ? 1 : 0;
+            first += own.Count;
+        }
+        return right;
+    }
+}
+
+/// <summary>A model's logits, loss and gradients beside those that PyTorch computed.</summary>
+public static class Verification {
+    /// <summary>The largest ‖a − b‖/‖b‖ that counts as equal.</summary>
+    public static double Tolerance(DataType type) => type == DataType.Fp32 ? 1e-4 : 2e-2;
+
+    /// <summary>Compares with a debug state: for each tensor the largest difference, and ‖a − b‖/‖b‖.</summary>
+    public static IEnumerable<(string Name, double Largest, double Relative)> Run(
+        string init, string state, IDevice device) {
+        var (file, config) = Config.Open(init);
+        using var reference = new BinaryFile(state, "a PyTorch debug state", 20240327, 2);
+        var (B, T) = (reference.Header[2], reference.Header[3]);
+        reference.Check("batch size", 2, B is > 0 and <= 1 << 16, "1 to 65536");
+        reference.Check("sequence length", 3, T > 0 && T <= config.MaxT, $"1 to {config.MaxT}, the model's longest");
+        reference.CheckSize(BinaryFile.HeaderBytes + 4 * ((long)B * T * (config.V + 2) + 1 + config.ParameterCount));
+        var model = new Model(config, device, B, T, Purpose.Train);
+        reference.Read(model.Tokens.AsSpan());
+        reference.Read(model.Targets.AsSpan());
+        var wrong = model.Tokens.Concat(model.Targets).FirstOrDefault(token => token < 0 || token >= config.V);
+        if (wrong != 0)
+            throw reference.Fail($"tokens below the model's vocabulary of {config.V}", $"{wrong}");
+        model.Load(file);
+        model.Forward();
+        var rows = Enumerable.Range(0, model.LogitParts).Select(model.Logits)
+            .SelectMany(part => Enumerable.Range(0, part.Rows).Select(row => part.Slice(row, 1)));
+        yield return Compare("logits", rows.Select(row => Values(row.Flat(0, config.V))));
+        model.Loss(1f / (B * T));
+        yield return Compare("loss", [[(float)model.MeanLoss()]]);
+        model.Backward();
+        for (var i = 0; i < config.Parameters.Length; i++)
+            yield return Compare(config.Parameters[i].Name, model.Gradients!.Tensors[i].Chunks().Select(Values));
+
+        float[] Values(Tensor part) {
+            var values = new float[part.Count];
+            device.Read(part, values);
+            return values;
+        }
+
+        (string, double, double) Compare(string name, IEnumerable<float[]> parts) {
+            var (largest, squares, norm) = (0.0, 0.0, double.Epsilon);
+            foreach (var found in parts) {
+                var expected = new float[found.Length];
+                reference.Read(expected.AsSpan());
+                for (var i = 0; i < found.Length; i++) {
+                    var difference = (double)found[i] - expected[i];
+                    largest = Math.Max(largest, Math.Abs(difference));
+                    squares += difference * difference;
+                    norm += (double)expected[i] * expected[i];
+                }
+            }
+            return (name, largest, Math.Sqrt(squares / norm));
         }
     }
 }

@@ -322,8 +322,8 @@ public abstract class ModelTests(DeviceUnderTest deviceUnderTest) : IDisposable 
             model.Loss();
             return model.MeanLoss();
         })];
-        var two = Trainer.Evaluate(model, shards, rows[..(2 * B)], new Alone());
-        var all = Trainer.Evaluate(model, shards, rows, new Alone());
+        var two = Evaluation.Loss(model, shards, rows[..(2 * B)], new Alone());
+        var all = Evaluation.Loss(model, shards, rows, new Alone());
         await Assert.That(RelativeError(two, losses[..2].Average())).IsLessThan(1e-9);
         await Assert.That(RelativeError(all, losses.Average())).IsLessThan(1e-9);
     }
@@ -357,7 +357,8 @@ public abstract class ModelTests(DeviceUnderTest deviceUnderTest) : IDisposable 
         for (var wrong = 0; wrong <= count; wrong++) {
             var labeled = questions.Select((question, i) =>
                 question with { Label = (answers[i] + (i < wrong ? 1 : 0)) % 4 }).ToArray();
-            await Assert.That(Trainer.Evaluate(model, labeled, new Alone())).IsEqualTo((double)(count - wrong) / count);
+            var accuracy = Evaluation.Accuracy(model, labeled, new Alone());
+            await Assert.That(accuracy).IsEqualTo((double)(count - wrong) / count);
         }
     }
 }

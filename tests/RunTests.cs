@@ -57,7 +57,7 @@ public partial class RunTests {
             var model = new Model(config, cpu, 2, 7, Purpose.Evaluate);
             model.Load(file);
             using var shards = new TokenShards(folder["val.bin"], config.V);
-            losses[collective.Rank] = Trainer.Evaluate(model, shards, shards.Rows(7, 1, 0), collective);
+            losses[collective.Rank] = Evaluation.Loss(model, shards, shards.Rows(7, 1, 0), collective);
         });
         var alone = await Gpt2Process.Succeed(folder.Path, "eval -e model.bin -j val.bin -b 1 -t 7");
         foreach (var loss in losses)
