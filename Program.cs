@@ -6,27 +6,352 @@ using Gpt2;
 using Microsoft.Extensions.Logging;
 using Microsoft.Extensions.Logging.Abstractions;
 using ZLogger;
+using static CommandLine;
 using static Gpt2.Gpt2Exception;
 
 Standard.Prepare(args is ["sample" or "verify" or "bench", ..]);
 
 var app = ConsoleApp.Create();
+app.ConfigureGlobalOptions((ref options) => ConsoleApp.ServiceProvider = new GlobalOptions(
+    options.AddGlobalOption("--device", "auto, cuda or cpu.", DeviceKind.Auto),
+    options.AddGlobalOption<DataType?>("--precision", "Of weights and activations: bf16 or fp32. [bf16 on a GPU]"),
+    options.AddGlobalOption<bool>(
+        "--verbose", "Show where an error came from; wait for the GPU after each operation, to name it.")));
 app.Add<Commands>();
-var log = new StringWriter(); // takes help and version
+var log = new StringWriter(); // what the framework prints: help and version
 (ConsoleApp.Log, ConsoleApp.LogError) = (log.WriteLine, message => throw new Gpt2Exception(message, usage: true));
-return Commands.Guard(args.Contains("--verbose"), () => {
+return Guard(args.Contains("--verbose"), () => {
     args = args is ["help", .. var about] ? [.. about, "--help"] : args;
     app.Run([.. args.Take(1), "--help"]);
-    var words = Commands.Normalize(args, help: $"{log}");
+    var words = Normalize(args, help: $"{log}");
     if (words is ["train", .. var options] && options.Contains("--resume")) {
         var folder = options.SkipWhile(word => word != "--out").ElementAtOrDefault(1) ?? "log";
-        words = Commands.Normalize(["train", .. Checkpoints.SettingsOf(folder), .. options], help: $"{log}");
+        words = Normalize(["train", .. Checkpoints.SettingsOf(folder), .. options], help: $"{log}");
     }
     log.GetStringBuilder().Clear();
     app.Run(words);
     Console.Out.Write(log);
     return Environment.ExitCode;
 });
+
+/// <summary>The options of every command. The framework asks it for the argument of Commands' constructor.</summary>
+internal sealed record GlobalOptions(DeviceKind Device, DataType? Precision, bool Verbose) : IServiceProvider {
+    object IServiceProvider.GetService(Type type) => this;
+}
+
+/// <summary>The commands. ConsoleAppFramework turns their doc comments into the help text.</summary>
+internal sealed class Commands(GlobalOptions global) {
+    /// <summary>Trains GPT-2 from scratch or from a checkpoint, on token shards.</summary>
+    /// <param name="trainData">-i, Token shards to train on; * and ? match in names; a folder has *train*.bin.</param>
+    /// <param name="valData">-j, Token shards to validate on; a folder has *val*.bin.</param>
+    /// <param name="init">-e, A model file, a run's folder, or random: d6, d12, d24, d36, d48. [d12; d6 on CPU]</param>
+    /// <param name="out">-o, The run's folder: checkpoints, settings.txt, main.log, loss.svg.</param>
+    /// <param name="batch">-b, Sequences in a batch (1 or more). [16; 4 on a CPU]</param>
+    /// <param name="seq">-t, Tokens in a sequence (1 to 131072). [1024; 128 on a CPU]</param>
+    /// <param name="totalBatch">-d, Tokens in an update (0 or more): n x batch x seq x GPUs; 0 for n = 1.</param>
+    /// <param name="maxSteps">-x, Updates in all (1 or more).</param>
+    /// <param name="lr">-l, Highest learning rate (above 0).</param>
+    /// <param name="warmup">-u, Updates until the highest learning rate (0 or more).</param>
+    /// <param name="finalLrFrac">-q, Last learning rate as a fraction of the highest (0 to 1).</param>
+    /// <param name="weightDecay">-c, Weight decay of the matrices (0 or more).</param>
+    /// <param name="schedule">-k, How the learning rate goes down: cosine, linear, constant or wsd.</param>
+    /// <param name="valEvery">-v, Updates between validations (0 or more); 0 for one at the end.</param>
+    /// <param name="valBatches">-m, Batches in a validation (0 or more); 0 for 128 sequences.</param>
+    /// <param name="sampleEvery">-s, Updates between samples of text (0 or more); 0 for one at the end.</param>
+    /// <param name="genTokens">-g, Tokens in a sample (0 or more).</param>
+    /// <param name="checkpointEvery">-n, Updates between checkpoints (0 or more); 0 for one at the end.</param>
+    /// <param name="keep">Newest checkpoints to keep (1 or more).</param>
+    /// <param name="resume">-y, Go on from the last checkpoint in the output folder.</param>
+    /// <param name="recompute">-r, Less memory, more work (0 to 2): 1 recomputes GELU, 2 layer norms too.</param>
+    /// <param name="overfit">-a, Train on the first batches alone.</param>
+    /// <param name="noShuffle">Take the data in order.</param>
+    /// <param name="skipOutliers">Skip updates with a loss or norm N deviations above the last 128 (0 or more).</param>
+    /// <param name="seed">Seed of weights, order and samples.</param>
+    /// <param name="gpus">GPUs of this machine (1 or more). [all; those of mpirun, srun or torchrun]</param>
+    /// <param name="zero">-z, Which ZeRO stage (0 or 1) divides the optimizer's state among GPUs: 0 for none.</param>
+    /// <param name="timeout">Seconds that one GPU's process waits for another's (1 to 1000000).</param>
+    public int Train(string trainData = "data/*train_*.bin", string valData = "data/*val_*.bin", string? init = null,
+        string @out = "log", int? batch = null, int? seq = null, int totalBatch = 0, int maxSteps = 300,
+        float lr = 1e-3f, int warmup = 20, float finalLrFrac = 0.1f, float weightDecay = 0.1f,
+        Schedule schedule = Schedule.Cosine, int valEvery = 50, int valBatches = 0, int sampleEvery = 0,
+        int genTokens = 64, int checkpointEvery = 200, int keep = 2, bool resume = false, int recompute = 0,
+        bool overfit = false, bool noShuffle = false, float skipOutliers = 0, uint seed = 42, int? gpus = null,
+        int zero = 1, int timeout = 600) =>
+        OnEachGpu(gpus, timeout, (device, ranks) => {
+            using var logs = LoggerFactory.Create(logging => logging.AddZLoggerConsole(options =>
+                options.LogToStandardErrorThreshold = LogLevel.Trace));
+            var (B, T) = Sizes(device, batch, seq, (16, 1024), (4, 128), ranks.Size);
+            totalBatch = totalBatch == 0 ? B * T * ranks.Size : totalBatch;
+            var options = new TrainOptions(Shards(trainData, "train"), Shards(valData, "val"), init, @out, B, T,
+                totalBatch, maxSteps, lr, warmup, finalLrFrac, weightDecay, schedule, valEvery, valBatches,
+                sampleEvery, genTokens, checkpointEvery, keep, resume, recompute, overfit, !noShuffle, seed,
+                skipOutliers, device is Cpu ? "d6" : "d12", zero, global.Precision);
+            using var trainer = new Trainer(options, device, ranks.Rank == 0 ? Console.Out : TextWriter.Null,
+                ranks.Rank == 0 ? logs.CreateLogger("gpt2") : NullLogger.Instance, ranks);
+            trainer.Run();
+        });
+
+    /// <summary>Continues a text.</summary>
+    /// <param name="init">-e, A model file, or a run's folder for its newest checkpoint.</param>
+    /// <param name="prompt">-p, Text to continue; - reads it from standard input.</param>
+    /// <param name="promptIds">Token ids to continue, in place of a text: 1,2,3. Ids are printed then.</param>
+    /// <param name="tokens">-n, Tokens to add at most (1 or more).</param>
+    /// <param name="temperature">Above 1 is wilder, below tamer (0 or more); 0 takes the likeliest token.</param>
+    /// <param name="topK">--top-k, Choose among this many of the likeliest tokens (0 or more); 0 for all.</param>
+    /// <param name="topP">--top-p, Choose among the likeliest tokens of this probability (above 0 and up to 1).</param>
+    /// <param name="num">Samples (1 or more).</param>
+    /// <param name="seed">Seed of the choices.</param>
+    public int Sample(string init, string? prompt = null, int[]? promptIds = null, int tokens = 256,
+        float temperature = 1, int topK = 0, float topP = 1, int num = 1, uint seed = 42) =>
+        Guard(global.Verbose, () => {
+            Require(prompt == null || promptIds == null, "--prompt-ids", "no --prompt beside it", "both");
+            var (file, config) = Config.Open(Checkpoints.ModelOf(init));
+            using var _ = file;
+            var isText = promptIds == null;
+            if (isText && config.V != Tokenizer.EndOfTextId + 1)
+                throw file.Fail("the tokenizer's vocabulary of 50257 (or --prompt-ids 1,2,3)", $"{config.V}");
+            var tokenizer = isText ? new Tokenizer() : null;
+            var text = prompt?.TrimStart('\0') ?? "";
+            if (text == "-") {
+                using var input = new StreamReader(Console.OpenStandardInput(), new UTF8Encoding(false, true));
+                text = input.ReadToEnd();
+                text = text.EndsWith('\n') ? text[..^1] : text;
+            }
+            int[] ids = promptIds ?? [Tokenizer.EndOfTextId, .. tokenizer!.Encode(text)];
+            foreach (var id in ids)
+                Require(id >= 0 && id < config.V, "--prompt-ids", $"ids from 0 to {config.V - 1}", id);
+            var option = isText ? "--prompt" : "--prompt-ids";
+            Require(ids.Length <= config.MaxT, option, $"at most {config.MaxT} tokens", ids.Length);
+            using var device = Open();
+            var model = new Model(config, device, 1, 1, Purpose.Generate);
+            model.Load(file);
+            var sampler = new Sampler(temperature, topK, topP, seed);
+            for (var i = 0; i < num; i++) {
+                var generated = model.Generate(ids, sampler).Take(tokens);
+                if (i > 0)
+                    Console.Out.Write("---\n");
+                Console.Out.Write(isText ? text : string.Join(' ', ids));
+                foreach (var part in isText ? tokenizer!.Decode(generated.TakeWhile(Tokenizer.IsText))
+                    : generated.Select(id => $" {id}"))
+                    Console.Out.Write(part);
+                Console.Out.WriteLine();
+            }
+            return 0;
+        });
+
+    /// <summary>Measures a model's loss and perplexity on token shards, and its accuracy on multiple choices.</summary>
+    /// <param name="init">-e, A model file, or a run's folder for its newest checkpoint.</param>
+    /// <param name="valData">-j, Token shards, as in training. [data/*val_*.bin; not needed for --hellaswag]</param>
+    /// <param name="valBatches">-m, Batches at most (0 or more); 0 for all.</param>
+    /// <param name="batch">-b, Sequences in a batch (1 or more). [4]</param>
+    /// <param name="seq">-t, Tokens in a sequence (1 to 131072). [the model's longest]</param>
+    /// <param name="hellaswag">A multiple-choice file, such as hellaswag_val.bin.</param>
+    /// <param name="gpus">GPUs of this machine (1 or more). [all; those of mpirun, srun or torchrun]</param>
+    /// <param name="timeout">Seconds that one GPU's process waits for another's (1 to 1000000).</param>
+    public int Eval(string init, string? valData = null, int valBatches = 0, int? batch = null, int? seq = null,
+        string? hellaswag = null, int? gpus = null, int timeout = 600) =>
+        OnEachGpu(gpus, timeout, (device, ranks) => {
+            var (file, config) = Config.Open(Checkpoints.ModelOf(init));
+            using var _ = file;
+            var (B, T) = Sizes(device, batch, seq, (4, config.MaxT), (4, config.MaxT), ranks.Size);
+            Require(T <= config.MaxT, "--seq", $"1 to {config.MaxT}, the model's longest sequence", T);
+            var questions = hellaswag == null ? [] : MultipleChoice.Read(hellaswag, config.V).ToArray();
+            var longest = questions.Max(question => question.Rows.Max(row => (int?)row.Length)) ?? 0;
+            var advice = longest <= config.MaxT ? $"or --seq {longest}" : "the model's longest sequence";
+            Require(longest <= T, hellaswag!, $"examples of at most {T} tokens ({advice})", longest);
+            var pattern = Shards(valData ?? "data/*val_*.bin", "val");
+            using var shards = valData == null && questions.Length > 0 && Files.Glob(pattern).Length == 0 ? null
+                : new TokenShards(pattern, config.V);
+            var rows = shards?.Rows(T, B * ranks.Size, valBatches) ?? [];
+            var model = new Model(config, device, B, T, Purpose.Evaluate);
+            model.Load(file);
+            var output = ranks.Rank == 0 ? Console.Out : TextWriter.Null;
+            if (shards != null) {
+                var loss = Evaluation.Loss(model, shards, rows, ranks);
+                if (!double.IsFinite(loss))
+                    throw new Gpt2Exception($"{init}: expected weights with a finite loss, found loss {loss}");
+                output.WriteLine(
+                    $"loss {loss:F6} | perplexity {Math.Exp(loss):F3} | {(long)rows.Length * T} tokens");
+            }
+            if (questions.Length > 0) {
+                var accuracy = Evaluation.Accuracy(model, questions, ranks);
+                output.WriteLine($"accuracy {accuracy:F4} | {questions.Length} examples");
+            }
+        });
+
+    /// <summary>Encodes text files as token shards PREFIX_val_000000.bin and PREFIX_train_000001.bin, ...</summary>
+    /// <param name="out">-o, Prefix of the shards' names.</param>
+    /// <param name="valTokens">First tokens to hold out for validation (0 to 100000000).</param>
+    /// <param name="lossy">Put U+FFFD in place of bytes that are not UTF-8.</param>
+    /// <param name="files">Text files in UTF-8, - for standard input; &lt;|endoftext|&gt; divides documents.</param>
+    public int Tokenize(string @out, int valTokens = 0, bool lossy = false, [Argument] params string[] files) =>
+        Guard(global.Verbose, () => {
+            Require(files.Length > 0, "FILE", "one text file or more", "none");
+            var total = files.Where(File.Exists).Sum(file => new FileInfo(file).Length);
+            var done = 0L;
+            var (tokens, shards) = new Tokenizer().WriteShards(@out, valTokens, files, lossy, (file, bytes) => {
+                done += bytes ?? 0;
+                var bar = new string('#', total == 0 ? 0 : (int)Math.Min(24, 24 * done / total));
+                if (bytes == null)
+                    Console.Error.WriteLine($"gpt2: {file}: no text for 5 seconds, waiting");
+                else if (!Console.IsErrorRedirected)
+                    Console.Error.Write($"\r{bar,-24} {done >> 20} MiB");
+            });
+            if (!Console.IsErrorRedirected)
+                Console.Error.WriteLine();
+            Console.Error.WriteLine($"{tokens} tokens: {valTokens} for validation, the others in {shards} shards");
+            return 0;
+        });
+
+    /// <summary>Compares logits, loss and gradients with a PyTorch debug state; exit status 1 if they differ.</summary>
+    /// <param name="init">-e, A model file, or a run's folder for its newest checkpoint.</param>
+    /// <param name="state">The debug state that PyTorch wrote for it.</param>
+    public int Verify(string init, string state) => Guard(global.Verbose, () => {
+        using var device = Open();
+        var good = true;
+        Console.WriteLine($"{"tensor",-12}{"largest",12}{"relative",12}");
+        foreach (var (name, largest, relative) in Verification.Run(Checkpoints.ModelOf(init), state, device)) {
+            var ok = relative < Verification.Tolerance(device.Precision);
+            good &= ok;
+            Console.WriteLine($"{name,-12}{largest,12:0.00e+00}{relative,12:0.00e+00}  {(ok ? "ok" : "DIFFERS")}");
+        }
+        return good ? 0 : 1;
+    });
+
+    /// <summary>Times training by operation, beside the device's measured peak.</summary>
+    /// <param name="init">-e, A model file, a run's folder, or random: d6, d12, d24, d36, d48.</param>
+    /// <param name="batch">-b, Sequences in a batch (1 or more). [64; 4 on a CPU]</param>
+    /// <param name="seq">-t, Tokens in a sequence (1 to 131072). [1024; 64 on a CPU]</param>
+    /// <param name="totalBatch">-d, Tokens in an update (1 or more): n x batch x seq. [524288; on a CPU n = 1]</param>
+    /// <param name="steps">-x, Steps (1 or more), of which the median counts.</param>
+    /// <param name="recompute">-r, As in training (0 to 2).</param>
+    /// <param name="portable">Do without the instructions that only Hopper GPUs have.</param>
+    public int Bench(string init = "d12", int? batch = null, int? seq = null, int? totalBatch = null, int steps = 5,
+        int recompute = 0, bool portable = false) => Guard(global.Verbose, () => {
+            using var device = Open(portable);
+            var (B, T) = Sizes(device, batch, seq, (64, 1024), (4, 64));
+            totalBatch ??= device is Cpu ? B * T : 524_288;
+            Benchmark.Run(init, B, T, totalBatch.Value, steps, recompute, device, Console.Out);
+            return 0;
+        });
+
+    /// <summary>Runs an action on each GPU, every one in its own process, or here on the device asked for.</summary>
+    int OnEachGpu(int? gpus, int timeout, Action<IDevice, ICollective> action) {
+        Job? job = null;
+        return Guard(global.Verbose, () => {
+            job = Job.OfEnvironment(gpus, global.Device);
+            if (job == null && Job.Gpus(gpus, global.Device) is > 1 and var count)
+                return Job.Start(count);
+            var patience = TimeSpan.FromSeconds(timeout);
+            var peers = job?.Meet(patience);
+            using var device = Open(rank: job?.LocalRank ?? 0);
+            using ICollective ranks = peers == null ? new Alone()
+                : device is Cuda cuda ? new Nccl(cuda, peers, patience)
+                : throw new Gpt2Exception($"--device: expected a GPU for each of {peers.Size} ranks, found a CPU");
+            action(device, ranks);
+            peers?.Leave();
+            return 0;
+        }, () => job is { Rank: > 0 } ? $"rank {job.Rank}: " : "");
+    }
+
+    /// <summary>Opens the device asked for: a GPU in bf16 by default, the CPU always in fp32.</summary>
+    IDevice Open(bool portable = false, int rank = 0) {
+        var (device, precision, verbose) = global;
+        var obstacle = device == DeviceKind.Auto ? Cuda.Obstacle : null;
+        if (device != DeviceKind.Cpu && obstacle == null)
+            // Modulo, because some launchers show each rank its own GPU alone.
+            return new Cuda(precision ?? DataType.Bf16, portable, verbose, rank == 0 ? 0 : rank % Cuda.Count());
+        if (obstacle is not (null or ""))
+            Console.Error.WriteLine($"gpt2: using the CPU although there is a GPU: {obstacle}");
+        Require(precision != DataType.Bf16, "--precision", "fp32 on the CPU", "bf16");
+        return new Cpu();
+    }
+
+    /// <summary>The batch size and sequence length asked for, or the device's defaults.</summary>
+    static (int B, int T) Sizes(
+        IDevice device, int? batch, int? seq, (int B, int T) gpu, (int B, int T) cpu, int ranks = 1) {
+        var (B, T) = device is Cpu ? cpu : gpu;
+        (B, T) = (batch ?? B, seq ?? T);
+        var most = int.MaxValue / ranks / T;
+        Require(B <= most, "--batch", $"at most {most} sequences of {T} tokens, fewer than 2^31 together", B);
+        return (B, T);
+    }
+
+    /// <summary>The glob pattern of a split's token shards; a folder stands for the shards in it.</summary>
+    static string Shards(string data, string split) =>
+        Directory.Exists(data) ? Path.Combine(data, $"*{split}*.bin") : data;
+}
+
+/// <summary>The command line, checked against the help text before ConsoleAppFramework parses it.</summary>
+internal static class CommandLine {
+    /// <summary>Checks the command, the names of its options and their values.</summary>
+    /// <returns>The command, each option once under its long name (the last one counts), then the files.</returns>
+    internal static string[] Normalize(string[] args, string help) {
+        if (args is [] or ["-h" or "--help" or "--version", ..])
+            return [.. args.Take(1)];
+        var command = args[0];
+        Require(help.StartsWith($"Usage: {command} "), "COMMAND", "one that gpt2 --help lists", $"'{command}'");
+        // An option's line: "  -e, --init <string>    A model file. [Required]".
+        var options = help.Split('\n').Where(line => line.StartsWith("  -")).Select(line =>
+            (Line: line, Names: line.Trim().Split("  ")[0].Split([", ", " "], default))).ToArray();
+        var (given, files) = (new Dictionary<string, string?>(), new List<string>());
+        for (var i = 1; i < args.Length; i++) {
+            var word = args[i];
+            if (word is "-h" or "--help" or "--version")
+                return [command, word];
+            string[] parts = word.StartsWith("--") ? word.Split('=', 2) : [word];
+            var (line, names) = options.FirstOrDefault(option =>
+                word.StartsWith('-') && option.Names.Contains(parts[0], StringComparer.OrdinalIgnoreCase));
+            if (names != null) {
+                var (name, type) = (names.First(name => name.StartsWith("--")), names[^1].Trim('<', '>', '?'));
+                var value = parts.Length > 1 ? parts[1] : type == name ? null : args.ElementAtOrDefault(++i);
+                CheckValue(name, type, value, line);
+                given[name] = name == "--prompt" ? '\0' + value : value; // the parser would act upon -- and -h
+            } else {
+                var isFile = help.Contains("[arguments...]") && word is "-" or [not '-', ..];
+                Require(isFile, command, $"what gpt2 {command} --help lists (quote patterns and texts)", $"'{word}'");
+                files.Add(word);
+            }
+        }
+        foreach (var (_, names) in options.Where(option => option.Line.EndsWith("[Required]")))
+            Require(given.ContainsKey(names[^2]), command, $"{names[^2]} (see gpt2 {command} --help)", "none");
+        return [command, .. given.SelectMany(pair => (string?[])[pair.Key, pair.Value]).OfType<string>(), .. files];
+    }
+
+    /// <summary>Checks a value against its option's type and its line of help, which has a number's range in parentheses
+    /// (1 or more, 0 to 1, above 0) or an enumeration's names. Numbers have a point and no separators.</summary>
+    static void CheckValue(string option, string type, string? value, string help) {
+        var names = help.Split('.')[0].Split(["  ", ": "], default)[^1].Trim(); // of an enumeration
+        var range = help.Split('(', ')') is [_, var text, ..] ? text : "";
+        double[] bounds = [.. range.Split(' ').Where(word => word is [>= '0' and <= '9', ..]).Select(double.Parse)];
+        bool InRange(double x) => double.IsFinite(x) && (bounds.Length == 1 || x <= bounds[1]) &&
+            (x > bounds[0] || x == bounds[0] && !range.StartsWith("above"));
+        var (right, expected) = type switch {
+            "int" => (int.TryParse(value, out var number) && InRange(number),
+                $"a whole number, {range.Replace("or more", $"to {int.MaxValue}")}"),
+            "uint" => (uint.TryParse(value, out _), $"a whole number, 0 to {uint.MaxValue}"),
+            "int[]" => ($"{value}".Split(',').All(id => int.TryParse(id, out _)), "token ids such as 1,2,3"),
+            "float" => (float.TryParse(value, NumberStyles.Float, null, out var x) && InRange(x), $"a number, {range}"),
+            "string" => option == "--prompt" ? (value != null, "a text") : (value is [not '-', ..], "a name"),
+            _ when type == option => (value == null, "no value"),
+            _ => (names.Split([", ", " or "], default).Contains(value?.ToLowerInvariant()), names),
+        };
+        Require(right, option, expected, value == null ? "nothing" : $"'{value}'");
+    }
+
+    /// <summary>Runs a command. The one place that turns an exception into a sentence and an exit status.</summary>
+    /// <param name="speaker">Gives the prefix that names this process, where there are several.</param>
+    internal static int Guard(bool verbose, Func<int> command, Func<string>? speaker = null) {
+        try {
+            return command();
+        } catch (Exception e) {
+            e = (e as AggregateException)?.InnerException ?? e;
+            var who = e.Message.StartsWith("rank ") ? "" : speaker?.Invoke();
+            Console.Error.WriteLine($"gpt2: {who}{Sentence(e)}{(verbose ? $"\n{e}" : "")}");
+            return (e as Gpt2Exception)?.ExitCode ?? 1;
+        }
+    }
+}
 
 /// <summary>Standard output and error.</summary>
 internal static partial class Standard {
@@ -76,337 +401,4 @@ internal static partial class Standard {
     private static partial int dprintf(int handle, string text); // a text without %
     [LibraryImport("libc")] private static partial int getrlimit(int resource, Span<ulong> limits);
     [LibraryImport("libc")] private static partial nint signal(int number, nint handler);
-}
-
-/// <summary>The commands; each one's comment is its help.</summary>
-internal sealed class Commands {
-    /// <summary>Trains GPT-2 from scratch or from a checkpoint, on token shards.</summary>
-    /// <param name="trainData">-i, Token shards to train on; * and ? match in names; a folder has *train*.bin.</param>
-    /// <param name="valData">-j, Token shards to validate on; a folder has *val*.bin.</param>
-    /// <param name="init">-e, A model file, a run's folder, or random: d6, d12, d24, d36, d48. [d12; d6 on CPU]</param>
-    /// <param name="out">-o, The run's folder: checkpoints, settings.txt, main.log, loss.svg.</param>
-    /// <param name="batch">-b, Sequences in a batch (1 or more). [16; 4 on a CPU]</param>
-    /// <param name="seq">-t, Tokens in a sequence (1 to 131072). [1024; 128 on a CPU]</param>
-    /// <param name="totalBatch">-d, Tokens in an update (0 or more): n x batch x seq x GPUs; 0 for n = 1.</param>
-    /// <param name="maxSteps">-x, Updates in all (1 or more).</param>
-    /// <param name="lr">-l, Highest learning rate (above 0).</param>
-    /// <param name="warmup">-u, Updates until the highest learning rate (0 or more).</param>
-    /// <param name="finalLrFrac">-q, Last learning rate as a fraction of the highest (0 to 1).</param>
-    /// <param name="weightDecay">-c, Weight decay of the matrices (0 or more).</param>
-    /// <param name="schedule">-k, How the learning rate goes down: cosine, linear, constant or wsd.</param>
-    /// <param name="valEvery">-v, Updates between validations (0 or more); 0 for one at the end.</param>
-    /// <param name="valBatches">-m, Batches in a validation (0 or more); 0 for 128 sequences.</param>
-    /// <param name="sampleEvery">-s, Updates between samples of text (0 or more); 0 for one at the end.</param>
-    /// <param name="genTokens">-g, Tokens in a sample (0 or more).</param>
-    /// <param name="checkpointEvery">-n, Updates between checkpoints (0 or more); 0 for one at the end.</param>
-    /// <param name="keep">Newest checkpoints to keep (1 or more).</param>
-    /// <param name="resume">-y, Go on from the last checkpoint in the output folder.</param>
-    /// <param name="recompute">-r, Less memory, more work (0 to 2): 1 recomputes GELU, 2 layer norms too.</param>
-    /// <param name="overfit">-a, Train on the first batches alone.</param>
-    /// <param name="noShuffle">Take the data in order.</param>
-    /// <param name="skipOutliers">Skip updates with a loss or norm N deviations above the last 128 (0 or more).</param>
-    /// <param name="device">auto, cuda or cpu.</param>
-    /// <param name="precision">Of weights and activations: bf16 or fp32. [bf16 on a GPU]</param>
-    /// <param name="seed">Seed of weights, order and samples.</param>
-    /// <param name="gpus">GPUs of this machine (1 or more). [all; those of mpirun, srun or torchrun]</param>
-    /// <param name="zero">-z, Which ZeRO stage (0 or 1) divides the optimizer's state among GPUs: 0 for none.</param>
-    /// <param name="timeout">Seconds that one GPU's process waits for another's (1 to 1000000).</param>
-    /// <param name="verbose">Show where an error came from; wait for the GPU after each operation, to name it.</param>
-    public int Train(string trainData = "data/*train_*.bin", string valData = "data/*val_*.bin", string? init = null,
-        string @out = "log", int? batch = null, int? seq = null, int totalBatch = 0, int maxSteps = 300,
-        float lr = 1e-3f, int warmup = 20, float finalLrFrac = 0.1f, float weightDecay = 0.1f,
-        Schedule schedule = Schedule.Cosine,
-        int valEvery = 50, int valBatches = 0, int sampleEvery = 0, int genTokens = 64, int checkpointEvery = 200,
-        int keep = 2, bool resume = false, int recompute = 0, bool overfit = false, bool noShuffle = false,
-        float skipOutliers = 0, DeviceKind device = DeviceKind.Auto, DataType? precision = null, uint seed = 42,
-        int? gpus = null, int zero = 1, int timeout = 600, bool verbose = false) =>
-        OnEachGpu(gpus, timeout, device, precision, verbose, (computer, collective) => {
-            using var logs = LoggerFactory.Create(logging => logging.AddZLoggerConsole(options =>
-                options.LogToStandardErrorThreshold = LogLevel.Trace));
-            var (B, T) = Sizes(computer, batch, seq, (16, 1024), (4, 128), collective.Size);
-            totalBatch = totalBatch == 0 ? B * T * collective.Size : totalBatch;
-            var options = new TrainOptions(Shards(trainData, "train"), Shards(valData, "val"), init, @out, B, T,
-                totalBatch, maxSteps, lr, warmup, finalLrFrac, weightDecay, schedule, valEvery, valBatches,
-                sampleEvery, genTokens, checkpointEvery, keep, resume, recompute, overfit, !noShuffle, seed,
-                skipOutliers, computer is Cpu ? "d6" : "d12", zero, precision);
-            var isFirst = collective.Rank == 0;
-            using var trainer = new Trainer(options, computer, isFirst ? Console.Out : TextWriter.Null,
-                isFirst ? logs.CreateLogger("gpt2") : NullLogger.Instance, collective);
-            trainer.Run();
-        });
-
-    /// <summary>Continues a text.</summary>
-    /// <param name="init">-e, A model file, or a run's folder for its newest checkpoint.</param>
-    /// <param name="prompt">-p, Text to continue; - reads it from standard input.</param>
-    /// <param name="promptIds">Token ids to continue, in place of a text: 1,2,3. Ids are printed then.</param>
-    /// <param name="tokens">-n, Tokens to add at most (1 or more).</param>
-    /// <param name="temperature">Above 1 is wilder, below tamer (0 or more); 0 takes the likeliest token.</param>
-    /// <param name="topK">--top-k, Choose among this many of the likeliest tokens (0 or more); 0 for all.</param>
-    /// <param name="topP">--top-p, Choose among the likeliest tokens of this probability (above 0 and up to 1).</param>
-    /// <param name="num">Samples (1 or more).</param>
-    /// <param name="seed">Seed of the choices.</param>
-    /// <param name="device">auto, cuda or cpu.</param>
-    /// <param name="precision">Of weights and activations: bf16 or fp32. [bf16 on a GPU]</param>
-    /// <param name="verbose">Show where an error came from; wait for the GPU after each operation, to name it.</param>
-    public int Sample(string init, string? prompt = null, int[]? promptIds = null, int tokens = 256,
-        float temperature = 1, int topK = 0, float topP = 1, int num = 1, uint seed = 42,
-        DeviceKind device = DeviceKind.Auto, DataType? precision = null, bool verbose = false) => Guard(verbose, () => {
-            Require(prompt == null || promptIds == null, "--prompt-ids", "no --prompt beside it", "both");
-            var (file, config) = Config.Open(Checkpoints.ModelOf(init));
-            using var _ = file;
-            var isText = promptIds == null;
-            if (isText && config.V != Tokenizer.EndOfTextId + 1)
-                throw file.Fail("the tokenizer's vocabulary of 50257 (or --prompt-ids 1,2,3)", $"{config.V}");
-            var tokenizer = isText ? new Tokenizer() : null;
-            var text = prompt?.TrimStart('\0') ?? "";
-            if (text == "-") {
-                using var input = new StreamReader(Console.OpenStandardInput(), new UTF8Encoding(false, true));
-                text = input.ReadToEnd();
-                text = text.EndsWith('\n') ? text[..^1] : text;
-            }
-            int[] ids = promptIds ?? [Tokenizer.EndOfTextId, .. tokenizer!.Encode(text)];
-            foreach (var id in ids)
-                Require(id >= 0 && id < config.V, "--prompt-ids", $"ids from 0 to {config.V - 1}", id);
-            var option = isText ? "--prompt" : "--prompt-ids";
-            Require(ids.Length <= config.MaxT, option, $"at most {config.MaxT} tokens", ids.Length);
-            using var computer = Open(device, precision, verbose);
-            var model = new Model(config, computer, 1, 1, Purpose.Generate);
-            model.Load(file);
-            var sampler = new Sampler(temperature, topK, topP, seed);
-            for (var i = 0; i < num; i++) {
-                var generated = model.Generate(ids, sampler).Take(tokens);
-                if (i > 0)
-                    Console.Out.Write("---\n");
-                Console.Out.Write(isText ? text : string.Join(' ', ids));
-                foreach (var part in isText ? tokenizer!.Decode(generated.TakeWhile(Tokenizer.IsText))
-                    : generated.Select(id => $" {id}"))
-                    Console.Out.Write(part);
-                Console.Out.WriteLine();
-            }
-            return 0;
-        });
-
-    /// <summary>Measures a model's loss and perplexity on token shards, and its accuracy on multiple choices.</summary>
-    /// <param name="init">-e, A model file, or a run's folder for its newest checkpoint.</param>
-    /// <param name="valData">-j, Token shards, as in training. [data/*val_*.bin; not needed for --hellaswag]</param>
-    /// <param name="valBatches">-m, Batches at most (0 or more); 0 for all.</param>
-    /// <param name="batch">-b, Sequences in a batch (1 or more). [4]</param>
-    /// <param name="seq">-t, Tokens in a sequence (1 to 131072). [the model's longest]</param>
-    /// <param name="hellaswag">A multiple-choice file, such as hellaswag_val.bin.</param>
-    /// <param name="gpus">GPUs of this machine (1 or more). [all; those of mpirun, srun or torchrun]</param>
-    /// <param name="timeout">Seconds that one GPU's process waits for another's (1 to 1000000).</param>
-    /// <param name="device">auto, cuda or cpu.</param>
-    /// <param name="precision">Of weights and activations: bf16 or fp32. [bf16 on a GPU]</param>
-    /// <param name="verbose">Show where an error came from; wait for the GPU after each operation, to name it.</param>
-    public int Eval(string init, string? valData = null, int valBatches = 0, int? batch = null, int? seq = null,
-        string? hellaswag = null, int? gpus = null, int timeout = 600, DeviceKind device = DeviceKind.Auto,
-        DataType? precision = null, bool verbose = false) =>
-        OnEachGpu(gpus, timeout, device, precision, verbose, (computer, ranks) => {
-            var (file, config) = Config.Open(Checkpoints.ModelOf(init));
-            using var _ = file;
-            var (B, T) = Sizes(computer, batch, seq, (4, config.MaxT), (4, config.MaxT), ranks.Size);
-            Require(T <= config.MaxT, "--seq", $"1 to {config.MaxT}, the model's longest sequence", T);
-            var questions = hellaswag == null ? [] : MultipleChoice.Read(hellaswag, config.V).ToArray();
-            var longest = questions.Max(question => question.Rows.Max(row => (int?)row.Length)) ?? 0;
-            var advice = longest <= config.MaxT ? $"or --seq {longest}" : "the model's longest sequence";
-            Require(longest <= T, hellaswag!, $"examples of at most {T} tokens ({advice})", longest);
-            var pattern = Shards(valData ?? "data/*val_*.bin", "val");
-            using var shards = valData == null && questions.Length > 0 && Files.Glob(pattern).Length == 0 ? null
-                : new TokenShards(pattern, config.V);
-            var rows = shards?.Rows(T, B * ranks.Size, valBatches) ?? [];
-            var model = new Model(config, computer, B, T, Purpose.Evaluate);
-            model.Load(file);
-            var output = ranks.Rank == 0 ? Console.Out : TextWriter.Null;
-            if (shards != null) {
-                var loss = Evaluation.Loss(model, shards, rows, ranks);
-                if (!double.IsFinite(loss))
-                    throw new Gpt2Exception($"{init}: expected weights with a finite loss, found loss {loss}");
-                output.WriteLine(
-                    $"loss {loss:F6} | perplexity {Math.Exp(loss):F3} | {(long)rows.Length * T} tokens");
-            }
-            if (questions.Length > 0) {
-                var accuracy = Evaluation.Accuracy(model, questions, ranks);
-                output.WriteLine($"accuracy {accuracy:F4} | {questions.Length} examples");
-            }
-        });
-
-    /// <summary>Encodes text files as token shards PREFIX_val_000000.bin and PREFIX_train_000001.bin, ...</summary>
-    /// <param name="out">-o, Prefix of the shards' names.</param>
-    /// <param name="valTokens">First tokens to hold out for validation (0 to 100000000).</param>
-    /// <param name="lossy">Put U+FFFD in place of bytes that are not UTF-8.</param>
-    /// <param name="verbose">Show where an error came from.</param>
-    /// <param name="files">Text files in UTF-8, - for standard input; &lt;|endoftext|&gt; divides documents.</param>
-    public int Tokenize(string @out, int valTokens = 0, bool lossy = false, bool verbose = false,
-        [Argument] params string[] files) => Guard(verbose, () => {
-            Require(files.Length > 0, "FILE", "one text file or more", "none");
-            var total = files.Where(File.Exists).Sum(file => new FileInfo(file).Length);
-            var done = 0L;
-            var (tokens, shards) = new Tokenizer().WriteShards(@out, valTokens, files, lossy, (file, bytes) => {
-                done += bytes ?? 0;
-                var bar = new string('#', total == 0 ? 0 : (int)Math.Min(24, 24 * done / total));
-                if (bytes == null)
-                    Console.Error.WriteLine($"gpt2: {file}: no text for 5 seconds, waiting");
-                else if (!Console.IsErrorRedirected)
-                    Console.Error.Write($"\r{bar,-24} {done >> 20} MiB");
-            });
-            if (!Console.IsErrorRedirected)
-                Console.Error.WriteLine();
-            Console.Error.WriteLine($"{tokens} tokens: {valTokens} for validation, the others in {shards} shards");
-            return 0;
-        });
-
-    /// <summary>Compares logits, loss and gradients with a PyTorch debug state; exit status 1 if they differ.</summary>
-    /// <param name="init">-e, A model file, or a run's folder for its newest checkpoint.</param>
-    /// <param name="state">The debug state that PyTorch wrote for it.</param>
-    /// <param name="device">auto, cuda or cpu.</param>
-    /// <param name="precision">Of weights and activations: bf16 or fp32. [bf16 on a GPU]</param>
-    /// <param name="verbose">Show where an error came from; wait for the GPU after each operation, to name it.</param>
-    public int Verify(string init, string state, DeviceKind device = DeviceKind.Auto, DataType? precision = null,
-        bool verbose = false) => Guard(verbose, () => {
-            using var computer = Open(device, precision, verbose);
-            var good = true;
-            Console.WriteLine($"{"tensor",-12}{"largest",12}{"relative",12}");
-            foreach (var (name, largest, relative) in Verification.Run(Checkpoints.ModelOf(init), state, computer)) {
-                var ok = relative < Verification.Tolerance(computer.Precision);
-                good &= ok;
-                Console.WriteLine($"{name,-12}{largest,12:0.00e+00}{relative,12:0.00e+00}  {(ok ? "ok" : "DIFFERS")}");
-            }
-            return good ? 0 : 1;
-        });
-
-    /// <summary>Times training by operation, beside the device's measured peak.</summary>
-    /// <param name="init">-e, A model file, a run's folder, or random: d6, d12, d24, d36, d48.</param>
-    /// <param name="batch">-b, Sequences in a batch (1 or more). [64; 4 on a CPU]</param>
-    /// <param name="seq">-t, Tokens in a sequence (1 to 131072). [1024; 64 on a CPU]</param>
-    /// <param name="totalBatch">-d, Tokens in an update (1 or more): n x batch x seq. [524288; on a CPU n = 1]</param>
-    /// <param name="steps">-x, Steps (1 or more), of which the median counts.</param>
-    /// <param name="recompute">-r, As in training (0 to 2).</param>
-    /// <param name="portable">Do without the instructions that only Hopper GPUs have.</param>
-    /// <param name="device">auto, cuda or cpu.</param>
-    /// <param name="precision">Of weights and activations: bf16 or fp32. [bf16 on a GPU]</param>
-    /// <param name="verbose">Show where an error came from; wait for the GPU after each operation, to name it.</param>
-    public int Bench(string init = "d12", int? batch = null, int? seq = null, int? totalBatch = null, int steps = 5,
-        int recompute = 0, bool portable = false, DeviceKind device = DeviceKind.Auto, DataType? precision = null,
-        bool verbose = false) => Guard(verbose, () => {
-            using var computer = Open(device, precision, verbose, portable);
-            var (B, T) = Sizes(computer, batch, seq, (64, 1024), (4, 64));
-            totalBatch ??= computer is Cpu ? B * T : 524_288;
-            Benchmark.Run(init, B, T, totalBatch.Value, steps, recompute, computer, Console.Out);
-            return 0;
-        });
-
-    /// <summary>Does something on every GPU, in a process each, or on the device asked for.</summary>
-    static int OnEachGpu(int? gpus, int timeout, DeviceKind device, DataType? precision, bool verbose,
-        Action<IDevice, ICollective> action) {
-        Job? job = null;
-        return Guard(verbose, () => {
-            job = Job.OfEnvironment(gpus, device);
-            if (job == null && Job.Gpus(gpus, device) is > 1 and var ranks)
-                return Job.Start(ranks);
-            var patience = TimeSpan.FromSeconds(timeout);
-            var others = job?.Meet(patience);
-            using var computer = Open(device, precision, verbose, rank: job?.LocalRank ?? 0);
-            using ICollective collective = others == null ? new Alone()
-                : computer is Cuda cuda ? new Nccl(cuda, others, patience)
-                : throw new Gpt2Exception($"--device: expected a GPU for each of {others.Size} ranks, found a CPU");
-            action(computer, collective);
-            others?.Leave();
-            return 0;
-        }, () => job is { Rank: > 0 } ? $"rank {job.Rank}: " : "");
-    }
-
-    /// <summary>The device asked for; bf16 unless said otherwise on a GPU, and fp32 on the CPU.</summary>
-    static IDevice Open(
-        DeviceKind device, DataType? precision, bool verbose, bool portable = false, int rank = 0) {
-        var obstacle = device == DeviceKind.Auto ? Cuda.Obstacle : null;
-        if (device != DeviceKind.Cpu && obstacle == null)
-            // Where the launcher shows each rank its own GPU alone, every rank has the first.
-            return new Cuda(precision ?? DataType.Bf16, portable, verbose, rank == 0 ? 0 : rank % Cuda.Count());
-        if (obstacle is not (null or ""))
-            Console.Error.WriteLine($"gpt2: using the CPU although there is a GPU: {obstacle}");
-        Require(precision != DataType.Bf16, "--precision", "fp32 on the CPU", "bf16");
-        return new Cpu();
-    }
-
-    /// <summary>The batch and sequence asked for, or what suits the device.</summary>
-    static (int B, int T) Sizes(
-        IDevice device, int? batch, int? seq, (int B, int T) gpu, (int B, int T) cpu, int ranks = 1) {
-        var (B, T) = device is Cpu ? cpu : gpu;
-        (B, T) = (batch ?? B, seq ?? T);
-        var most = int.MaxValue / ranks / T;
-        Require(B <= most, "--batch", $"at most {most} sequences of {T} tokens, fewer than 2^31 together", B);
-        return (B, T);
-    }
-
-    /// <summary>The pattern of a split's token shards: a folder stands for those in it.</summary>
-    static string Shards(string data, string split) =>
-        Directory.Exists(data) ? Path.Combine(data, $"*{split}*.bin") : data;
-
-    /// <summary>Checks a command line against the command's help.</summary>
-    /// <returns>The command, each option once (the last one counts) under its long name, then the files.</returns>
-    internal static string[] Normalize(string[] args, string help) {
-        if (args is [] or ["-h" or "--help" or "--version", ..])
-            return [.. args.Take(1)];
-        var command = args[0];
-        Require(help.StartsWith($"Usage: {command} "), "COMMAND", "one that gpt2 --help lists", $"'{command}'");
-        // An option's line: "  -e, --init <string>    A model file. [Required]".
-        var options = help.Split('\n').Where(line => line.StartsWith("  -")).Select(line =>
-            (Line: line, Names: line.Trim().Split("  ")[0].Split([", ", " "], default))).ToArray();
-        var (given, files) = (new Dictionary<string, string?>(), new List<string>());
-        for (var i = 1; i < args.Length; i++) {
-            var word = args[i];
-            if (word is "-h" or "--help" or "--version")
-                return [command, word];
-            string[] parts = word.StartsWith("--") ? word.Split('=', 2) : [word];
-            var (line, names) = options.FirstOrDefault(option =>
-                word.StartsWith('-') && option.Names.Contains(parts[0], StringComparer.OrdinalIgnoreCase));
-            if (names != null) {
-                var (name, type) = (names.First(name => name.StartsWith("--")), names[^1].Trim('<', '>', '?'));
-                var value = parts.Length > 1 ? parts[1] : type == name ? null : args.ElementAtOrDefault(++i);
-                CheckValue(name, type, value, line);
-                given[name] = name == "--prompt" ? '\0' + value : value; // the parser would act upon -- and -h
-            } else {
-                var isFile = help.Contains("[arguments...]") && word is "-" or [not '-', ..];
-                Require(isFile, command, $"what gpt2 {command} --help lists (quote patterns and texts)", $"'{word}'");
-                files.Add(word);
-            }
-        }
-        foreach (var (_, names) in options.Where(option => option.Line.EndsWith("[Required]")))
-            Require(given.ContainsKey(names[^2]), command, $"{names[^2]} (see gpt2 {command} --help)", "none");
-        return [command, .. given.SelectMany(pair => (string?[])[pair.Key, pair.Value]).OfType<string>(), .. files];
-    }
-
-    /// <summary>Requires a value to be of its option's type. Help has a number's range in parentheses: 1 or more, 0 to
-    /// 1, above 0. Numbers have a point and no separators.</summary>
-    static void CheckValue(string option, string type, string? value, string help) {
-        var names = help.Split('.')[0].Split(["  ", ": "], default)[^1].Trim(); // of an enumeration
-        var range = help.Split('(', ')') is [_, var text, ..] ? text : "";
-        double[] bounds = [.. range.Split(' ').Where(word => word is [>= '0' and <= '9', ..]).Select(double.Parse)];
-        bool InRange(double x) => double.IsFinite(x) && (bounds.Length == 1 || x <= bounds[1]) &&
-            (x > bounds[0] || x == bounds[0] && !range.StartsWith("above"));
-        var (right, expected) = type switch {
-            "int" => (int.TryParse(value, out var number) && InRange(number),
-                $"a whole number, {range.Replace("or more", $"to {int.MaxValue}")}"),
-            "uint" => (uint.TryParse(value, out _), $"a whole number, 0 to {uint.MaxValue}"),
-            "int[]" => ($"{value}".Split(',').All(id => int.TryParse(id, out _)), "token ids such as 1,2,3"),
-            "float" => (float.TryParse(value, NumberStyles.Float, null, out var x) && InRange(x), $"a number, {range}"),
-            "string" => option == "--prompt" ? (value != null, "a text") : (value is [not '-', ..], "a name"),
-            _ when type == option => (value == null, "no value"),
-            _ => (names.Split([", ", " or "], default).Contains(value?.ToLowerInvariant()), names),
-        };
-        Require(right, option, expected, value == null ? "nothing" : $"'{value}'");
-    }
-
-    /// <summary>The one place that turns errors into a sentence and an exit status.</summary>
-    /// <param name="speaker">Whose error it is, where there are several.</param>
-    internal static int Guard(bool verbose, Func<int> command, Func<string>? speaker = null) {
-        try {
-            return command();
-        } catch (Exception e) {
-            e = (e as AggregateException)?.InnerException ?? e;
-            var who = e.Message.StartsWith("rank ") ? "" : speaker?.Invoke();
-            Console.Error.WriteLine($"gpt2: {who}{Sentence(e)}{(verbose ? $"\n{e}" : "")}");
-            return (e as Gpt2Exception)?.ExitCode ?? 1;
-        }
-    }
 }
