@@ -34,7 +34,7 @@ return Guard(args.Contains("--verbose"), () => {
     return Environment.ExitCode;
 });
 
-/// <summary>The options of every command. The framework asks it for the argument of Commands' constructor.</summary>
+/// <summary>The options of every command, which ConsoleAppFramework hands to Commands' constructor.</summary>
 internal sealed record GlobalOptions(DeviceKind Device, DataType? Precision, bool Verbose) : IServiceProvider {
     object IServiceProvider.GetService(Type type) => this;
 }
@@ -235,7 +235,7 @@ internal sealed class Commands(GlobalOptions global) {
             return 0;
         });
 
-    /// <summary>Runs an action on each GPU, every one in its own process, or here on the device asked for.</summary>
+    /// <summary>Runs an action on the device asked for: on several GPUs, in one process each.</summary>
     int OnEachGpu(int? gpus, int timeout, Action<IDevice, ICollective> action) {
         Job? job = null;
         return Guard(global.Verbose, () => {
@@ -291,7 +291,7 @@ internal static class CommandLine {
             return [.. args.Take(1)];
         var command = args[0];
         Require(help.StartsWith($"Usage: {command} "), "COMMAND", "one that gpt2 --help lists", $"'{command}'");
-        // An option's line: "  -e, --init <string>    A model file. [Required]".
+        // An option's line reads "  -e, --init <string>    A model file. [Required]".
         var options = help.Split('\n').Where(line => line.StartsWith("  -")).Select(line =>
             (Line: line, Names: line.Trim().Split("  ")[0].Split([", ", " "], default))).ToArray();
         var (given, files) = (new Dictionary<string, string?>(), new List<string>());
@@ -306,7 +306,7 @@ internal static class CommandLine {
                 var (name, type) = (names.First(name => name.StartsWith("--")), names[^1].Trim('<', '>', '?'));
                 var value = parts.Length > 1 ? parts[1] : type == name ? null : args.ElementAtOrDefault(++i);
                 CheckValue(name, type, value, line);
-                given[name] = name == "--prompt" ? '\0' + value : value; // the parser would act upon -- and -h
+                given[name] = name == "--prompt" ? '\0' + value : value; // lest the framework acts on -- or -h
             } else {
                 var isFile = help.Contains("[arguments...]") && word is "-" or [not '-', ..];
                 Require(isFile, command, $"what gpt2 {command} --help lists (quote patterns and texts)", $"'{word}'");
@@ -318,8 +318,8 @@ internal static class CommandLine {
         return [command, .. given.SelectMany(pair => (string?[])[pair.Key, pair.Value]).OfType<string>(), .. files];
     }
 
-    /// <summary>Checks a value against its option's type and its line of help, which has a number's range in parentheses
-    /// (1 or more, 0 to 1, above 0) or an enumeration's names. Numbers have a point and no separators.</summary>
+    /// <summary>Checks an option's value against its type and its line of help, which has a number's range in
+    /// parentheses (1 or more, 0 to 1, above 0) or an enumeration's names. Numbers have no separators.</summary>
     static void CheckValue(string option, string type, string? value, string help) {
         var names = help.Split('.')[0].Split(["  ", ": "], default)[^1].Trim(); // of an enumeration
         var range = help.Split('(', ')') is [_, var text, ..] ? text : "";
@@ -339,8 +339,8 @@ internal static class CommandLine {
         Require(right, option, expected, value == null ? "nothing" : $"'{value}'");
     }
 
-    /// <summary>Runs a command. The one place that turns an exception into a sentence and an exit status.</summary>
-    /// <param name="speaker">Gives the prefix that names this process, where there are several.</param>
+    /// <summary>Runs a command and turns its exception, if any, into a sentence and an exit status.</summary>
+    /// <param name="speaker">Names this process among several, as the sentence's prefix.</param>
     internal static int Guard(bool verbose, Func<int> command, Func<string>? speaker = null) {
         try {
             return command();
@@ -353,35 +353,36 @@ internal static class CommandLine {
     }
 }
 
-/// <summary>Standard output and error.</summary>
+/// <summary>The process's standard streams and limits.</summary>
 internal static partial class Standard {
-    /// <summary>Makes up for what System.Console does not do.</summary>
-    /// <param name="endsWithReader">Ends the process quietly when nobody reads its output any more.</param>
+    /// <summary>Makes up for what .NET leaves undone.</summary>
+    /// <param name="endsWithReader">Ends the process silently when the reader of its output goes away.</param>
     public static void Prepare(bool endsWithReader) {
         const int readWrite = 2, brokenPipe = 13, stack = 3, openFiles = 7, addresses = 9;
-        // With less than this, .NET fails where nobody can catch it.
+        // Below these limits .NET fails where no exception can be caught.
         foreach (var (resource, least, option) in ((int, ulong, string)[])
             [(stack, 2 << 20, "-s (bytes of stack)"), (openFiles, 32, "-n"), (addresses, 1 << 30, "-v (bytes)")]) {
-            var limits = new ulong[2]; // the soft and the hard one
+            var limits = new ulong[2]; // soft, hard
             if (getrlimit(resource, limits) == 0 && limits[0] < least) {
                 _ = dprintf(2, $"gpt2: ulimit {option}: expected {least} or more, found {limits[0]}\n");
                 Environment.Exit(1);
             }
         }
-        // If a stream is closed, the next file that is opened would take its place.
-        while (open("/dev/null", readWrite) is >= 0 and < 3) { }
-        // .NET switches the keypad of a terminal that it knows into another mode, and leaves it there.
+        // The next file to be opened would become a standard stream that is closed.
+        while (open("/dev/null"u8, readWrite) is >= 0 and < 3) { }
+        // Console, when it starts, switches the keypad of a terminal that it knows to another mode for good.
         var term = Environment.GetEnvironmentVariable("TERM");
         Environment.SetEnvironmentVariable("TERM", null);
         _ = Console.WindowWidth;
         Environment.SetEnvironmentVariable("TERM", term);
         Console.SetOut(new Writer(Console.Out, e => throw new Gpt2Exception(
             $"standard output: expected to write there, found: {(e is IOException ? e.Message : "it is closed")}")));
-        Console.SetError(new Writer(Console.Error, _ => { })); // there is no place left to say so
+        Console.SetError(new Writer(Console.Error, _ => { })); // there is nowhere left to report it
         if (endsWithReader)
             _ = signal(brokenPipe, 0);
     }
 
+    /// <summary>Calls back when writing fails.</summary>
     sealed class Writer(TextWriter to, Action<Exception> failed) : TextWriter {
         public override Encoding Encoding => to.Encoding;
         public override void Write(char value) => Write($"{value}");
@@ -395,8 +396,7 @@ internal static partial class Standard {
         }
     }
 
-    [LibraryImport("libc", StringMarshalling = StringMarshalling.Utf8)]
-    private static partial int open(string path, int flags);
+    [LibraryImport("libc")] private static partial int open(ReadOnlySpan<byte> path, int flags);
     [LibraryImport("libc", StringMarshalling = StringMarshalling.Utf8)]
     private static partial int dprintf(int handle, string text); // a text without %
     [LibraryImport("libc")] private static partial int getrlimit(int resource, Span<ulong> limits);
