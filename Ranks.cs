@@ -210,8 +210,7 @@ public sealed class Peers : IDisposable {
     readonly Action<string> lost;
     readonly Timer heartbeat;
     Func<string> awaited = () => ""; // whom this rank waits for at the start
-    volatile bool closing;
-    int reported;
+    volatile int quiet; // 1 once there is nothing left to report
 
     /// <summary>A connection to another rank. A message is its length and the sender's number of meetings, as int32,
     /// then its bytes; a heartbeat has none. No rank sends a second message before the first is taken.</summary>
@@ -395,7 +394,7 @@ public sealed class Peers : IDisposable {
 
     /// <summary>Says once why the job cannot go on. From rank 0, it ends the other ranks too.</summary>
     public void Report(string why) {
-        if (closing || Interlocked.Exchange(ref reported, 1) != 0)
+        if (Interlocked.Exchange(ref quiet, 1) != 0)
             return;
         if (Rank == 0)
             Array.ForEach(links, link => link.Send([], End));
@@ -431,15 +430,16 @@ public sealed class Peers : IDisposable {
 
     /// <summary>Leaves the others, once every rank has come here.</summary>
     public void Leave() {
-        closing = Rank > 0; // rank 0 may be gone as soon as it has answered
+        if (Rank > 0)
+            quiet = 1; // rank 0 may be gone as soon as it has answered
         Exchange(all => {
-            closing = true;
+            quiet = 1;
             return [1];
         }, [1]);
     }
 
     public void Dispose() {
-        closing = true;
+        quiet = 1;
         heartbeat.Dispose();
         Array.ForEach(links, link => link.Client.Dispose());
     }
@@ -453,7 +453,7 @@ public sealed unsafe partial class Nccl : ICollective {
     readonly Peers peers;
     readonly nint communicator, stream, before, after;
     readonly Timer watch;
-    long begun; // when the operations under way were queued, or 0
+    long begun; // when the last operations were queued
 
     static Nccl() => Libraries.Register();
 
@@ -522,24 +522,20 @@ public sealed unsafe partial class Nccl : ICollective {
         for (var i = 0; i < arrays.Length; i++)
             CheckNccl(queue(arrays[i], results[i]), doing);
         CheckNccl(ncclGroupEnd(), "grouping");
-        Check(cuEventRecord(after, stream), "ordering streams");
         peers.Meetings++;
-        Volatile.Write(ref begun, Stopwatch.GetTimestamp());
+        Volatile.Write(ref begun, Stopwatch.GetTimestamp()); // before Watch can find them under way
+        Check(cuEventRecord(after, stream), "ordering streams");
     }
 
     /// <summary>Ends the job if NCCL has failed or waits too long: later than a silent rank is noticed, and sooner on
     /// rank 0, which knows of every rank, than on the others.</summary>
     void Watch(TimeSpan timeout) {
-        var since = Volatile.Read(ref begun);
-        if (since == 0)
-            return;
         const int notReady = 600;
         try {
             device.Enter();
-            var state = cuEventQuery(after);
-            if (state == 0)
-                Interlocked.CompareExchange(ref begun, 0, since);
-            else if (state == notReady && Stopwatch.GetElapsedTime(since) > (Rank == 0 ? 1.25 : 1.5) * timeout)
+            if (cuEventQuery(after) != notReady)
+                return;
+            if (Stopwatch.GetElapsedTime(Volatile.Read(ref begun)) > (Rank == 0 ? 1.25 : 1.5) * timeout)
                 peers.Report(peers.Absent is { } absent
                     ? $"rank {absent} did not come to NCCL at {peers.Place} in {timeout.TotalSeconds:F0} s"
                     : $"rank {Rank}: expected an end of NCCL at {peers.Place} in {timeout.TotalSeconds:F0} s, " +
