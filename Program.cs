@@ -170,8 +170,7 @@ internal sealed class Commands(GlobalOptions global) {
                 var loss = Evaluation.Loss(model, shards, rows, ranks);
                 if (!double.IsFinite(loss))
                     throw new Gpt2Exception($"{init}: expected weights with a finite loss, found loss {loss}");
-                output.WriteLine(
-                    $"loss {loss:F6} | perplexity {Math.Exp(loss):F3} | {(long)rows.Length * T} tokens");
+                output.WriteLine($"loss {loss:F6} | perplexity {Math.Exp(loss):F3} | {(long)rows.Length * T} tokens");
             }
             if (questions.Length > 0) {
                 var accuracy = Evaluation.Accuracy(model, questions, ranks);

@@ -46,8 +46,6 @@ public sealed class Alone : ICollective;
 
 /// <summary>This process's place among ranks that gpt2 itself, torchrun, mpirun or srun has started.</summary>
 /// <param name="LocalRank">Its rank among those of its host: the GPU it takes.</param>
-/// <param name="Host">Rank 0's host name or address; the other ranks connect to its Port.</param>
-/// <param name="Key">A secret of the job's ranks.</param>
 internal sealed partial record Job(int Rank, int Size, int LocalRank, string Host, int Port, string Key) {
     const string Own = "GPT2_JOB_KEY", Parent = "GPT2_PARENT";
     const int Terminate = 15, Kill = 9, ParentDeathSignal = 1;
@@ -137,7 +135,7 @@ internal sealed partial record Job(int Rank, int Size, int LocalRank, string Hos
         (environment["MASTER_ADDR"], environment["MASTER_PORT"]) = ("127.0.0.1", port);
         environment["WORLD_SIZE"] = ranks;
         (environment[Own], environment[Parent]) = ($"{Guid.NewGuid():N}", Environment.ProcessId);
-        var running = new Dictionary<int, int>(); // from process id to rank
+        var running = new ConcurrentDictionary<int, int>(); // from process id to rank
         void Send(int signal) {
             lock (running)
                 running.Keys.ToList().ForEach(process => kill(process, signal));
@@ -166,22 +164,18 @@ internal sealed partial record Job(int Rank, int Size, int LocalRank, string Hos
         const int patience = 2_000; // ms in which the other ranks should notice by themselves
         using var killer = new Timer(_ => Send(Kill));
         var result = 0;
-        while (running.Count > 0) {
+        while (!running.IsEmpty) {
             var process = waitpid(-1, out var status, 0);
             const int noChild = 10; // our parent ignores SIGCHLD, so that the system discards exit statuses
             if (process < 0 && Marshal.GetLastPInvokeError() == noChild)
                 return 1;
-            if (!running.TryGetValue(process, out var rank))
+            if (!running.TryRemove(process, out var rank) || status == 0 || result != 0)
                 continue;
-            lock (running)
-                running.Remove(process);
             var (signal, code) = (status & 0x7f, status >> 8 & 0xff);
-            if (signal != 0 && result == 0)
+            if (signal != 0)
                 Say($"rank {rank} was ended by signal {signal}");
-            if (status != 0 && result == 0) {
-                result = signal != 0 ? 1 : code;
-                killer.Change(patience, Timeout.Infinite);
-            }
+            result = signal != 0 ? 1 : code;
+            killer.Change(patience, Timeout.Infinite);
         }
         return result;
     }
@@ -251,8 +245,7 @@ public sealed class Peers : IDisposable {
             links = (rank == 0 ? Gather(host, port, end) : Reach(host, port, end.Token)).GetAwaiter().GetResult();
         if (links.Length < (rank == 0 ? size - 1 : 1))
             throw new Gpt2Exception($"rank {rank}: expected {awaited()} in {timeout.TotalSeconds:F0} s, found none");
-        foreach (var link in links)
-            new Thread(() => Listen(link)) { IsBackground = true }.Start();
+        Array.ForEach(links, link => new Thread(() => Listen(link)) { IsBackground = true }.Start());
         heartbeat = new(_ => Array.ForEach(links, link => link.Send([], Meetings)), null, TimeSpan.Zero, timeout / 8);
     }
 
