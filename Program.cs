@@ -6,21 +6,27 @@ using Gpt2;
 using Microsoft.Extensions.Logging;
 using Microsoft.Extensions.Logging.Abstractions;
 using ZLogger;
+using static CommandLine;
 using static Gpt2.Gpt2Exception;
 
 Standard.Prepare(args is ["sample" or "verify" or "bench", ..]);
 
 var app = ConsoleApp.Create();
+app.ConfigureGlobalOptions((ref options) => ConsoleApp.ServiceProvider = new GlobalOptions(
+    options.AddGlobalOption("--device", "auto, cuda or cpu.", DeviceKind.Auto),
+    options.AddGlobalOption<DataType?>("--precision", "Of weights and activations: bf16 or fp32. [bf16 on a GPU]"),
+    options.AddGlobalOption<bool>(
+        "--verbose", "Show where an error came from; wait for the GPU after each operation, to name it.")));
 app.Add<Commands>();
-var log = new StringWriter(); // takes help and version
+var log = new StringWriter(); // what the framework prints: help and version
 (ConsoleApp.Log, ConsoleApp.LogError) = (log.WriteLine, message => throw new Gpt2Exception(message, usage: true));
-return Commands.Guard(args.Contains("--verbose"), () => {
+return Guard(args.Contains("--verbose"), () => {
     args = args is ["help", .. var about] ? [.. about, "--help"] : args;
     app.Run([.. args.Take(1), "--help"]);
-    var words = Commands.Normalize(args, help: $"{log}");
+    var words = Normalize(args, help: $"{log}");
     if (words is ["train", .. var options] && options.Contains("--resume")) {
         var folder = options.SkipWhile(word => word != "--out").ElementAtOrDefault(1) ?? "log";
-        words = Commands.Normalize(["train", .. Checkpoints.SettingsOf(folder), .. options], help: $"{log}");
+        words = Normalize(["train", .. Checkpoints.SettingsOf(folder), .. options], help: $"{log}");
     }
     log.GetStringBuilder().Clear();
     app.Run(words);
@@ -28,58 +34,13 @@ return Commands.Guard(args.Contains("--verbose"), () => {
     return Environment.ExitCode;
 });
 
-/// <summary>Standard output and error.</summary>
-internal static partial class Standard {
-    /// <summary>Makes up for what System.Console does not do.</summary>
-    /// <param name="endsWithReader">Ends the process quietly when nobody reads its output any more.</param>
-    public static void Prepare(bool endsWithReader) {
-        const int readWrite = 2, brokenPipe = 13, stack = 3, openFiles = 7, addresses = 9;
-        // With less than this, .NET fails where nobody can catch it.
-        foreach (var (resource, least, option) in ((int, ulong, string)[])
-            [(stack, 2 << 20, "-s (bytes of stack)"), (openFiles, 32, "-n"), (addresses, 1 << 30, "-v (bytes)")]) {
-            var limits = new ulong[2]; // the soft and the hard one
-            if (getrlimit(resource, limits) == 0 && limits[0] < least) {
-                _ = dprintf(2, $"gpt2: ulimit {option}: expected {least} or more, found {limits[0]}\n");
-                Environment.Exit(1);
-            }
-        }
-        // If a stream is closed, the next file that is opened would take its place.
-        while (open("/dev/null", readWrite) is >= 0 and < 3) { }
-        // .NET switches the keypad of a terminal that it knows into another mode, and leaves it there.
-        var term = Environment.GetEnvironmentVariable("TERM");
-        Environment.SetEnvironmentVariable("TERM", null);
-        _ = Console.WindowWidth;
-        Environment.SetEnvironmentVariable("TERM", term);
-        Console.SetOut(new Writer(Console.Out, e => throw new Gpt2Exception(
-            $"standard output: expected to write there, found: {(e is IOException ? e.Message : "it is closed")}")));
-        Console.SetError(new Writer(Console.Error, _ => { })); // there is no place left to say so
-        if (endsWithReader)
-            _ = signal(brokenPipe, 0);
-    }
-
-    sealed class Writer(TextWriter to, Action<Exception> failed) : TextWriter {
-        public override Encoding Encoding => to.Encoding;
-        public override void Write(char value) => Write($"{value}");
-        public override void WriteLine(string? value) => Write(value + "\n");
-        public override void Write(string? value) {
-            try {
-                to.Write(value);
-            } catch (Exception e) when (e is IOException or UnauthorizedAccessException) {
-                failed(e);
-            }
-        }
-    }
-
-    [LibraryImport("libc", StringMarshalling = StringMarshalling.Utf8)]
-    private static partial int open(string path, int flags);
-    [LibraryImport("libc", StringMarshalling = StringMarshalling.Utf8)]
-    private static partial int dprintf(int handle, string text); // a text without %
-    [LibraryImport("libc")] private static partial int getrlimit(int resource, Span<ulong> limits);
-    [LibraryImport("libc")] private static partial nint signal(int number, nint handler);
+/// <summary>The options of every command, which ConsoleAppFramework hands to Commands' constructor.</summary>
+internal sealed record GlobalOptions(DeviceKind Device, DataType? Precision, bool Verbose) : IServiceProvider {
+    object IServiceProvider.GetService(Type type) => this;
 }
 
-/// <summary>The commands; each one's comment is its help.</summary>
-internal sealed class Commands {
+/// <summary>The commands. ConsoleAppFramework turns their doc comments into the help text.</summary>
+internal sealed class Commands(GlobalOptions global) {
     /// <summary>Trains GPT-2 from scratch or from a checkpoint, on token shards.</summary>
     /// <param name="trainData">-i, Token shards to train on; * and ? match in names; a folder has *train*.bin.</param>
     /// <param name="valData">-j, Token shards to validate on; a folder has *val*.bin.</param>
@@ -105,33 +66,28 @@ internal sealed class Commands {
     /// <param name="overfit">-a, Train on the first batches alone.</param>
     /// <param name="noShuffle">Take the data in order.</param>
     /// <param name="skipOutliers">Skip updates with a loss or norm N deviations above the last 128 (0 or more).</param>
-    /// <param name="device">auto, cuda or cpu.</param>
-    /// <param name="precision">Of weights and activations: bf16 or fp32. [bf16 on a GPU]</param>
     /// <param name="seed">Seed of weights, order and samples.</param>
     /// <param name="gpus">GPUs of this machine (1 or more). [all; those of mpirun, srun or torchrun]</param>
     /// <param name="zero">-z, Which ZeRO stage (0 or 1) divides the optimizer's state among GPUs: 0 for none.</param>
     /// <param name="timeout">Seconds that one GPU's process waits for another's (1 to 1000000).</param>
-    /// <param name="verbose">Show where an error came from; wait for the GPU after each operation, to name it.</param>
     public int Train(string trainData = "data/*train_*.bin", string valData = "data/*val_*.bin", string? init = null,
         string @out = "log", int? batch = null, int? seq = null, int totalBatch = 0, int maxSteps = 300,
         float lr = 1e-3f, int warmup = 20, float finalLrFrac = 0.1f, float weightDecay = 0.1f,
-        Schedule schedule = Schedule.Cosine,
-        int valEvery = 50, int valBatches = 0, int sampleEvery = 0, int genTokens = 64, int checkpointEvery = 200,
-        int keep = 2, bool resume = false, int recompute = 0, bool overfit = false, bool noShuffle = false,
-        float skipOutliers = 0, DeviceKind device = DeviceKind.Auto, DataType? precision = null, uint seed = 42,
-        int? gpus = null, int zero = 1, int timeout = 600, bool verbose = false) =>
-        OnEachGpu(gpus, timeout, device, precision, verbose, (computer, collective) => {
+        Schedule schedule = Schedule.Cosine, int valEvery = 50, int valBatches = 0, int sampleEvery = 0,
+        int genTokens = 64, int checkpointEvery = 200, int keep = 2, bool resume = false, int recompute = 0,
+        bool overfit = false, bool noShuffle = false, float skipOutliers = 0, uint seed = 42, int? gpus = null,
+        int zero = 1, int timeout = 600) =>
+        OnEachGpu(gpus, timeout, (device, ranks) => {
             using var logs = LoggerFactory.Create(logging => logging.AddZLoggerConsole(options =>
                 options.LogToStandardErrorThreshold = LogLevel.Trace));
-            var (B, T) = Sizes(computer, batch, seq, (16, 1024), (4, 128), collective.Size);
-            totalBatch = totalBatch == 0 ? B * T * collective.Size : totalBatch;
+            var (B, T) = Sizes(device, batch, seq, (16, 1024), (4, 128), ranks.Size);
+            totalBatch = totalBatch == 0 ? B * T * ranks.Size : totalBatch;
             var options = new TrainOptions(Shards(trainData, "train"), Shards(valData, "val"), init, @out, B, T,
                 totalBatch, maxSteps, lr, warmup, finalLrFrac, weightDecay, schedule, valEvery, valBatches,
                 sampleEvery, genTokens, checkpointEvery, keep, resume, recompute, overfit, !noShuffle, seed,
-                skipOutliers, computer is Cpu ? "d6" : "d12", zero, precision);
-            var isFirst = collective.Rank == 0;
-            using var trainer = new Trainer(options, computer, isFirst ? Console.Out : TextWriter.Null,
-                isFirst ? logs.CreateLogger("gpt2") : NullLogger.Instance, collective);
+                skipOutliers, device is Cpu ? "d6" : "d12", zero, global.Precision);
+            using var trainer = new Trainer(options, device, ranks.Rank == 0 ? Console.Out : TextWriter.Null,
+                ranks.Rank == 0 ? logs.CreateLogger("gpt2") : NullLogger.Instance, ranks);
             trainer.Run();
         });
 
@@ -145,12 +101,9 @@ internal sealed class Commands {
     /// <param name="topP">--top-p, Choose among the likeliest tokens of this probability (above 0 and up to 1).</param>
     /// <param name="num">Samples (1 or more).</param>
     /// <param name="seed">Seed of the choices.</param>
-    /// <param name="device">auto, cuda or cpu.</param>
-    /// <param name="precision">Of weights and activations: bf16 or fp32. [bf16 on a GPU]</param>
-    /// <param name="verbose">Show where an error came from; wait for the GPU after each operation, to name it.</param>
     public int Sample(string init, string? prompt = null, int[]? promptIds = null, int tokens = 256,
-        float temperature = 1, int topK = 0, float topP = 1, int num = 1, uint seed = 42,
-        DeviceKind device = DeviceKind.Auto, DataType? precision = null, bool verbose = false) => Guard(verbose, () => {
+        float temperature = 1, int topK = 0, float topP = 1, int num = 1, uint seed = 42) =>
+        Guard(global.Verbose, () => {
             Require(prompt == null || promptIds == null, "--prompt-ids", "no --prompt beside it", "both");
             var (file, config) = Config.Open(Checkpoints.ModelOf(init));
             using var _ = file;
@@ -169,8 +122,8 @@ internal sealed class Commands {
                 Require(id >= 0 && id < config.V, "--prompt-ids", $"ids from 0 to {config.V - 1}", id);
             var option = isText ? "--prompt" : "--prompt-ids";
             Require(ids.Length <= config.MaxT, option, $"at most {config.MaxT} tokens", ids.Length);
-            using var computer = Open(device, precision, verbose);
-            var model = new Model(config, computer, 1, 1, Purpose.Generate);
+            using var device = Open();
+            var model = new Model(config, device, 1, 1, Purpose.Generate);
             model.Load(file);
             var sampler = new Sampler(temperature, topK, topP, seed);
             for (var i = 0; i < num; i++) {
@@ -195,16 +148,12 @@ internal sealed class Commands {
     /// <param name="hellaswag">A multiple-choice file, such as hellaswag_val.bin.</param>
     /// <param name="gpus">GPUs of this machine (1 or more). [all; those of mpirun, srun or torchrun]</param>
     /// <param name="timeout">Seconds that one GPU's process waits for another's (1 to 1000000).</param>
-    /// <param name="device">auto, cuda or cpu.</param>
-    /// <param name="precision">Of weights and activations: bf16 or fp32. [bf16 on a GPU]</param>
-    /// <param name="verbose">Show where an error came from; wait for the GPU after each operation, to name it.</param>
     public int Eval(string init, string? valData = null, int valBatches = 0, int? batch = null, int? seq = null,
-        string? hellaswag = null, int? gpus = null, int timeout = 600, DeviceKind device = DeviceKind.Auto,
-        DataType? precision = null, bool verbose = false) =>
-        OnEachGpu(gpus, timeout, device, precision, verbose, (computer, ranks) => {
+        string? hellaswag = null, int? gpus = null, int timeout = 600) =>
+        OnEachGpu(gpus, timeout, (device, ranks) => {
             var (file, config) = Config.Open(Checkpoints.ModelOf(init));
             using var _ = file;
-            var (B, T) = Sizes(computer, batch, seq, (4, config.MaxT), (4, config.MaxT), ranks.Size);
+            var (B, T) = Sizes(device, batch, seq, (4, config.MaxT), (4, config.MaxT), ranks.Size);
             Require(T <= config.MaxT, "--seq", $"1 to {config.MaxT}, the model's longest sequence", T);
             var questions = hellaswag == null ? [] : MultipleChoice.Read(hellaswag, config.V).ToArray();
             var longest = questions.Max(question => question.Rows.Max(row => (int?)row.Length)) ?? 0;
@@ -214,15 +163,14 @@ internal sealed class Commands {
             using var shards = valData == null && questions.Length > 0 && Files.Glob(pattern).Length == 0 ? null
                 : new TokenShards(pattern, config.V);
             var rows = shards?.Rows(T, B * ranks.Size, valBatches) ?? [];
-            var model = new Model(config, computer, B, T, Purpose.Evaluate);
+            var model = new Model(config, device, B, T, Purpose.Evaluate);
             model.Load(file);
             var output = ranks.Rank == 0 ? Console.Out : TextWriter.Null;
             if (shards != null) {
                 var loss = Evaluation.Loss(model, shards, rows, ranks);
                 if (!double.IsFinite(loss))
                     throw new Gpt2Exception($"{init}: expected weights with a finite loss, found loss {loss}");
-                output.WriteLine(
-                    $"loss {loss:F6} | perplexity {Math.Exp(loss):F3} | {(long)rows.Length * T} tokens");
+                output.WriteLine($"loss {loss:F6} | perplexity {Math.Exp(loss):F3} | {(long)rows.Length * T} tokens");
             }
             if (questions.Length > 0) {
                 var accuracy = Evaluation.Accuracy(model, questions, ranks);
@@ -234,10 +182,9 @@ internal sealed class Commands {
     /// <param name="out">-o, Prefix of the shards' names.</param>
     /// <param name="valTokens">First tokens to hold out for validation (0 to 100000000).</param>
     /// <param name="lossy">Put U+FFFD in place of bytes that are not UTF-8.</param>
-    /// <param name="verbose">Show where an error came from.</param>
     /// <param name="files">Text files in UTF-8, - for standard input; &lt;|endoftext|&gt; divides documents.</param>
-    public int Tokenize(string @out, int valTokens = 0, bool lossy = false, bool verbose = false,
-        [Argument] params string[] files) => Guard(verbose, () => {
+    public int Tokenize(string @out, int valTokens = 0, bool lossy = false, [Argument] params string[] files) =>
+        Guard(global.Verbose, () => {
             Require(files.Length > 0, "FILE", "one text file or more", "none");
             var total = files.Where(File.Exists).Sum(file => new FileInfo(file).Length);
             var done = 0L;
@@ -258,21 +205,17 @@ internal sealed class Commands {
     /// <summary>Compares logits, loss and gradients with a PyTorch debug state; exit status 1 if they differ.</summary>
     /// <param name="init">-e, A model file, or a run's folder for its newest checkpoint.</param>
     /// <param name="state">The debug state that PyTorch wrote for it.</param>
-    /// <param name="device">auto, cuda or cpu.</param>
-    /// <param name="precision">Of weights and activations: bf16 or fp32. [bf16 on a GPU]</param>
-    /// <param name="verbose">Show where an error came from; wait for the GPU after each operation, to name it.</param>
-    public int Verify(string init, string state, DeviceKind device = DeviceKind.Auto, DataType? precision = null,
-        bool verbose = false) => Guard(verbose, () => {
-            using var computer = Open(device, precision, verbose);
-            var good = true;
-            Console.WriteLine($"{"tensor",-12}{"largest",12}{"relative",12}");
-            foreach (var (name, largest, relative) in Verification.Run(Checkpoints.ModelOf(init), state, computer)) {
-                var ok = relative < Verification.Tolerance(computer.Precision);
-                good &= ok;
-                Console.WriteLine($"{name,-12}{largest,12:0.00e+00}{relative,12:0.00e+00}  {(ok ? "ok" : "DIFFERS")}");
-            }
-            return good ? 0 : 1;
-        });
+    public int Verify(string init, string state) => Guard(global.Verbose, () => {
+        using var device = Open();
+        var good = true;
+        Console.WriteLine($"{"tensor",-12}{"largest",12}{"relative",12}");
+        foreach (var (name, largest, relative) in Verification.Run(Checkpoints.ModelOf(init), state, device)) {
+            var ok = relative < Verification.Tolerance(device.Precision);
+            good &= ok;
+            Console.WriteLine($"{name,-12}{largest,12:0.00e+00}{relative,12:0.00e+00}  {(ok ? "ok" : "DIFFERS")}");
+        }
+        return good ? 0 : 1;
+    });
 
     /// <summary>Times training by operation, beside the device's measured peak.</summary>
     /// <param name="init">-e, A model file, a run's folder, or random: d6, d12, d24, d36, d48.</param>
@@ -282,45 +225,40 @@ internal sealed class Commands {
     /// <param name="steps">-x, Steps (1 or more), of which the median counts.</param>
     /// <param name="recompute">-r, As in training (0 to 2).</param>
     /// <param name="portable">Do without the instructions that only Hopper GPUs have.</param>
-    /// <param name="device">auto, cuda or cpu.</param>
-    /// <param name="precision">Of weights and activations: bf16 or fp32. [bf16 on a GPU]</param>
-    /// <param name="verbose">Show where an error came from; wait for the GPU after each operation, to name it.</param>
     public int Bench(string init = "d12", int? batch = null, int? seq = null, int? totalBatch = null, int steps = 5,
-        int recompute = 0, bool portable = false, DeviceKind device = DeviceKind.Auto, DataType? precision = null,
-        bool verbose = false) => Guard(verbose, () => {
-            using var computer = Open(device, precision, verbose, portable);
-            var (B, T) = Sizes(computer, batch, seq, (64, 1024), (4, 64));
-            totalBatch ??= computer is Cpu ? B * T : 524_288;
-            Benchmark.Run(init, B, T, totalBatch.Value, steps, recompute, computer, Console.Out);
+        int recompute = 0, bool portable = false) => Guard(global.Verbose, () => {
+            using var device = Open(portable);
+            var (B, T) = Sizes(device, batch, seq, (64, 1024), (4, 64));
+            totalBatch ??= device is Cpu ? B * T : 524_288;
+            Benchmark.Run(init, B, T, totalBatch.Value, steps, recompute, device, Console.Out);
             return 0;
         });
 
-    /// <summary>Does something on every GPU, in a process each, or on the device asked for.</summary>
-    static int OnEachGpu(int? gpus, int timeout, DeviceKind device, DataType? precision, bool verbose,
-        Action<IDevice, ICollective> action) {
+    /// <summary>Runs an action on the device asked for: on several GPUs, in one process each.</summary>
+    int OnEachGpu(int? gpus, int timeout, Action<IDevice, ICollective> action) {
         Job? job = null;
-        return Guard(verbose, () => {
-            job = Job.OfEnvironment(gpus, device);
-            if (job == null && Job.Gpus(gpus, device) is > 1 and var ranks)
-                return Job.Start(ranks);
+        return Guard(global.Verbose, () => {
+            job = Job.OfEnvironment(gpus, global.Device);
+            if (job == null && Job.Gpus(gpus, global.Device) is > 1 and var count)
+                return Job.Start(count);
             var patience = TimeSpan.FromSeconds(timeout);
-            var others = job?.Meet(patience);
-            using var computer = Open(device, precision, verbose, rank: job?.LocalRank ?? 0);
-            using ICollective collective = others == null ? new Alone()
-                : computer is Cuda cuda ? new Nccl(cuda, others, patience)
-                : throw new Gpt2Exception($"--device: expected a GPU for each of {others.Size} ranks, found a CPU");
-            action(computer, collective);
-            others?.Leave();
+            var peers = job?.Meet(patience);
+            using var device = Open(rank: job?.LocalRank ?? 0);
+            using ICollective ranks = peers == null ? new Alone()
+                : device is Cuda cuda ? new Nccl(cuda, peers, patience)
+                : throw new Gpt2Exception($"--device: expected a GPU for each of {peers.Size} ranks, found a CPU");
+            action(device, ranks);
+            peers?.Leave();
             return 0;
         }, () => job is { Rank: > 0 } ? $"rank {job.Rank}: " : "");
     }
 
-    /// <summary>The device asked for; bf16 unless said otherwise on a GPU, and fp32 on the CPU.</summary>
-    static IDevice Open(
-        DeviceKind device, DataType? precision, bool verbose, bool portable = false, int rank = 0) {
+    /// <summary>Opens the device asked for: a GPU in bf16 by default, the CPU always in fp32.</summary>
+    IDevice Open(bool portable = false, int rank = 0) {
+        var (device, precision, verbose) = global;
         var obstacle = device == DeviceKind.Auto ? Cuda.Obstacle : null;
         if (device != DeviceKind.Cpu && obstacle == null)
-            // Where the launcher shows each rank its own GPU alone, every rank has the first.
+            // Modulo, because some launchers show each rank its own GPU alone.
             return new Cuda(precision ?? DataType.Bf16, portable, verbose, rank == 0 ? 0 : rank % Cuda.Count());
         if (obstacle is not (null or ""))
             Console.Error.WriteLine($"gpt2: using the CPU although there is a GPU: {obstacle}");
@@ -328,7 +266,7 @@ internal sealed class Commands {
         return new Cpu();
     }
 
-    /// <summary>The batch and sequence asked for, or what suits the device.</summary>
+    /// <summary>The batch size and sequence length asked for, or the device's defaults.</summary>
     static (int B, int T) Sizes(
         IDevice device, int? batch, int? seq, (int B, int T) gpu, (int B, int T) cpu, int ranks = 1) {
         var (B, T) = device is Cpu ? cpu : gpu;
@@ -338,18 +276,21 @@ internal sealed class Commands {
         return (B, T);
     }
 
-    /// <summary>The pattern of a split's token shards: a folder stands for those in it.</summary>
+    /// <summary>The glob pattern of a split's token shards; a folder stands for the shards in it.</summary>
     static string Shards(string data, string split) =>
         Directory.Exists(data) ? Path.Combine(data, $"*{split}*.bin") : data;
+}
 
-    /// <summary>Checks a command line against the command's help.</summary>
-    /// <returns>The command, each option once (the last one counts) under its long name, then the files.</returns>
+/// <summary>The command line, checked against the help text before ConsoleAppFramework parses it.</summary>
+internal static class CommandLine {
+    /// <summary>Checks the command, the names of its options and their values.</summary>
+    /// <returns>The command, each option once under its long name (the last one counts), then the files.</returns>
     internal static string[] Normalize(string[] args, string help) {
         if (args is [] or ["-h" or "--help" or "--version", ..])
             return [.. args.Take(1)];
         var command = args[0];
         Require(help.StartsWith($"Usage: {command} "), "COMMAND", "one that gpt2 --help lists", $"'{command}'");
-        // An option's line: "  -e, --init <string>    A model file. [Required]".
+        // An option's line reads "  -e, --init <string>    A model file. [Required]".
         var options = help.Split('\n').Where(line => line.StartsWith("  -")).Select(line =>
             (Line: line, Names: line.Trim().Split("  ")[0].Split([", ", " "], default))).ToArray();
         var (given, files) = (new Dictionary<string, string?>(), new List<string>());
@@ -364,7 +305,7 @@ internal sealed class Commands {
                 var (name, type) = (names.First(name => name.StartsWith("--")), names[^1].Trim('<', '>', '?'));
                 var value = parts.Length > 1 ? parts[1] : type == name ? null : args.ElementAtOrDefault(++i);
                 CheckValue(name, type, value, line);
-                given[name] = name == "--prompt" ? '\0' + value : value; // the parser would act upon -- and -h
+                given[name] = name == "--prompt" ? '\0' + value : value; // lest the framework acts on -- or -h
             } else {
                 var isFile = help.Contains("[arguments...]") && word is "-" or [not '-', ..];
                 Require(isFile, command, $"what gpt2 {command} --help lists (quote patterns and texts)", $"'{word}'");
@@ -376,8 +317,8 @@ internal sealed class Commands {
         return [command, .. given.SelectMany(pair => (string?[])[pair.Key, pair.Value]).OfType<string>(), .. files];
     }
 
-    /// <summary>Requires a value to be of its option's type. Help has a number's range in parentheses: 1 or more, 0 to
-    /// 1, above 0. Numbers have a point and no separators.</summary>
+    /// <summary>Checks an option's value against its type and its line of help, which has a number's range in
+    /// parentheses (1 or more, 0 to 1, above 0) or an enumeration's names. Numbers have no separators.</summary>
     static void CheckValue(string option, string type, string? value, string help) {
         var names = help.Split('.')[0].Split(["  ", ": "], default)[^1].Trim(); // of an enumeration
         var range = help.Split('(', ')') is [_, var text, ..] ? text : "";
@@ -397,8 +338,8 @@ internal sealed class Commands {
         Require(right, option, expected, value == null ? "nothing" : $"'{value}'");
     }
 
-    /// <summary>The one place that turns errors into a sentence and an exit status.</summary>
-    /// <param name="speaker">Whose error it is, where there are several.</param>
+    /// <summary>Runs a command and turns its exception, if any, into a sentence and an exit status.</summary>
+    /// <param name="speaker">Names this process among several, as the sentence's prefix.</param>
     internal static int Guard(bool verbose, Func<int> command, Func<string>? speaker = null) {
         try {
             return command();
@@ -409,4 +350,54 @@ internal sealed class Commands {
             return (e as Gpt2Exception)?.ExitCode ?? 1;
         }
     }
+}
+
+/// <summary>The process's standard streams and limits.</summary>
+internal static partial class Standard {
+    /// <summary>Makes up for what .NET leaves undone.</summary>
+    /// <param name="endsWithReader">Ends the process silently when the reader of its output goes away.</param>
+    public static void Prepare(bool endsWithReader) {
+        const int readWrite = 2, brokenPipe = 13, stack = 3, openFiles = 7, addresses = 9;
+        // Below these limits .NET fails where no exception can be caught.
+        foreach (var (resource, least, option) in ((int, ulong, string)[])
+            [(stack, 2 << 20, "-s (bytes of stack)"), (openFiles, 32, "-n"), (addresses, 1 << 30, "-v (bytes)")]) {
+            var limits = new ulong[2]; // soft, hard
+            if (getrlimit(resource, limits) == 0 && limits[0] < least) {
+                _ = dprintf(2, $"gpt2: ulimit {option}: expected {least} or more, found {limits[0]}\n");
+                Environment.Exit(1);
+            }
+        }
+        // The next file to be opened would become a standard stream that is closed.
+        while (open("/dev/null"u8, readWrite) is >= 0 and < 3) { }
+        // Console, when it starts, switches the keypad of a terminal that it knows to another mode for good.
+        var term = Environment.GetEnvironmentVariable("TERM");
+        Environment.SetEnvironmentVariable("TERM", null);
+        _ = Console.WindowWidth;
+        Environment.SetEnvironmentVariable("TERM", term);
+        Console.SetOut(new Writer(Console.Out, e => throw new Gpt2Exception(
+            $"standard output: expected to write there, found: {(e is IOException ? e.Message : "it is closed")}")));
+        Console.SetError(new Writer(Console.Error, _ => { })); // there is nowhere left to report it
+        if (endsWithReader)
+            _ = signal(brokenPipe, 0);
+    }
+
+    /// <summary>Calls back when writing fails.</summary>
+    sealed class Writer(TextWriter to, Action<Exception> failed) : TextWriter {
+        public override Encoding Encoding => to.Encoding;
+        public override void Write(char value) => Write($"{value}");
+        public override void WriteLine(string? value) => Write(value + "\n");
+        public override void Write(string? value) {
+            try {
+                to.Write(value);
+            } catch (Exception e) when (e is IOException or UnauthorizedAccessException) {
+                failed(e);
+            }
+        }
+    }
+
+    [LibraryImport("libc")] private static partial int open(ReadOnlySpan<byte> path, int flags);
+    [LibraryImport("libc", StringMarshalling = StringMarshalling.Utf8)]
+    private static partial int dprintf(int handle, string text); // a text without %
+    [LibraryImport("libc")] private static partial int getrlimit(int resource, Span<ulong> limits);
+    [LibraryImport("libc")] private static partial nint signal(int number, nint handler);
 }

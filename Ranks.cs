@@ -9,42 +9,43 @@ using System.Text;
 using System.Text.RegularExpressions;
 using static Gpt2.Driver;
 using static Gpt2.Gpt2Exception;
-using static Gpt2.NcclApi;
 
 namespace Gpt2;
 
-/// <summary>The processes that train together, a device each. What is summed is summed in one order, and all ranks have
-/// the same result. Tensors are worked on beside the device's own work: after what it was given before, and before what
-/// it is given after <see cref="Join"/>. The defaults are those of one process alone.</summary>
+/// <summary>Collective operations among ranks: the processes that train together, each on its own device. Every sum is
+/// taken in one order, so that all ranks get the same bits. Operations on tensors are queued: they follow the device's
+/// earlier work, and its work after <see cref="Join"/> follows them. The defaults are a single process's.</summary>
 public interface ICollective : IDisposable {
-    /// <summary>This process among them, from 0 on.</summary>
+    /// <summary>This process's rank, from 0.</summary>
     int Rank => 0;
-    /// <summary>How many they are.</summary>
+    /// <summary>Number of ranks.</summary>
     int Size => 1;
     /// <summary>Where the run is, for messages: "step 7".</summary>
     string Place { set { } }
-    /// <summary>Sums numbers over ranks, when all have come here.</summary>
+    /// <summary>Sums numbers over ranks, in place, once every rank has called it.</summary>
     void Sum(Span<double> values) { }
-    /// <summary>The same for one number.</summary>
+    /// <summary>The sum of one number over ranks.</summary>
     double Sum(double value) {
         Sum(new Span<double>(ref value));
         return value;
     }
-    /// <summary>Sums each array over ranks.</summary>
+    /// <summary>Sums arrays of any shape over ranks, in place.</summary>
     void AllReduce(ReadOnlySpan<Tensor> arrays) { }
-    /// <summary>Sums each array over ranks, of which this rank gets its part (<see cref="Config.Cuts"/>).</summary>
+    /// <summary>Sums arrays of any shape over ranks, each into this rank's flat part of it (as <see cref="Cut.Of"/>
+    /// cuts).</summary>
     void ReduceScatter(ReadOnlySpan<Tensor> arrays, ReadOnlySpan<Tensor> parts) { }
-    /// <summary>Completes each array, of which each rank has its part.</summary>
+    /// <summary>Completes arrays of any shape, of which each rank holds its part.</summary>
     void AllGather(ReadOnlySpan<Tensor> arrays) { }
-    /// <summary>Has the device's later work wait for all this.</summary>
+    /// <summary>Makes the device's later work wait for the operations queued so far.</summary>
     void Join() { }
     void IDisposable.Dispose() { }
 }
 
-/// <summary>One process alone.</summary>
+/// <summary>A single process.</summary>
 public sealed class Alone : ICollective;
 
-/// <summary>This process among those that train together, which we, torchrun, mpirun or srun started.</summary>
+/// <summary>This process's place among ranks that gpt2 itself, torchrun, mpirun or srun has started.</summary>
+/// <param name="LocalRank">Its rank among those of its host: the GPU it takes.</param>
 internal sealed partial record Job(int Rank, int Size, int LocalRank, string Host, int Port, string Key) {
     const string Own = "GPT2_JOB_KEY", Parent = "GPT2_PARENT";
     const int Terminate = 15, Kill = 9, ParentDeathSignal = 1;
@@ -56,11 +57,12 @@ internal sealed partial record Job(int Rank, int Size, int LocalRank, string Hos
         : int.TryParse(text, out var number) && number >= least && number <= most ? number
         : throw new Gpt2Exception($"{name}: expected a number from {least} to {most}, found '{text}'");
 
-    /// <summary>What the environment says, if --gpus and --device leave it open; null for a process alone.</summary>
+    /// <summary>Reads the launcher's environment variables, unless --gpus or --device settle it.</summary>
+    /// <returns>Null for a single process.</returns>
     public static Job? OfEnvironment(int? gpus, DeviceKind device) {
         var parent = Number(Parent);
         if (parent != null) {
-            _ = prctl(ParentDeathSignal, Kill); // children end with their parent
+            _ = prctl(ParentDeathSignal, Kill); // a child ends with its parent
             // A child that took itself for a parent would start children that start children.
             if (getppid() != parent || Number("RANK") == null || Number("WORLD_SIZE") is null or 1)
                 throw new Gpt2Exception($"{Parent}: expected nothing (gpt2 sets it for its children), found {parent}");
@@ -68,17 +70,17 @@ internal sealed partial record Job(int Rank, int Size, int LocalRank, string Hos
         } else if (gpus != null || device == DeviceKind.Cpu) {
             return null;
         }
-        // A batch script has SLURM_PROCID too, but no step; the steps of shells have numbers from the top down.
+        // A batch script has SLURM_PROCID too, but no step; the steps of shells are numbered from the top down.
         var isStep = uint.TryParse(Variable("SLURM_STEP_ID"), out var step) && step < 0xffff_fff0;
+        // MPICH and Intel MPI set PMI_*; but srun --mpi=pmi2 sets the first two as well.
         var isTorch = Variable("RANK") != null && Variable("WORLD_SIZE") != null;
-        // PMI's are of MPICH and Intel MPI; but srun --mpi=pmi2 sets the first two as well.
-        string[] names = isTorch ? ["RANK", "WORLD_SIZE", "LOCAL_RANK"]
+        string[] names = isTorch ? ["RANK", "WORLD_SIZE", "LOCAL_RANK"] // of torchrun and ourselves
             : Variable("OMPI_COMM_WORLD_RANK") != null ? ["OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE",
                 "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"]
             : Variable("PMI_RANK") != null && (!isStep || Variable("MPI_LOCALRANKID") != null)
                 ? ["PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"]
             : isStep ? ["SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"] : ["", ""];
-        if (Number(names[1], 1) is not { } size || size == 1 || Number(names[0], 0, size - 1) is not { } rank)
+        if (Number(names[1], 1) is not (> 1 and var size) || Number(names[0], 0, size - 1) is not { } rank)
             return null;
         var isSlurm = names[0] == "SLURM_PROCID";
         var host = Variable("MASTER_ADDR") ?? (isSlurm ? FirstHost(Variable("SLURM_STEP_NODELIST")) : null);
@@ -89,7 +91,7 @@ internal sealed partial record Job(int Rank, int Size, int LocalRank, string Hos
             throw new Gpt2Exception($"MASTER_ADDR: expected rank 0's host name or address, found '{host}'");
         var id = (isTorch ? Variable("TORCHELASTIC_RUN_ID") : isSlurm ? $"{Variable("SLURM_JOB_ID")}.{step}"
             : Variable("PMIX_NAMESPACE") ?? Variable("OMPI_MCA_ess_base_jobid")) ?? "";
-        var next = isTorch && id != "" ? 1 : 0; // torchrun itself listens at the port
+        var next = isTorch && id != "" ? 1 : 0; // torchrun itself listens at MASTER_PORT
         var port = Number("MASTER_PORT", 1, ushort.MaxValue - next) + next ?? // or one of 10,000, by the job's id
             20_000 + (int)(XxHash3.HashToUInt64(Encoding.UTF8.GetBytes(id)) % 10_000);
         return new Job(rank, size, Number(names[2]) ?? rank, host, port, Variable(Own) ?? id);
@@ -99,7 +101,7 @@ internal sealed partial record Job(int Rank, int Size, int LocalRank, string Hos
     internal static string? FirstHost(string? list) =>
         list == null ? null : Regex.Replace(list, @"^([^,\[]*)\[(\d+)[^\]]*\]", "$1$2").Split(',')[0];
 
-    /// <summary>How many processes to start: as many as asked for, or as there are GPUs.</summary>
+    /// <summary>Number of processes to start: as many as asked for, or one for each GPU.</summary>
     public static int Gpus(int? asked, DeviceKind device) {
         Require(device != DeviceKind.Cpu || asked is null or 1, "--gpus", "1 for the CPU", asked ?? 0);
         if (asked == 1 || device == DeviceKind.Cpu || asked == null && device == DeviceKind.Auto && !Cuda.IsAvailable)
@@ -121,18 +123,19 @@ internal sealed partial record Job(int Rank, int Size, int LocalRank, string Hos
 
     static void Say(string what) => Console.Error.WriteLine($"gpt2: {what}");
 
-    /// <summary>Starts this program once for each of so many GPUs, and waits for all. If one fails, all end.</summary>
+    /// <summary>Starts this program once for each rank and waits for all of them. If one fails, all end.</summary>
+    /// <returns>The exit status of the first that failed, or 0.</returns>
     public static int Start(int ranks) {
         using var listener = new TcpListener(IPAddress.Loopback, 0);
         listener.Start();
         var port = ((IPEndPoint)listener.LocalEndpoint).Port;
         listener.Stop();
-        var key = $"{Guid.NewGuid():N}";
         string?[] arguments = [.. Environment.GetCommandLineArgs(), null];
-        var environment = Environment.GetEnvironmentVariables(); // each once: of two, a child would take the first
-        (environment["WORLD_SIZE"], environment[Own], environment[Parent]) = (ranks, key, Environment.ProcessId);
+        var environment = Environment.GetEnvironmentVariables(); // a dictionary, for a child takes the first of two
         (environment["MASTER_ADDR"], environment["MASTER_PORT"]) = ("127.0.0.1", port);
-        var running = new Dictionary<int, int>(); // ranks by process
+        environment["WORLD_SIZE"] = ranks;
+        (environment[Own], environment[Parent]) = ($"{Guid.NewGuid():N}", Environment.ProcessId);
+        var running = new ConcurrentDictionary<int, int>(); // from process id to rank
         void Send(int signal) {
             lock (running)
                 running.Keys.ToList().ForEach(process => kill(process, signal));
@@ -144,7 +147,7 @@ internal sealed partial record Job(int Rank, int Size, int LocalRank, string Hos
         using var terminate = PosixSignalRegistration.Create(PosixSignal.SIGTERM, Pass);
         using var hangUp = PosixSignalRegistration.Create(PosixSignal.SIGHUP, Pass);
         using var interrupt = PosixSignalRegistration.Create(PosixSignal.SIGINT, Pass);
-        lock (running) { // a signal waits until all can have it
+        lock (running) { // a signal waits here until every process is there to receive it
             for (var rank = 0; rank < ranks; rank++) {
                 environment["RANK"] = environment["LOCAL_RANK"] = rank;
                 // NCCL refuses two ranks on one GPU of one host: ranks that share a GPU pretend to be on several hosts.
@@ -158,25 +161,21 @@ internal sealed partial record Job(int Rank, int Size, int LocalRank, string Hos
                 running[process] = rank;
             }
         }
-        const int patience = 2_000; // with those who should have noticed by themselves
+        const int patience = 2_000; // ms in which the other ranks should notice by themselves
         using var killer = new Timer(_ => Send(Kill));
         var result = 0;
-        while (running.Count > 0) {
+        while (!running.IsEmpty) {
             var process = waitpid(-1, out var status, 0);
-            const int noChild = 10; // somebody above us has children reaped unseen, and their statuses with them
+            const int noChild = 10; // our parent ignores SIGCHLD, so that the system discards exit statuses
             if (process < 0 && Marshal.GetLastPInvokeError() == noChild)
                 return 1;
-            if (!running.TryGetValue(process, out var rank))
+            if (!running.TryRemove(process, out var rank) || status == 0 || result != 0)
                 continue;
-            lock (running)
-                running.Remove(process);
             var (signal, code) = (status & 0x7f, status >> 8 & 0xff);
-            if (signal != 0 && result == 0)
+            if (signal != 0)
                 Say($"rank {rank} was ended by signal {signal}");
-            if (status != 0 && result == 0) {
-                result = signal != 0 ? 1 : code;
-                killer.Change(patience, Timeout.Infinite);
-            }
+            result = signal != 0 ? 1 : code;
+            killer.Change(patience, Timeout.Infinite);
         }
         return result;
     }
@@ -192,29 +191,28 @@ internal sealed partial record Job(int Rank, int Size, int LocalRank, string Hos
     [LibraryImport("libc")] private static partial int kill(int process, int signal);
 }
 
-/// <summary>The connections between a job's ranks, a star around the first. They carry what the hosts agree on, and
-/// tell when a rank is gone or silent.</summary>
+/// <summary>The TCP connections among a job's ranks: a star around rank 0. They carry what the hosts agree on, and show
+/// when a rank is gone or silent.</summary>
 public sealed class Peers : IDisposable {
-    const int LongestMessage = 1024; // NCCL's id has 128 bytes, a sum of numbers fewer
-    const int End = -1; // in place of the meetings
-    static readonly TimeSpan Patience = TimeSpan.FromSeconds(5); // with a greeting; and until we say whom we await
+    const int LongestMessage = 1024; // bytes; NCCL's id takes 128, a sum of numbers fewer
+    const int End = -1; // in place of a number of meetings
+    static readonly TimeSpan Patience = TimeSpan.FromSeconds(5); // with a greeting; and before we say whom we wait for
 
-    readonly Link[] links; // to every other rank for the first, to the first for every other
+    readonly Link[] links; // rank 0's to every other rank; any other's to rank 0
     readonly byte[] key;
     readonly TimeSpan timeout;
     readonly Action<string> lost;
-    Func<string> awaited = () => ""; // for whom this rank waits at the start
     readonly Timer heartbeat;
-    volatile bool closing;
-    int reported;
+    Func<string> awaited = () => ""; // whom this rank waits for at the start
+    volatile int quiet; // 1 once there is nothing left to report
 
-    /// <summary>A connection, whose messages are read as they come: a length, how far the sender is, and so many
-    /// bytes; none is a heartbeat. No rank sends another message before the last one is taken.</summary>
+    /// <summary>A connection to another rank. A message is its length and the sender's number of meetings, as int32,
+    /// then its bytes; a heartbeat has none. No rank sends a second message before the first is taken.</summary>
     sealed record Link(int Rank, TcpClient Client) {
         public BlockingCollection<byte[]> Messages { get; } = new(boundedCapacity: 1);
-        public int Meetings { get; private set; }
+        public int Meetings { get; set; }
 
-        /// <returns>False if the connection is gone; the thread that listens says so.</returns>
+        /// <returns>False if the connection is gone; its listening thread reports that.</returns>
         public bool Send(ReadOnlySpan<byte> message, int meetings) {
             byte[] all = [.. BitConverter.GetBytes(message.Length), .. BitConverter.GetBytes(meetings), .. message];
             try {
@@ -225,25 +223,15 @@ public sealed class Peers : IDisposable {
                 return false;
             }
         }
-
-        public byte[] Receive() {
-            var reader = new BinaryReader(Client.GetStream());
-            (var length, Meetings) = (reader.ReadInt32(), reader.ReadInt32());
-            if (length is < 0 or > LongestMessage)
-                throw new InvalidDataException($"it sent a message of {length} bytes");
-            var message = new byte[length];
-            reader.BaseStream.ReadExactly(message);
-            return message;
-        }
     }
 
-    /// <summary>Meets the other ranks.</summary>
-    /// <param name="host">Rank 0's. If it is a loopback address, rank 0 listens to this machine alone.</param>
-    /// <param name="key">What every rank of the job knows and none sends; who does not know it is turned away.</param>
-    /// <param name="timeout">How long another may be silent.</param>
-    /// <param name="say">Is told once for whom this rank waits, if that takes long.</param>
-    /// <param name="lost">Is told once, on another thread, which rank is gone ("" if rank 0 has said it already); must
-    /// end the process.</param>
+    /// <summary>Connects to the other ranks.</summary>
+    /// <param name="host">Rank 0's. If it is a loopback address, rank 0 listens on this machine only.</param>
+    /// <param name="key">A secret of the job's ranks, never sent. Whoever does not know it is turned away.</param>
+    /// <param name="timeout">How long another rank may be silent.</param>
+    /// <param name="say">Called once with whom this rank waits for, if that takes long.</param>
+    /// <param name="lost">Called once, on another thread, with which rank is gone ("" if rank 0 has said it); must end
+    /// the process.</param>
     /// <exception cref="Gpt2Exception">A rank did not come in time.</exception>
     public Peers(int rank, int size, string host, int port, string key, TimeSpan timeout, Action<string> say,
         Action<string> lost) {
@@ -254,11 +242,10 @@ public sealed class Peers : IDisposable {
             throw new Gpt2Exception("--gpus: expected OpenSSL (libssl.so.3, on the loader's path), found none");
         using var end = new CancellationTokenSource(timeout);
         using (new Timer(_ => say($"rank {rank}: waiting for {awaited()}"), null, Patience, Timeout.InfiniteTimeSpan))
-            links = (rank == 0 ? Gather(host, port, end) : Reach(host, port, end)).GetAwaiter().GetResult();
+            links = (rank == 0 ? Gather(host, port, end) : Reach(host, port, end.Token)).GetAwaiter().GetResult();
         if (links.Length < (rank == 0 ? size - 1 : 1))
             throw new Gpt2Exception($"rank {rank}: expected {awaited()} in {timeout.TotalSeconds:F0} s, found none");
-        foreach (var link in links)
-            new Thread(() => Listen(link)) { IsBackground = true }.Start();
+        Array.ForEach(links, link => new Thread(() => Listen(link)) { IsBackground = true }.Start());
         heartbeat = new(_ => Array.ForEach(links, link => link.Send([], Meetings)), null, TimeSpan.Zero, timeout / 8);
     }
 
@@ -268,16 +255,16 @@ public sealed class Peers : IDisposable {
     /// <summary>Where the run is, for messages: "step 7".</summary>
     public string Place { get; set; } = "the start";
 
-    /// <summary>To how many meetings elsewhere, in NCCL, this rank has come.</summary>
+    /// <summary>Number of meetings elsewhere, in NCCL, that this rank has come to.</summary>
     public int Meetings { get; set; }
 
-    /// <summary>A rank that has not come to the last of them, by what it has told us; null if none is known.</summary>
+    /// <summary>A rank that has not come to the last meeting, as far as this rank knows; null for none.</summary>
     public int? Absent => Array.Find(links, link => link.Meetings < Meetings)?.Rank;
 
     byte[] Proof(byte[] sender, byte[] receiver) => HMACSHA256.HashData(key, (byte[])[.. sender, .. receiver]);
 
-    /// <summary>Makes sure that the other end is a rank of this job: each sends its rank, the number of ranks and a
-    /// random challenge, and then a proof, over both, that it knows the key. Rank 0 is the last to prove it.</summary>
+    /// <summary>Makes sure that the other end is a rank of this job. Each side sends its rank, the number of ranks and
+    /// a random challenge, and then the HMAC of both greetings under the key; rank 0 sends its own last.</summary>
     /// <returns>The other's rank.</returns>
     async Task<int> Greet(TcpClient client, Predicate<int> admits, CancellationToken end) {
         using var patience = CancellationTokenSource.CreateLinkedTokenSource(end);
@@ -300,22 +287,23 @@ public sealed class Peers : IDisposable {
         return rank;
     }
 
-    /// <summary>Rank 0's side: listens, on loopback alone if the host is that, and greets whoever comes.</summary>
+    /// <summary>Rank 0's side: accepts connections until every other rank is admitted or the time is up.</summary>
     async Task<Link[]> Gather(string host, int port, CancellationTokenSource end) {
         var found = new Link?[Size];
-        var room = new SemaphoreSlim(256); // strangers must not use up the files that a process may open
+        var room = new SemaphoreSlim(256); // so that strangers cannot use up this process's file descriptors
+        int[] Missing() => [.. Enumerable.Range(1, Size - 1).Where(rank => found[rank] == null)];
         awaited = () => {
-            var missing = Enumerable.Range(1, Size - 1).Where(rank => found[rank] == null).ToArray();
+            var missing = Missing();
             var some = string.Join(", ", missing.Take(8)) + (missing.Length > 8 ? ", ..." : "");
             return $"rank{(missing.Length > 1 ? "s" : "")} {some} of {Size} on port {port}";
         };
-        bool Admits(int rank) => !end.IsCancellationRequested && rank > 0 && rank < Size && found[rank] == null;
+        bool Admits(int rank) => !end.IsCancellationRequested && Missing().Contains(rank);
         async Task Admit(TcpClient client) {
             try {
                 var rank = await Greet(client, Admits, end.Token);
                 lock (found) {
                     found[rank] = Admits(rank) ? new(rank, client) : throw new IOException();
-                    if (Array.IndexOf(found, null, 1) < 0)
+                    if (Missing() is [])
                         _ = end.CancelAsync();
                 }
             } catch (Exception) {
@@ -324,18 +312,7 @@ public sealed class Peers : IDisposable {
                 room.Release();
             }
         }
-        static string Label(string name) => name.Split('.')[0].ToLowerInvariant();
-        var lookup = Dns.GetHostAddressesAsync(host, end.Token).WaitAsync(end.Token);
-        await ((Task)lookup).ConfigureAwait(ConfigureAwaitOptions.SuppressThrowing); // the other ranks name the error
-        // By its hosts file a machine's own name may be a loopback address to itself, and another one to others.
-        var isLoopback = (Label(host) == "localhost" || Label(host) != Label(Dns.GetHostName())) &&
-            lookup.IsCompletedSuccessfully && lookup.Result.All(IPAddress.IsLoopback);
-        using var listener = isLoopback ? new TcpListener(lookup.Result[0], port) : TcpListener.Create(port);
-        try {
-            listener.Start();
-        } catch (SocketException e) {
-            throw new Gpt2Exception($"rank 0: expected port {port} to be free, found: {e.Message}");
-        }
+        using var listener = await StartListener(host, port, end.Token);
         while (!end.IsCancellationRequested) {
             try {
                 var client = await listener.AcceptTcpClientAsync(end.Token);
@@ -348,16 +325,33 @@ public sealed class Peers : IDisposable {
         return [.. found.OfType<Link>()];
     }
 
-    /// <summary>Every other rank's side: tries until rank 0 listens and admits it.</summary>
-    async Task<Link[]> Reach(string host, int port, CancellationTokenSource end) {
+    /// <summary>Listens on the host's address alone if that is a loopback address, or else on all addresses.</summary>
+    static async Task<TcpListener> StartListener(string host, int port, CancellationToken end) {
+        static string Label(string name) => name.Split('.')[0].ToLowerInvariant();
+        var lookup = Dns.GetHostAddressesAsync(host, end).WaitAsync(end);
+        await ((Task)lookup).ConfigureAwait(ConfigureAwaitOptions.SuppressThrowing); // the other ranks name the error
+        // In its own hosts file, a machine's name may be a loopback address that other machines cannot reach.
+        var isLoopback = (Label(host) == "localhost" || Label(host) != Label(Dns.GetHostName())) &&
+            lookup.IsCompletedSuccessfully && lookup.Result.All(IPAddress.IsLoopback);
+        var listener = isLoopback ? new TcpListener(lookup.Result[0], port) : TcpListener.Create(port);
+        try {
+            listener.Start();
+            return listener;
+        } catch (SocketException e) {
+            throw new Gpt2Exception($"rank 0: expected port {port} to be free, found: {e.Message}");
+        }
+    }
+
+    /// <summary>Every other rank's side: tries to connect until rank 0 listens and admits it.</summary>
+    async Task<Link[]> Reach(string host, int port, CancellationToken end) {
         var why = "no answer";
         awaited = () => $"rank 0 on {(host.Contains(':') ? $"[{host}]" : host)}:{port} ({why})";
         while (!end.IsCancellationRequested) {
             var client = new TcpClient();
             try {
-                await client.ConnectAsync(host, port, end.Token).AsTask().WaitAsync(end.Token);
+                await client.ConnectAsync(host, port, end).AsTask().WaitAsync(end);
                 why = $"it is another job, by GPT2_JOB_KEY or size, or has a rank {Rank} already";
-                return [new(await Greet(client, rank => rank == 0, end.Token), client)];
+                return [new(await Greet(client, rank => rank == 0, end), client)];
             } catch (Exception e) when (e is SocketException or IOException or OperationCanceledException) {
                 why = (e as SocketException)?.Message ?? why;
                 client.Dispose();
@@ -367,13 +361,19 @@ public sealed class Peers : IDisposable {
         return [];
     }
 
+    /// <summary>Takes a link's messages as they come, until it ends.</summary>
     void Listen(Link link) {
         try {
+            var reader = new BinaryReader(link.Client.GetStream());
             while (true) {
-                var message = link.Receive();
+                (var length, link.Meetings) = (reader.ReadInt32(), reader.ReadInt32());
+                if (length is < 0 or > LongestMessage)
+                    throw new InvalidDataException($"it sent a message of {length} bytes");
+                var message = new byte[length];
+                reader.BaseStream.ReadExactly(message);
                 if (Rank > 0 && link.Meetings == End)
-                    Report(""); // it has said why
-                else if (message.Length > 0 && !link.Messages.TryAdd(message))
+                    Report(""); // rank 0 has said why
+                else if (length > 0 && !link.Messages.TryAdd(message))
                     throw new InvalidDataException("it sent more than it was asked for");
             }
         } catch (Exception e) when (e is IOException or InvalidOperationException or InvalidDataException) {
@@ -381,13 +381,13 @@ public sealed class Peers : IDisposable {
             Report(isSilent ? $"rank {link.Rank} has said nothing for {timeout.TotalSeconds:F0} s at {Place}"
                 : $"rank {link.Rank} was lost at {Place}: " +
                     (e is InvalidDataException ? e.Message : "its connection ended"));
-            Array.ForEach(links, other => other.Messages.CompleteAdding()); // nobody need wait for any of them now
+            Array.ForEach(links, other => other.Messages.CompleteAdding()); // nobody need wait for any rank now
         }
     }
 
-    /// <summary>Says once why the job cannot go on; the first rank ends the others with it.</summary>
+    /// <summary>Says once why the job cannot go on. From rank 0, it ends the other ranks too.</summary>
     public void Report(string why) {
-        if (closing || Interlocked.Exchange(ref reported, 1) != 0)
+        if (Interlocked.Exchange(ref quiet, 1) != 0)
             return;
         if (Rank == 0)
             Array.ForEach(links, link => link.Send([], End));
@@ -402,7 +402,8 @@ public sealed class Peers : IDisposable {
             (link.Messages.IsCompleted ? "gone" : $"elsewhere for {timeout.TotalSeconds:F0} s")));
     }
 
-    /// <summary>What the first rank says, once all have come here: as many bytes as each gives.</summary>
+    /// <summary>Gathers each rank's bytes on rank 0, and gives every rank what rank 0 makes of them.</summary>
+    /// <param name="combine">From every rank's bytes, in the order of ranks, to as many bytes as each has sent.</param>
     public byte[] Exchange(Func<byte[][], byte[]> combine, ReadOnlySpan<byte> own) {
         var message = own.ToArray();
         if (Rank == 0)
@@ -412,43 +413,45 @@ public sealed class Peers : IDisposable {
         return Rank == 0 ? message : Take(links[0], message.Length);
     }
 
-    /// <summary>Sums numbers over ranks, in the order of ranks, when all have come here.</summary>
+    /// <summary>Sums numbers over ranks, in place and in the order of ranks.</summary>
     public void Sum(Span<double> values) {
         double[] own = [.. values, 0]; // one more, for no message is empty
-        var sums = Exchange(all => {
-            var places = Enumerable.Range(0, own.Length).Select(i => i * sizeof(double));
-            var sum = places.Select(place => all.Sum(numbers => BitConverter.ToDouble(numbers, place)));
-            return [.. sum.SelectMany(BitConverter.GetBytes)];
-        }, MemoryMarshal.AsBytes(own.AsSpan()));
+        var sums = Exchange(all => [.. Enumerable.Range(0, own.Length).SelectMany(i => BitConverter.GetBytes(
+            all.Sum(message => BitConverter.ToDouble(message, i * sizeof(double)))))], MemoryMarshal.AsBytes(own));
         MemoryMarshal.Cast<byte, double>(sums)[..values.Length].CopyTo(values);
     }
 
-    /// <summary>Parts from the others, once all have come here.</summary>
+    /// <summary>Leaves the others, once every rank has come here.</summary>
     public void Leave() {
-        closing = Rank > 0; // the first may be gone as soon as it has answered
+        if (Rank > 0)
+            quiet = 1; // rank 0 may be gone as soon as it has answered
         Exchange(all => {
-            closing = true;
+            quiet = 1;
             return [1];
         }, [1]);
     }
 
     public void Dispose() {
-        closing = true;
+        quiet = 1;
         heartbeat.Dispose();
         Array.ForEach(links, link => link.Client.Dispose());
     }
 }
 
-/// <summary>NCCL (libnccl.so.2) among ranks with a GPU each, on a stream beside the device's.</summary>
-public sealed unsafe class Nccl : ICollective {
+/// <summary>Collectives by NCCL (libnccl.so.2), a GPU for each rank, on a stream beside the device's own.</summary>
+public sealed unsafe partial class Nccl : ICollective {
+    const int Sums = 0; // the operation of a reduction
+
     readonly Cuda device;
     readonly Peers peers;
     readonly nint communicator, stream, before, after;
     readonly Timer watch;
-    long begun; // when what is under way was, or 0
+    long begun; // when the last operations were queued
 
-    /// <summary>Meets the other ranks in NCCL.</summary>
-    /// <param name="timeout">How long all this may wait for a rank.</param>
+    static Nccl() => Libraries.Register();
+
+    /// <summary>Connects the ranks' GPUs.</summary>
+    /// <param name="timeout">How long an operation may wait for another rank.</param>
     public Nccl(Cuda device, Peers peers, TimeSpan timeout) {
         (this.device, this.peers) = (device, peers);
         device.Enter();
@@ -466,13 +469,7 @@ public sealed unsafe class Nccl : ICollective {
         Check(cuStreamCreateWithPriority(out stream, nonBlocking, highest), "creating a stream");
         Check(cuEventCreate(out before, withoutTiming), "creating an event");
         Check(cuEventCreate(out after, withoutTiming), "creating an event");
-        watch = new Timer(_ => {
-            try {
-                Watch(timeout);
-            } catch (Gpt2Exception e) {
-                peers.Report($"rank {Rank}: {e.Message}"); // or else a fault here would end in a stack trace
-            }
-        }, null, timeout / 8, timeout / 8);
+        watch = new Timer(_ => Watch(timeout), null, timeout / 8, timeout / 8);
     }
 
     public int Rank => peers.Rank;
@@ -482,32 +479,33 @@ public sealed unsafe class Nccl : ICollective {
     public void Sum(Span<double> values) => peers.Sum(values);
 
     public void AllReduce(ReadOnlySpan<Tensor> arrays) => Group("summing", arrays, arrays, (x, sum) =>
-        ncclAllReduce(x.Address, sum.Address, (nuint)x.Count, Type(x), Sums, communicator, stream));
+        ncclAllReduce(x.Address, sum.Address, x.Count, Type(x), Sums, communicator, stream));
 
     public void ReduceScatter(ReadOnlySpan<Tensor> arrays, ReadOnlySpan<Tensor> parts) =>
         Group("summing", arrays, parts, (x, own) => x.Count % Size == 0
-            ? ncclReduceScatter(x.Address, own.Address, (nuint)own.Count, Type(x), Sums, communicator, stream)
-            : ForEachPart(x, (part, rank) => ncclReduce(
-                part.Address, own.Address, (nuint)part.Count, Type(x), Sums, rank, communicator, stream)));
+            ? ncclReduceScatter(x.Address, own.Address, own.Count, Type(x), Sums, communicator, stream)
+            : ForEachPart(x, (part, rank) =>
+                ncclReduce(part.Address, own.Address, part.Count, Type(x), Sums, rank, communicator, stream)));
 
-    public void AllGather(ReadOnlySpan<Tensor> arrays) => Group("gathering", arrays, arrays, (x, all) => {
-        var own = x.PartOf(Rank, Size);
-        return x.Count % Size == 0
-            ? ncclAllGather(own.Address, all.Address, (nuint)own.Count, Type(x), communicator, stream)
-            : ForEachPart(x, (part, rank) => ncclBroadcast(
-                part.Address, part.Address, (nuint)part.Count, Type(x), rank, communicator, stream));
-    });
+    public void AllGather(ReadOnlySpan<Tensor> arrays) => Group("gathering", arrays, arrays, (x, all) =>
+        x.Count % Size == 0
+            ? ncclAllGather(x.PartOf(Rank, Size).Address, all.Address, x.Count / Size, Type(x), communicator, stream)
+            : ForEachPart(x, (part, rank) =>
+                ncclBroadcast(part.Address, part.Address, part.Count, Type(x), rank, communicator, stream)));
 
-    const int Sums = 0;
+    public void Join() {
+        device.Enter();
+        Check(cuStreamWaitEvent(device.Stream, after, 0), "ordering streams");
+    }
 
     static int Type(Tensor x) => x.Type == DataType.Bf16 ? 9 : 7;
 
-    /// <summary>Queues a call for each rank's part, where NCCL's own operation would want equal parts.</summary>
+    /// <summary>Queues a call for each rank's part: NCCL's own ReduceScatter and AllGather need equal parts.</summary>
     /// <returns>The first error, or 0.</returns>
     int ForEachPart(Tensor x, Func<Tensor, int, int> queue) =>
         Enumerable.Range(0, Size).Select(rank => queue(x.PartOf(rank, Size), rank)).FirstOrDefault(IsError);
 
-    /// <summary>Queues an operation on each array, as one group after the device's work so far.</summary>
+    /// <summary>Queues a call for each array and its result, as one group after the device's work so far.</summary>
     void Group(
         string doing, ReadOnlySpan<Tensor> arrays, ReadOnlySpan<Tensor> results, Func<Tensor, Tensor, int> queue) {
         device.Enter();
@@ -517,83 +515,72 @@ public sealed unsafe class Nccl : ICollective {
         for (var i = 0; i < arrays.Length; i++)
             CheckNccl(queue(arrays[i], results[i]), doing);
         CheckNccl(ncclGroupEnd(), "grouping");
-        Check(cuEventRecord(after, stream), "ordering streams");
         peers.Meetings++;
-        Volatile.Write(ref begun, Stopwatch.GetTimestamp());
+        Volatile.Write(ref begun, Stopwatch.GetTimestamp()); // before Watch can find them under way
+        Check(cuEventRecord(after, stream), "ordering streams");
     }
 
-    public void Join() {
-        device.Enter();
-        Check(cuStreamWaitEvent(device.Stream, after, 0), "ordering streams");
-    }
-
-    /// <summary>Ends the job if NCCL has failed, or waits too long: after the others' silence would have been noticed,
-    /// and for the first rank, which knows them all, before the others give up.</summary>
+    /// <summary>Ends the job if NCCL has failed or waits too long: later than a silent rank is noticed, and sooner on
+    /// rank 0, which knows of every rank, than on the others.</summary>
     void Watch(TimeSpan timeout) {
-        var since = Volatile.Read(ref begun);
-        if (since == 0)
-            return;
-        device.Enter();
         const int notReady = 600;
-        var state = cuEventQuery(after);
-        if (state == 0)
-            Interlocked.CompareExchange(ref begun, 0, since);
-        else if (state == notReady && Stopwatch.GetElapsedTime(since) > (Rank == 0 ? 1.25 : 1.5) * timeout)
-            peers.Report(peers.Absent is { } absent
-                ? $"rank {absent} did not come to NCCL at {peers.Place} in {timeout.TotalSeconds:F0} s"
-                : $"rank {Rank}: expected an end of NCCL at {peers.Place} in {timeout.TotalSeconds:F0} s, found none");
-        if (ncclCommGetAsyncError(communicator, out var error) == 0 && IsError(error))
-            peers.Report($"rank {Rank}: NCCL at {peers.Place}: expected success, found {NcclError(error)}");
+        try {
+            device.Enter();
+            if (cuEventQuery(after) != notReady)
+                return;
+            if (Stopwatch.GetElapsedTime(Volatile.Read(ref begun)) > (Rank == 0 ? 1.25 : 1.5) * timeout)
+                peers.Report(peers.Absent is { } absent
+                    ? $"rank {absent} did not come to NCCL at {peers.Place} in {timeout.TotalSeconds:F0} s"
+                    : $"rank {Rank}: expected an end of NCCL at {peers.Place} in {timeout.TotalSeconds:F0} s, " +
+                        "found none");
+            if (ncclCommGetAsyncError(communicator, out var error) == 0 && IsError(error))
+                throw new Gpt2Exception($"NCCL at {peers.Place}: expected success, found {NcclError(error)}");
+        } catch (Gpt2Exception e) { // on a timer's thread it would end in a stack trace
+            peers.Report($"rank {Rank}: {e.Message}");
+        }
     }
 
     public void Dispose() {
-        watch.DisposeAsync().AsTask().Wait(); // which waits for a callback under way
+        watch.DisposeAsync().AsTask().Wait(); // for a callback under way, too
         device.Enter();
         ncclCommAbort(communicator);
         cuEventDestroy(before);
         cuEventDestroy(after);
         cuStreamDestroy(stream);
     }
-}
 
-/// <summary>NCCL, as far as we call it.</summary>
-static unsafe partial class NcclApi {
-    const string Library = "nccl";
+    /// <summary>True unless the status is success or in progress.</summary>
+    static bool IsError(int status) => status is not 0 and not 7;
 
-    static NcclApi() => Libraries.Register();
+    static string NcclError(int status) => Marshal.PtrToStringUTF8(ncclGetErrorString(status)) ?? $"{status}";
 
-    /// <summary>What names a communicator before there is one.</summary>
-    public struct NcclId { public fixed byte Bytes[128]; }
-
-    public static string NcclError(int status) => Marshal.PtrToStringUTF8(ncclGetErrorString(status)) ?? $"{status}";
-
-    /// <summary>Neither success nor work in progress.</summary>
-    public static bool IsError(int status) => status is not 0 and not 7;
-
-    /// <exception cref="Gpt2Exception">An error: NCCL's name for it, and its last words.</exception>
-    public static void CheckNccl(int status, string doing) {
+    /// <exception cref="Gpt2Exception">NCCL failed: its name for the error, and its last message.</exception>
+    static void CheckNccl(int status, string doing) {
         if (IsError(status))
             throw new Gpt2Exception($"NCCL: {doing}: expected success, found {NcclError(status)} " +
                 $"({Marshal.PtrToStringUTF8(ncclGetLastError(0))})");
     }
 
-    [LibraryImport(Library)] public static partial nint ncclGetErrorString(int status);
-    [LibraryImport(Library)] public static partial nint ncclGetLastError(nint communicator);
-    [LibraryImport(Library)] public static partial int ncclGetUniqueId(NcclId* id);
-    [LibraryImport(Library)]
-    public static partial int ncclCommInitRank(out nint communicator, int ranks, NcclId id, int rank);
-    [LibraryImport(Library)] public static partial int ncclCommGetAsyncError(nint communicator, out int error);
-    [LibraryImport(Library)] public static partial int ncclCommAbort(nint communicator);
-    [LibraryImport(Library)] public static partial int ncclGroupStart();
-    [LibraryImport(Library)] public static partial int ncclGroupEnd();
-    [LibraryImport(Library)] public static partial int ncclAllReduce(
-        nint from, nint to, nuint count, int type, int operation, nint communicator, nint stream);
-    [LibraryImport(Library)] public static partial int ncclReduceScatter(
-        nint from, nint to, nuint count, int type, int operation, nint communicator, nint stream);
-    [LibraryImport(Library)] public static partial int ncclReduce(
-        nint from, nint to, nuint count, int type, int operation, int root, nint communicator, nint stream);
-    [LibraryImport(Library)]
-    public static partial int ncclAllGather(nint from, nint to, nuint count, int type, nint communicator, nint stream);
-    [LibraryImport(Library)] public static partial int ncclBroadcast(
-        nint from, nint to, nuint count, int type, int root, nint communicator, nint stream);
+    /// <summary>Names a communicator before it exists.</summary>
+    struct NcclId { fixed byte bytes[128]; }
+
+    [LibraryImport("nccl")] private static partial nint ncclGetErrorString(int status);
+    [LibraryImport("nccl")] private static partial nint ncclGetLastError(nint communicator);
+    [LibraryImport("nccl")] private static partial int ncclGetUniqueId(NcclId* id);
+    [LibraryImport("nccl")]
+    private static partial int ncclCommInitRank(out nint communicator, int ranks, NcclId id, int rank);
+    [LibraryImport("nccl")] private static partial int ncclCommGetAsyncError(nint communicator, out int error);
+    [LibraryImport("nccl")] private static partial int ncclCommAbort(nint communicator);
+    [LibraryImport("nccl")] private static partial int ncclGroupStart();
+    [LibraryImport("nccl")] private static partial int ncclGroupEnd();
+    [LibraryImport("nccl")] private static partial int ncclAllReduce(
+        nint from, nint to, long count, int type, int operation, nint communicator, nint stream);
+    [LibraryImport("nccl")] private static partial int ncclReduceScatter(
+        nint from, nint to, long count, int type, int operation, nint communicator, nint stream);
+    [LibraryImport("nccl")] private static partial int ncclReduce(
+        nint from, nint to, long count, int type, int operation, int root, nint communicator, nint stream);
+    [LibraryImport("nccl")] private static partial int ncclAllGather(
+        nint from, nint to, long count, int type, nint communicator, nint stream);
+    [LibraryImport("nccl")] private static partial int ncclBroadcast(
+        nint from, nint to, long count, int type, int root, nint communicator, nint stream);
 }
