@@ -1070,10 +1070,6 @@ constexpr int StageBytes = (ProductRows + ProductColumns) * Depth * 2;
 constexpr int Turns = 2 * Stages; // more than the loader is ahead of those who store
 constexpr int Storers = 8, Loader = Storers + 2 * Chunks, ProductThreads = (Loader + 1) * Warp; // the warps that begin
 
-// What comes after: c += residual; gelu = GELU(c); c *= GELU'(gelu), and partial (M/64, N) = c's sums of every 64 rows;
-// c = e^(c - of_rows - ClassShift) in the first V columns, else 0, and partial (N/64, M) = its sums of 64 columns each;
-// c *= of_rows.
-enum class Then { Nothing, AddResidual, Gelu, GeluBackward, Exponentials, ScaleRows };
 // These leave room for logits from 47 below the target's to 117 above; there the exponents of two end, so that a row's
 // sum is finite.
 constexpr float ClassShift = 40, LargestClass = 112;
@@ -1168,263 +1164,406 @@ __device__ float exponential(float x) {
     return exp2_approximate(fminf(x * Log2E - ClassShift * Log2E, LargestClass));
 }
 
-// Pairs of tiles that clusters have come for, and zero again when the last has found none.
+// The arguments of a product. The maps describe a (M, K), b (N, K) or (K, N), and c and residual (M, N) to TMA.
+struct ProductArguments {
+    const CUtensorMap *a, *b, *c, *residual;
+    const floatX* bias;   // (N) or null
+    floatX* gelu;         // (M, N): GELU(c), or what GELU' is taken of
+    const float* of_rows; // (M)
+    float* partial;       // (M/64, N) or (N/64, M): sums of 64 rows or columns each
+    int M, N, K, V;
+};
+
+// How many pairs of tiles clusters have come for; zero again when the last cluster has found none.
 __device__ int pairs_taken;
 
-template <bool Transposed, Then Then>
-__device__ void multiply(const CUtensorMap* a, const CUtensorMap* b, const CUtensorMap* c, const CUtensorMap* residual,
-    const floatX* bias, floatX* gelu, const float* of_rows, float* partial, int M, int N, int K, int V) {
-    __shared__ uint64_t barriers[2 * Stages + 4 + Turns];
-    __shared__ alignas(16) floatX biases[Turns][ProductColumns];
-    __shared__ int pairs[Turns];
-    // Barriers of the stages, of the places where the warpgroups leave their results, and of the pairs.
-    uint32_t full = shared_address(barriers), empty = full + 8 * Stages, filled = empty + 8 * Stages;
-    uint32_t free = filled + 16, known = free + 16;
-    uint32_t ring = first_tile(), places = ring + Stages * StageBytes, rank = cluster_rank();
-    int warp = uniform(threadIdx.x / Warp), lane = threadIdx.x % Warp, depths = (K + Depth - 1) / Depth;
-    int down = (M + 2 * ProductRows - 1) / (2 * ProductRows), across = (N + ProductColumns - 1) / ProductColumns;
-    int all = down * across, pair_of_tiles, row, column;
-    uint32_t stage = 0, phase = 0, turn = ~0u; // of the pair among this cluster's
-    auto next_stage = [&] {
+// A warp's way over the pairs of tiles that its cluster takes, and over the ring's stages.
+struct Tiles : ProductArguments {
+    uint32_t full, empty;   // barriers of each stage
+    uint32_t filled, free;  // barriers of each warpgroup's result in shared memory
+    uint32_t known;         // barriers of the places in pairs
+    uint32_t ring, results; // in shared memory
+    uint32_t rank = cluster_rank(), stage = 0, phase = 0, turn = ~0u; // the pair's number among this cluster's
+    int* pairs;
+    floatX (*biases)[ProductColumns];
+    int warp = uniform(threadIdx.x / Warp), lane = threadIdx.x % Warp, depths, down, across, all, pair, row, column; // row and column are the tile's first
+
+    __device__ Tiles(const ProductArguments& arguments) : ProductArguments(arguments) {
+        __shared__ uint64_t barriers[2 * Stages + 4 + Turns];
+        __shared__ alignas(16) floatX all_biases[Turns][ProductColumns];
+        __shared__ int all_pairs[Turns];
+        full = shared_address(barriers);
+        empty = full + 8 * Stages;
+        filled = empty + 8 * Stages;
+        free = filled + 16;
+        known = free + 16;
+        ring = first_tile();
+        results = ring + Stages * StageBytes;
+        pairs = all_pairs;
+        biases = all_biases;
+        depths = (K + Depth - 1) / Depth;
+        down = (M + 2 * ProductRows - 1) / (2 * ProductRows);
+        across = (N + ProductColumns - 1) / ProductColumns;
+        all = down * across;
+        if (threadIdx.x == 0) {
+            for (int i = 0; i < Stages; i++) {
+                mbarrier_init(full + 8 * i, 1);
+                mbarrier_init(empty + 8 * i, 2 * Storers);
+            }
+            for (int i = 0; i < 2; i++) {
+                mbarrier_init(filled + 8 * i, Storers / 2);
+                mbarrier_init(free + 8 * i, Chunks);
+            }
+            for (int i = 0; i < Turns; i++)
+                mbarrier_init(known + 8 * i, 1);
+            asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        }
+        cluster_sync();
+    }
+
+    __device__ void next_stage() {
         stage = (stage + 1) % Stages;
         phase ^= stage == 0;
-    };
-    auto next_pair = [&] {
+    }
+
+    __device__ bool next_pair() {
         turn++;
         mbarrier_wait(known + 8 * (turn % Turns), turn / Turns);
-        pair_of_tiles = pairs[turn % Turns];
-        return pair_of_tiles < all;
-    };
+        pair = pairs[turn % Turns];
+        return pair < all;
+    }
+
     // Along the tiles' row, but not farther than what of b stays in the L2 with what else passes there.
-    auto go_to_tile = [&] {
-        int first = pair_of_tiles / (down * WidestBand) * WidestBand, within = pair_of_tiles % (down * WidestBand);
+    __device__ void go_to_tile() {
+        int first = pair / (down * WidestBand) * WidestBand, within = pair % (down * WidestBand);
         int columns = min(WidestBand, across - first);
         row = (2 * (within / columns) + rank) * ProductRows;
         column = (first + within % columns) * ProductColumns;
-    };
-    if (threadIdx.x == 0) {
-        for (int i = 0; i < Stages; i++) {
-            mbarrier_init(full + 8 * i, 1);
-            mbarrier_init(empty + 8 * i, 2 * Storers);
-        }
-        for (int i = 0; i < 2; i++) {
-            mbarrier_init(filled + 8 * i, Storers / 2);
-            mbarrier_init(free + 8 * i, Chunks);
-        }
-        for (int i = 0; i < Turns; i++)
-            mbarrier_init(known + 8 * i, 1);
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
-    cluster_sync();
-    if (warp == Loader) {
-        int taken;
-        auto take_pair = [&] {
-            if (rank == 0)
-                taken = atomicAdd(&pairs_taken, 1);
-        };
-        auto tell_pair = [&](uint32_t turn) {
-            uint32_t barrier = known + 8 * (turn % Turns);
-            mbarrier_expect(barrier, sizeof(int));
-            for (int i = 0; rank == 0 && i < 2; i++)
-                send(taken, shared_address(pairs + turn % Turns), barrier, i);
-            if (rank == 0 && taken == all + (int)gridDim.x / 2 - 1)
-                pairs_taken = 0;
-        };
+};
+
+// A storing warp's 64 rows and columns of a tile. A thread has eight columns of every fourth row, 16 vectors in all.
+struct Chunk {
+    uint32_t place;         // in shared memory
+    int lane, row, column, rows;  // the first ones, and how many c has from the thread's first on
+    int64_t at;             // of the thread's first element in (M, N)
+
+    __device__ Eight& operator[](int i) const {
+        return *(Eight*)__cvta_shared_to_generic(chunk(place, 4 * i + lane / 8, lane % 8));
+    }
+};
+
+// An epilogue is what comes after a product. This one stores c as it is; the others replace some of its steps.
+struct Store {
+    static constexpr bool HasResidual = false, ChangesChunk = false;
+
+    // For a multiplying warp: before a tile, before 16 of its columns, which go to this lane's address, and for two
+    // neighbours in a row.
+    __device__ void begin_tile(Tiles&, int) { }
+    __device__ void begin_columns(uint32_t) { }
+    __device__ void change_two(int, float&, float&) { }
+
+    // For a storing warp: as soon as it knows the chunk, while the tile is multiplied, before c gets the chunk, and
+    // after.
+    __device__ void fetch(const Tiles&, const Chunk&) { }
+    __device__ void prepare(const Tiles&, const Chunk&, uint32_t) { }
+    __device__ void change_chunk(const Tiles&, const Chunk&) { }
+    __device__ void finish(const Tiles&, const Chunk&) { }
+};
+
+// c += residual, which TMA has left where the result goes.
+struct AddResidual : Store {
+    static constexpr bool HasResidual = true;
+    uint32_t there[4];
+
+    __device__ void prepare(const Tiles& tiles, const Chunk& chunk, uint32_t free) {
         if (elect()) {
-            take_pair();
-            tell_pair(0);
-        }
-        while (next_pair()) {
-            go_to_tile();
-            for (int k = 0; k < depths; k++, next_stage()) {
-                uint32_t rows = ring + stage * StageBytes, columns = rows + ProductRows * 128;
-                uint32_t barrier = full + 8 * stage;
-                mbarrier_wait(empty + 8 * stage, phase ^ 1);
-                if (elect()) {
-                    if (k == 0)
-                        take_pair();
-                    int bytes = k == 0 && bias != nullptr ? min(ProductColumns, N - column) * 2 : 0;
-                    mbarrier_expect(barrier, StageBytes + bytes);
-                    if (bytes > 0)
-                        bulk_load(shared_address(biases[turn % Turns]), bias + column, bytes, barrier);
-                    for (int i = 0; i < ProductRows; i += 32)
-                        load_box(rows + i * 128, a, k * Depth, row + i, barrier, false);
-                    // Half of b's tile, for both.
-                    for (int i = 0; i < ProductColumns / 2; i += 32) {
-                        int half = rank * (Transposed ? ProductColumns / 2 : Depth / 2);
-                        uint32_t to = columns + ((Transposed ? i : 2 * i) + half) * 128;
-                        if (Transposed)
-                            load_box(to, b, k * Depth, column + half + i, barrier, true);
-                        else
-                            load_box(to, b, column + 2 * i, k * Depth + half, barrier, true);
-                    }
-                    if (k == 0)
-                        tell_pair(turn + 1);
-                }
-                __syncwarp();
-            }
-        }
-    } else if (warp >= Storers) {
-        int warpgroup = (warp - Storers) / Chunks, part = (warp - Storers) % Chunks, rows;
-        constexpr bool Changes = Then == Then::GeluBackward || Then == Then::Exponentials; // the tile in its place
-        uint32_t place = places + (warp - Storers) * TileBytes;
-        int64_t at; // of this thread's elements of the tile: eight columns of every fourth row
-        Eight slopes[16]; // GELU's, or what they are computed from
-        free += 8 * warpgroup;
-        filled += 8 * warpgroup;
-        auto in_place = [&](int i) -> Eight& {
-            return *(Eight*)__cvta_shared_to_generic(chunk(place, 4 * i + lane / 8, lane % 8));
-        };
-        auto go_to_chunk = [&] {
-            go_to_tile();
-            row += warpgroup * 64;
-            column += part * 64;
-            rows = column + lane % 8 * Width < N ? M - row - lane / 8 : 0;
-            at = (int64_t)(row + lane / 8) * N + column + lane % 8 * Width;
-            for (int i = 0; Then == Then::GeluBackward && i < 16; i++)
-                *(uint4*)&slopes[i] = 4 * i < rows ? __ldcs((const uint4*)(gelu + at + 4 * i * N)) : uint4{};
-        };
-        for (next_pair(), go_to_chunk(); pair_of_tiles < all;) {
-            if (Then == Then::AddResidual && elect()) {
-                mbarrier_expect(free, TileBytes);
-                load_box(place, residual, column, row, free, false);
-                load_box(place + TileBytes / 2, residual, column, row + 32, free, false);
-            }
-            for (int i = 0; Then == Then::GeluBackward && i < 16; i++)
-                store(slopes[i].x, map(load(slopes[i].x), gelu_slope_approximate));
-            mbarrier_wait(filled, turn);
-#pragma unroll (Then == Then::Exponentials ? 4 : 16)
-            for (int i = 0; Changes && i < 16; i++) {
-                Eight& x = in_place(i);
-                if (Then == Then::GeluBackward) {
-                    x = slopes[i] = x * slopes[i];
-                } else {
-                    Pack e = map(load(x.x), exponential);
-                    if (int inside = V - column - lane % 8 * Width; inside < Width)
-                        fill(e, inside, 0);
-                    store(x.x, e);
-                    float total = sum_lanes<1, 2, 4>(sum(e));
-                    if (4 * i < rows && lane % 8 == 0)
-                        partial[(int64_t)(column / 64) * M + row + 4 * i + lane / 8] = total;
-                }
-            }
-            if (Changes)
-                asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-            __syncwarp();
-            if (elect()) {
-                store_box(c, column, row, place);
-                store_box(c, column, row + 32, place + TileBytes / 2);
-                asm volatile("cp.async.bulk.commit_group;" ::: "memory");
-            }
-            if (Then == Then::Gelu) {
-#pragma unroll 4
-                for (int i = 0; i < 16; i++) {
-                    Eight x = in_place(i);
-                    store(x.x, map(load(x.x), gelu_of));
-                    if (4 * i < rows)
-                        __stcs((uint4*)(gelu + at + 4 * i * N), *(uint4*)&x);
-                }
-            } else if (Then == Then::GeluBackward) {
-                Pack sums = {};
-                for (int i = 0; i < 16; i++)
-                    sums = sums + load(slopes[i].x);
-                sums = map(sums, sum_lanes<8, 16>);
-                if (lane < 8 && rows > 0)
-                    store(partial + (int64_t)(row / 64) * N + column + lane * Width, sums);
-            }
-            next_pair();
-            go_to_chunk();
-            __syncwarp();
-            if (elect()) {
-                asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
-                if (Then != Then::AddResidual)
-                    mbarrier_arrive(free);
-            }
-            __syncwarp();
-        }
-    } else {
-        int warpgroup = warp / 4;
-        while (next_pair()) {
-            ProductSums sums = {};
-            float of_row[2];
-            if (Then == Then::Exponentials || Then == Then::ScaleRows) {
-                go_to_tile();
-                for (int i = 0; i < 2; i++)
-                    of_row[i] = of_rows[min(row + warpgroup * 64 + row_of(2 * i), M - 1)];
-            }
-            if (Transposed && bias != nullptr) {
-                mbarrier_wait(full + 8 * stage, phase); // brings the biases, too
-                for (int j = 0; j < ProductColumns / 8; j++) {
-                    uint32_t both = *(const uint32_t*)(biases[turn % Turns] + j * 8 + lane % 4 * 2);
-                    sums[j][0] = sums[j][2] = __uint_as_float(both << 16);
-                    sums[j][1] = sums[j][3] = __uint_as_float(both & 0xffff0000);
-                }
-            }
-            for (int k = 0; k < depths; k++, next_stage()) {
-                uint32_t rows = (ring & 0x3ffff) + stage * StageBytes, columns = rows + ProductRows * 128;
-                mbarrier_wait(full + 8 * stage, phase);
-                wgmma_fence();
-#pragma unroll
-                for (int i = 0; i < Depth / 16; i++) {
-                    uint64_t left = descriptor(rows + warpgroup * TileBytes, i * 32);
-                    uint64_t right = descriptor(columns, Transposed ? i * 32 : i * 16 * 128);
-                    if (!Transposed) // the second 64 columns of b are so many bytes after the first
-                        right += (uint64_t)((Depth * 128 >> 4) - 1) << 16;
-                    wgmma<Transposed>(sums, left, right);
-                }
-                wgmma_commit();
-                wgmma_wait(sums);
-                if (lane < 2)
-                    mbarrier_arrive_at(empty + 8 * stage, lane);
-            }
-            mbarrier_wait(free + 8 * warpgroup, Then == Then::AddResidual ? turn : turn + 1);
-#pragma unroll
-            for (int j = 0; j < ProductColumns / 8; j += 2) {
-                uint32_t to = places + (warpgroup * Chunks + j / 8) * TileBytes, there[4], result[4];
-                to = chunk(to, warp % 4 * 16 + lane % 16, j % 8 + lane / 16);
-                if (Then == Then::AddResidual)
-                    ldmatrix(there, to);
-                for (int i = 0; i < 4; i++) {
-                    float low = sums[j + i / 2][i % 2 * 2], high = sums[j + i / 2][i % 2 * 2 + 1];
-                    if (Then == Then::AddResidual) {
-                        low += __uint_as_float(there[i] << 16);
-                        high += __uint_as_float(there[i] & 0xffff0000);
-                    } else if (Then == Then::Exponentials) {
-                        low -= of_row[i % 2];
-                        high -= of_row[i % 2];
-                    } else if (Then == Then::ScaleRows) {
-                        low *= of_row[i % 2];
-                        high *= of_row[i % 2];
-                    }
-                    result[i] = pair(low, high);
-                }
-                asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};"
-                    ::"r"(to), "r"(result[0]), "r"(result[1]), "r"(result[2]), "r"(result[3]) : "memory");
-            }
-            asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-            __syncwarp();
-            if (elect())
-                mbarrier_arrive(filled + 8 * warpgroup);
+            mbarrier_expect(free, TileBytes);
+            load_box(chunk.place, tiles.residual, chunk.column, chunk.row, free, false);
+            load_box(chunk.place + TileBytes / 2, tiles.residual, chunk.column, chunk.row + 32, free, false);
         }
     }
+
+    __device__ void begin_columns(uint32_t address) {
+        ldmatrix(there, address);
+    }
+
+    __device__ void change_two(int i, float& low, float& high) {
+        low += __uint_as_float(there[i] << 16);
+        high += __uint_as_float(there[i] & 0xffff0000);
+    }
+};
+
+// gelu = GELU(c)
+struct Gelu : Store {
+    __device__ void finish(const Tiles& tiles, const Chunk& chunk) {
+#pragma unroll 4
+        for (int i = 0; i < 16; i++) {
+            Eight x = chunk[i];
+            store(x.x, map(load(x.x), gelu_of));
+            if (4 * i < chunk.rows)
+                __stcs((uint4*)(tiles.gelu + chunk.at + 4 * i * tiles.N), *(uint4*)&x);
+        }
+    }
+};
+
+// c *= GELU'(gelu), and partial (M/64, N) = the sums of every 64 rows of c.
+struct GeluBackward : Store {
+    static constexpr bool ChangesChunk = true;
+    Eight slopes[16]; // or what they are computed from
+
+    __device__ void fetch(const Tiles& tiles, const Chunk& chunk) {
+        for (int i = 0; i < 16; i++) {
+            *(uint4*)&slopes[i] = 4 * i < chunk.rows ? __ldcs((const uint4*)(tiles.gelu + chunk.at + 4 * i * tiles.N))
+                : uint4{};
+        }
+    }
+
+    __device__ void prepare(const Tiles&, const Chunk&, uint32_t) {
+        for (int i = 0; i < 16; i++)
+            store(slopes[i].x, map(load(slopes[i].x), gelu_slope_approximate));
+    }
+
+    __device__ void change_chunk(const Tiles&, const Chunk& chunk) {
+#pragma unroll
+        for (int i = 0; i < 16; i++) {
+            Eight& x = chunk[i];
+            x = slopes[i] = x * slopes[i];
+        }
+    }
+
+    __device__ void finish(const Tiles& tiles, const Chunk& chunk) {
+        int lane = chunk.lane;
+        Pack sums = {};
+        for (int i = 0; i < 16; i++)
+            sums = sums + load(slopes[i].x);
+        sums = map(sums, sum_lanes<8, 16>);
+        if (lane < 8 && chunk.rows > 0)
+            store(tiles.partial + (int64_t)(chunk.row / 64) * tiles.N + chunk.column + lane * Width, sums);
+    }
+};
+
+// The logit of each row's target, or the factor of each row.
+struct OfRows : Store {
+    float of_row[2];
+
+    __device__ void begin_tile(Tiles& tiles, int first) {
+        tiles.go_to_tile();
+        for (int i = 0; i < 2; i++)
+            of_row[i] = tiles.of_rows[min(tiles.row + first + row_of(2 * i), tiles.M - 1)];
+    }
+};
+
+// c *= of_rows
+struct ScaleRows : OfRows {
+    __device__ void change_two(int i, float& low, float& high) {
+        low *= of_row[i % 2];
+        high *= of_row[i % 2];
+    }
+};
+
+// c = e^(c - of_rows - ClassShift) in the first V columns, else 0; partial (N/64, M) = the sums of 64 columns each.
+struct Exponentials : OfRows {
+    static constexpr bool ChangesChunk = true;
+
+    __device__ void change_two(int i, float& low, float& high) {
+        low -= of_row[i % 2];
+        high -= of_row[i % 2];
+    }
+
+    __device__ void change_chunk(const Tiles& tiles, const Chunk& chunk) {
+        int lane = chunk.lane;
+#pragma unroll 4
+        for (int i = 0; i < 16; i++) {
+            Eight& x = chunk[i];
+            Pack e = map(load(x.x), exponential);
+            if (int inside = tiles.V - chunk.column - lane % 8 * Width; inside < Width)
+                fill(e, inside, 0);
+            store(x.x, e);
+            float total = sum_lanes<1, 2, 4>(sum(e));
+            if (4 * i < chunk.rows && lane % 8 == 0)
+                tiles.partial[(int64_t)(chunk.column / 64) * tiles.M + chunk.row + 4 * i + lane / 8] = total;
+        }
+    }
+};
+
+// The last warp has TMA fill the ring, and tells both blocks of the cluster which pair comes next.
+template <bool Transposed>
+__device__ void load_tiles(Tiles& tiles) {
+    int taken;
+    auto take_pair = [&] {
+        if (tiles.rank == 0)
+            taken = atomicAdd(&pairs_taken, 1);
+    };
+    auto tell_pair = [&](uint32_t turn) {
+        uint32_t barrier = tiles.known + 8 * (turn % Turns);
+        mbarrier_expect(barrier, sizeof(int));
+        for (int i = 0; tiles.rank == 0 && i < 2; i++)
+            send(taken, shared_address(tiles.pairs + turn % Turns), barrier, i);
+        if (tiles.rank == 0 && taken == tiles.all + (int)gridDim.x / 2 - 1)
+            pairs_taken = 0;
+    };
+    if (elect()) {
+        take_pair();
+        tell_pair(0);
+    }
+    while (tiles.next_pair()) {
+        tiles.go_to_tile();
+        for (int k = 0; k < tiles.depths; k++, tiles.next_stage()) {
+            uint32_t rows = tiles.ring + tiles.stage * StageBytes, columns = rows + ProductRows * 128;
+            uint32_t barrier = tiles.full + 8 * tiles.stage;
+            mbarrier_wait(tiles.empty + 8 * tiles.stage, tiles.phase ^ 1);
+            if (elect()) {
+                if (k == 0)
+                    take_pair();
+                int bytes = tiles.bias != nullptr && k == 0 ? min(ProductColumns, tiles.N - tiles.column) * 2 : 0;
+                mbarrier_expect(barrier, StageBytes + bytes);
+                if (bytes > 0)
+                    bulk_load(shared_address(tiles.biases[tiles.turn % Turns]), tiles.bias + tiles.column, bytes,
+                        barrier);
+                for (int i = 0; i < ProductRows; i += 32)
+                    load_box(rows + i * 128, tiles.a, k * Depth, tiles.row + i, barrier, false);
+                // Half of b's tile, for both.
+                for (int i = 0; i < ProductColumns / 2; i += 32) {
+                    int half = tiles.rank * (Transposed ? ProductColumns / 2 : Depth / 2);
+                    uint32_t to = columns + ((Transposed ? i : 2 * i) + half) * 128;
+                    if (Transposed)
+                        load_box(to, tiles.b, k * Depth, tiles.column + half + i, barrier, true);
+                    else
+                        load_box(to, tiles.b, tiles.column + 2 * i, k * Depth + half, barrier, true);
+                }
+                if (k == 0)
+                    tell_pair(tiles.turn + 1);
+            }
+            __syncwarp();
+        }
+    }
+}
+
+// Two warpgroups multiply 64 rows each and leave the result in shared memory.
+template <bool Transposed, typename Epilogue>
+__device__ void multiply_tiles(Tiles& tiles) {
+    int warp = tiles.warp, warpgroup = warp / 4, lane = tiles.lane;
+    while (tiles.next_pair()) {
+        ProductSums sums = {};
+        Epilogue epilogue;
+        epilogue.begin_tile(tiles, warpgroup * 64);
+        if (Transposed && tiles.bias != nullptr) {
+            mbarrier_wait(tiles.full + 8 * tiles.stage, tiles.phase); // brings the biases, too
+            for (int j = 0; j < ProductColumns / 8; j++) {
+                uint32_t both = *(const uint32_t*)(tiles.biases[tiles.turn % Turns] + j * 8 + lane % 4 * 2);
+                sums[j][0] = sums[j][2] = __uint_as_float(both << 16);
+                sums[j][1] = sums[j][3] = __uint_as_float(both & 0xffff0000);
+            }
+        }
+        for (int k = 0; k < tiles.depths; k++, tiles.next_stage()) {
+            uint32_t rows = (tiles.ring & 0x3ffff) + tiles.stage * StageBytes, columns = rows + ProductRows * 128;
+            mbarrier_wait(tiles.full + 8 * tiles.stage, tiles.phase);
+            wgmma_fence();
+#pragma unroll
+            for (int i = 0; i < Depth / 16; i++) {
+                uint64_t left = descriptor(rows + warpgroup * TileBytes, i * 32);
+                uint64_t right = descriptor(columns, Transposed ? i * 32 : i * 16 * 128);
+                if (!Transposed) // the second 64 columns of b are so many bytes after the first
+                    right += (uint64_t)((Depth * 128 >> 4) - 1) << 16;
+                wgmma<Transposed>(sums, left, right);
+            }
+            wgmma_commit();
+            wgmma_wait(sums);
+            if (lane < 2)
+                mbarrier_arrive_at(tiles.empty + 8 * tiles.stage, lane);
+        }
+        mbarrier_wait(tiles.free + 8 * warpgroup, Epilogue::HasResidual ? tiles.turn : tiles.turn + 1);
+#pragma unroll
+        for (int j = 0; j < ProductColumns / 8; j += 2) {
+            uint32_t to = tiles.results + (warpgroup * Chunks + j / 8) * TileBytes, result[4];
+            to = chunk(to, warp % 4 * 16 + lane % 16, j % 8 + lane / 16);
+            epilogue.begin_columns(to);
+            for (int i = 0; i < 4; i++) {
+                float low = sums[j + i / 2][i % 2 * 2], high = sums[j + i / 2][i % 2 * 2 + 1];
+                epilogue.change_two(i, low, high);
+                result[i] = pair(low, high);
+            }
+            asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};"
+                ::"r"(to), "r"(result[0]), "r"(result[1]), "r"(result[2]), "r"(result[3]) : "memory");
+        }
+        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+        __syncwarp();
+        if (elect())
+            mbarrier_arrive(tiles.filled + 8 * warpgroup);
+    }
+}
+
+// A warp for each chunk of each warpgroup's result.
+template <typename Epilogue>
+__device__ void store_tiles(Tiles& tiles) {
+    int warpgroup = (tiles.warp - Storers) / Chunks, part = (tiles.warp - Storers) % Chunks;
+    int lane = tiles.lane;
+    Chunk chunk;
+    chunk.lane = lane;
+    chunk.place = tiles.results + (tiles.warp - Storers) * TileBytes;
+    uint32_t free = tiles.free + 8 * warpgroup, filled = tiles.filled + 8 * warpgroup;
+    Epilogue epilogue;
+    auto next_chunk = [&] {
+        tiles.next_pair();
+        tiles.go_to_tile();
+        chunk.row = tiles.row + warpgroup * 64;
+        chunk.column = tiles.column + part * 64;
+        chunk.rows = chunk.column + lane % 8 * Width < tiles.N ? tiles.M - chunk.row - lane / 8 : 0;
+        chunk.at = (int64_t)(chunk.row + lane / 8) * tiles.N + chunk.column + lane % 8 * Width;
+        epilogue.fetch(tiles, chunk);
+    };
+    for (next_chunk(); tiles.pair < tiles.all;) {
+        epilogue.prepare(tiles, chunk, free);
+        mbarrier_wait(filled, tiles.turn);
+        epilogue.change_chunk(tiles, chunk);
+        if (Epilogue::ChangesChunk)
+            asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+        __syncwarp();
+        if (elect()) {
+            store_box(tiles.c, chunk.column, chunk.row, chunk.place);
+            store_box(tiles.c, chunk.column, chunk.row + 32, chunk.place + TileBytes / 2);
+            asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+        }
+        epilogue.finish(tiles, chunk);
+        next_chunk();
+        __syncwarp();
+        if (elect()) {
+            asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+            if (!Epilogue::HasResidual)
+                mbarrier_arrive(free);
+        }
+        __syncwarp();
+    }
+}
+
+template <bool Transposed, typename Epilogue>
+__device__ void multiply(const ProductArguments& arguments) {
+    Tiles tiles(arguments);
+    if (tiles.warp == Loader)
+        load_tiles<Transposed>(tiles);
+    else if (tiles.warp >= Storers)
+        store_tiles<Epilogue>(tiles);
+    else
+        multiply_tiles<Transposed, Epilogue>(tiles);
     cluster_sync();
 }
 
-#define PRODUCT_KERNEL(name, transposed, then) \
+#define PRODUCT_KERNEL(name, transposed, epilogue) \
     KERNEL __cluster_dims__(2) __launch_bounds__(ProductThreads, 1) name(const __grid_constant__ CUtensorMap a, \
         const __grid_constant__ CUtensorMap b, const __grid_constant__ CUtensorMap c, \
         const __grid_constant__ CUtensorMap residual, const floatX* bias, floatX* gelu, const float* of_rows, \
         float* partial, int M, int N, int K, int V) { \
-        multiply<transposed, then>(&a, &b, &c, &residual, bias, gelu, of_rows, partial, M, N, K, V); \
+        multiply<transposed, epilogue>({&a, &b, &c, &residual, bias, gelu, of_rows, partial, M, N, K, V}); \
     }
 
-PRODUCT_KERNEL(linear, true, Then::Nothing)
-PRODUCT_KERNEL(linear_residual, true, Then::AddResidual)
-PRODUCT_KERNEL(linear_gelu, true, Then::Gelu)
-PRODUCT_KERNEL(linear_backward, false, Then::Nothing)
-PRODUCT_KERNEL(linear_gelu_backward, false, Then::GeluBackward)
-PRODUCT_KERNEL(linear_exponentials, true, Then::Exponentials)
-PRODUCT_KERNEL(linear_backward_scaled, false, Then::ScaleRows)
+PRODUCT_KERNEL(linear, true, Store)
+PRODUCT_KERNEL(linear_residual, true, AddResidual)
+PRODUCT_KERNEL(linear_gelu, true, Gelu)
+PRODUCT_KERNEL(linear_backward, false, Store)
+PRODUCT_KERNEL(linear_gelu_backward, false, GeluBackward)
+PRODUCT_KERNEL(linear_exponentials, true, Exponentials)
+PRODUCT_KERNEL(linear_backward_scaled, false, ScaleRows)
 
 // ---- Classifier for Hopper, inside of the products before and after it
 
