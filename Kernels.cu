@@ -1,8 +1,7 @@
-// The kernels of the GPU backend, in the order of the operations in Device.cs. The file is compiled twice,
-// for bf16 and (-DFP32) for fp32: floatX is the type of weights and activations. Sums and statistics are fp32, and no
-// result depends on the order in which blocks run. Columns are multiples of 8: a thread moves eight elements at a
-// time, in loads and stores of 128 bits. nvcc unrolls loops of a constant length by itself; a pragma stands where it
-// does not.
+// The kernels of the GPU backend, in the order of the operations in Device.cs. The file is compiled twice, for bf16 and
+// (-DFP32) for fp32: floatX is the type of weights and activations. Sums and statistics are fp32, and no result depends
+// on the order in which blocks run. The number of columns is a multiple of 8, and a thread handles eight elements at a
+// time with loads and stores of 128 bits. nvcc unrolls loops of constant length by itself; pragmas mark the others.
 #include <cuda.h>
 #include <cuda_bf16.h>
 #include <stdint.h>
@@ -14,28 +13,36 @@ typedef __nv_bfloat16 floatX;
 #endif
 
 #define KERNEL extern "C" __global__ void
+#define MAP const __grid_constant__ CUtensorMap
 
 constexpr int Warp = 32;
 constexpr int Width = 8;
 
-extern __shared__ uint4 shared[]; // as much as the launch asks for
+extern __shared__ uint4 shared[]; // its size is set at the launch
 
 // ---- Eight elements at a time
 
-struct Pack {
+struct Pack { // in registers
     float x[Width];
 };
 
-// As they are in memory.
-struct alignas(16) Eight {
+struct alignas(16) Eight { // in memory
     floatX x[Width];
 };
 
+// Two floats as bf16, rounded to nearest, the first in the lower half; and back.
+__device__ uint32_t pair(float low, float high) {
+    __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
+    return *(uint32_t*)&both;
+}
+
+__device__ float2 unpair(uint32_t both) {
+    return {__uint_as_float(both << 16), __uint_as_float(both & 0xffff0000)};
+}
+
 __device__ Pack load(const float* from) {
-    Pack pack;
-    *(float4*)pack.x = *(const float4*)from;
-    *(float4*)(pack.x + 4) = *(const float4*)(from + 4);
-    return pack;
+    float4 low = *(const float4*)from, high = *(const float4*)(from + 4);
+    return {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
 }
 
 __device__ Pack load(const __nv_bfloat16* from) {
@@ -52,12 +59,6 @@ __device__ Pack load(const __nv_bfloat16* from) {
 __device__ void store(float* to, Pack pack) {
     *(float4*)to = *(float4*)pack.x;
     *(float4*)(to + 4) = *(float4*)(pack.x + 4);
-}
-
-// Two floats as bf16, rounded to nearest, the first in the lower half.
-__device__ uint32_t pair(float low, float high) {
-    __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
-    return *(uint32_t*)&both;
 }
 
 __device__ void store(__nv_bfloat16* to, Pack pack) {
@@ -89,52 +90,135 @@ __device__ float sum(Pack a) {
     return ((a.x[0] + a.x[1]) + (a.x[2] + a.x[3])) + ((a.x[4] + a.x[5]) + (a.x[6] + a.x[7]));
 }
 
-// (x - mean) * rstd
+// (x - mean)·rstd
 __device__ Pack normalize(Pack x, float mean, float rstd) {
     for (int i = 0; i < Width; i++)
         x.x[i] = (x.x[i] - mean) * rstd;
     return x;
 }
 
-// a = x from element first on.
+// Sets the elements from index first on to x.
 __device__ void fill(Pack& a, int first, float x) {
     for (int i = 0; i < Width; i++)
         a.x[i] = i < first ? a.x[i] : x;
 }
 
-__device__ uint32_t shared_address(const void* pointer) {
-    return (uint32_t)__cvta_generic_to_shared(pointer);
-}
-
-__device__ void cp_async(uint32_t to, const void* from, bool inside) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(inside ? 16 : 0));
-}
-
-// Sums, and the maximum, over the lanes that are so far apart, in that order.
-template <int... Apart>
+// The sum, and the maximum, of x over the lanes at these distances, in this order.
+template <int... Distances>
 __device__ float sum_lanes(float x) {
-    ((x += __shfl_xor_sync(~0u, x, Apart)), ...);
+    ((x += __shfl_xor_sync(~0u, x, Distances)), ...);
     return x;
 }
 
-template <int... Apart>
+template <int... Distances>
 __device__ float max_lanes(float x) {
-    ((x = fmaxf(x, __shfl_xor_sync(~0u, x, Apart))), ...);
+    ((x = fmaxf(x, __shfl_xor_sync(~0u, x, Distances))), ...);
     return x;
 }
 
 __device__ float warp_sum(float x) {
-    for (int lane = Warp / 2; lane > 0; lane /= 2)
-        x += __shfl_xor_sync(~0u, x, lane);
+    for (int distance = Warp / 2; distance > 0; distance /= 2)
+        x += __shfl_xor_sync(~0u, x, distance);
     return x;
 }
+
+// ---- PTX instructions. Addresses in shared memory have 32 bits.
+
+#define PTX(name, parameters, ...) \
+    __device__ void name parameters { \
+        asm volatile(__VA_ARGS__); \
+    }
+
+__device__ uint32_t shared_address(const void* pointer) {
+    return (uint32_t)__cvta_generic_to_shared(pointer);
+}
+
+// The object at an address in shared memory.
+template <typename T>
+__device__ T& at(uint32_t address) {
+    return *(T*)__cvta_shared_to_generic(address);
+}
+
+// Copies 16 bytes, or writes zeros if they are outside.
+PTX(cp_async, (uint32_t to, const void* from, bool inside),
+    "cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(inside ? 16 : 0))
+PTX(cp_async_commit, (), "cp.async.commit_group;" ::)
+PTX(cp_async_wait_committed, (), "cp.async.wait_group 0;" ::: "memory")
+PTX(cp_async_wait, (), "cp.async.wait_all;" ::: "memory")
+
+PTX(load_shared, (uint4& to, uint32_t from), "ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+    : "=r"(to.x), "=r"(to.y), "=r"(to.z), "=r"(to.w) : "r"(from))
+PTX(store_shared, (uint32_t to, uint32_t x), "st.shared.b32 [%0], %1;" ::"r"(to), "r"(x))
+
+// Barriers in shared memory. A phase is over after as many arrivals as were set, and the bytes that were to be expected.
+PTX(mbarrier_init, (uint32_t barrier, int arrivals),
+    "mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals))
+PTX(mbarrier_init_fence, (), "fence.mbarrier_init.release.cluster;" ::: "memory")
+PTX(mbarrier_arrive, (uint32_t barrier), "mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory")
+PTX(mbarrier_expect, (uint32_t barrier, int bytes),
+    "mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory")
+PTX(mbarrier_wait, (uint32_t barrier, int phase),
+    "{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n@!done bra again;\n}"
+    ::"r"(barrier), "r"(phase & 1) : "memory")
+
+// The same in the block of this rank in the cluster; the second writes x there first.
+PTX(mbarrier_arrive_at, (uint32_t barrier, uint32_t rank),
+    "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
+    "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(barrier), "r"(rank) : "memory")
+PTX(send, (int x, uint32_t to, uint32_t barrier, uint32_t rank),
+    "{\n.reg .b32 there, signal;\nmapa.shared::cluster.u32 there, %1, %3;\n"
+    "mapa.shared::cluster.u32 signal, %2, %3;\n"
+    "st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [there], %0, [signal];\n}"
+    ::"r"(x), "r"(to), "r"(barrier), "r"(rank) : "memory")
+
+// TMA copies bytes, a map's box of rows of one head, or a box of rows and columns: to this block or both of a cluster.
+PTX(load_bytes, (uint32_t to, const void* from, int bytes, uint32_t barrier),
+    "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+    ::"r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory")
+PTX(load_head, (uint32_t to, const CUtensorMap* map, int head, int row, int sequence, uint32_t barrier),
+    "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], [%6];"
+    ::"r"(to), "l"(map), "r"(0), "r"(head), "r"(row), "r"(sequence), "r"(barrier) : "memory")
+PTX(load_box, (uint32_t to, const CUtensorMap* map, int column, int row, uint32_t barrier),
+    "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
+    ::"r"(to), "l"(map), "r"(column), "r"(row), "r"(barrier) : "memory")
+PTX(load_box_to_both, (uint32_t to, const CUtensorMap* map, int column, int row, uint32_t barrier),
+    "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+    "[%0], [%1, {%2, %3}], [%4], %5;"
+    ::"r"(to), "l"(map), "r"(column), "r"(row), "r"(barrier), "h"((uint16_t)3) : "memory")
+
+// TMA stores a box, which is the first to leave the L2; it sees what was written before the fence.
+PTX(store_box, (const CUtensorMap* map, int column, int row, uint32_t from),
+    "{\n.reg .b64 policy;\ncreatepolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
+    "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group.L2::cache_hint [%0, {%1, %2}], [%3], policy;\n}"
+    ::"l"(map), "r"(column), "r"(row), "r"(from) : "memory")
+PTX(store_box_fence, (), "fence.proxy.async.shared::cta;" ::: "memory")
+PTX(store_box_commit, (), "cp.async.bulk.commit_group;" ::: "memory")
+PTX(store_box_wait, (), "cp.async.bulk.wait_group.read 0;" ::: "memory") // until it has read the shared memory
+
+// Four 8 x 8 matrices of bf16; each lane has the address of one of their rows.
+PTX(ldmatrix, (uint32_t (&to)[4], uint32_t from), "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+    : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(from))
+PTX(ldmatrix_transposed, (uint32_t (&to)[4], uint32_t from),
+    "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+    : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(from))
+PTX(stmatrix, (uint32_t to, const uint32_t (&x)[4]), "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};"
+    ::"r"(to), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]) : "memory")
+
+// c (16, 8) += a (16, 16) · b (16, 8)
+PTX(mma, (float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1),
+    "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+    : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+    : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
+
+PTX(wgmma_fence, (), "wgmma.fence.sync.aligned;" ::: "memory")
+PTX(wgmma_commit, (), "wgmma.commit_group.sync.aligned;" ::: "memory")
 
 // ---- Sums of rows
 
 constexpr int SumThreads = 256;
 
-// Sums count rows of x (.., C), of which row(i) is the i-th, and has a thread for each column call then(column, sum).
-// A block has so many columns, eight of them a thread, and its threads divide the rows.
+// Sums rows row(0) to row(count - 1) of x (.., C), and calls then(column, sum) in one thread for each column. A block has
+// this many columns, eight of them per thread, and divides the rows among its threads.
 template <int Columns, typename T, typename Row, typename Then>
 __device__ void sum_rows(const T* x, int C, int count, Row row, Then then) {
     constexpr int Across = Columns / Width, Down = SumThreads / Across;
@@ -156,15 +240,15 @@ __device__ void sum_rows(const T* x, int C, int count, Row row, Then then) {
         then(column, total);
 }
 
-// partial (blocks, C): sums of x (rows, C) over each block's share of the rows.
+// partial (blocks, C) = the sums of x (rows, C) over each block's share of the rows.
 KERNEL sum_rows_partially(const floatX* x, int rows, int C, float* partial) {
     int first = (int64_t)rows * blockIdx.x / gridDim.x, end = (int64_t)rows * (blockIdx.x + 1) / gridDim.x;
     sum_rows<256>(x, C, end - first, [=](int i) { return first + i; },
         [=](int column, float sum) { partial[(int64_t)blockIdx.x * C + column] = sum; });
 }
 
-// db (C) += sums of partial (count, C); with more layers of blocks, those of a second and third (count, C) after it are
-// added to dw and dbias.
+// db (C) += the column sums of partial (layers, count, C), layer 0; those of layers 1 and 2, if the grid has them, are
+// added to dw (C) and dbias (C).
 KERNEL add_row_sums(const float* partial, int count, int C, float* db, float* dw, float* dbias) {
     sum_rows<32>(partial + (int64_t)blockIdx.z * count * C, C, count, [](int i) { return i; },
         [=](int column, float sum) { (blockIdx.z == 0 ? db : blockIdx.z == 1 ? dw : dbias)[column] += sum; });
@@ -172,7 +256,8 @@ KERNEL add_row_sums(const float* partial, int count, int C, float* db, float* dw
 
 // ---- Embedding
 
-// A block a row.
+// x (B, T, C) = wte (V, C) of each of the tokens (B, T) + wpe (maxT, C) of its position, which counts from start. One
+// block per row.
 KERNEL embed(const int* tokens, const floatX* wte, const floatX* wpe, int start, floatX* x, int T, int C) {
     int64_t row = blockIdx.x;
     const floatX *token = wte + (int64_t)tokens[row] * C, *position = wpe + (int64_t)(start + row % T) * C;
@@ -180,7 +265,8 @@ KERNEL embed(const int* tokens, const floatX* wte, const floatX* wpe, int start,
         store(x + row * C + c, load(token + c) + load(position + c));
 }
 
-// order holds the rows sorted by token, and first where each token's begin: a block a token.
+// dwte (V, C) += the sums of dx (B·T, C) by token. order (B·T) has the rows sorted by token, and first (V + 1) says where
+// each token's rows begin in it. One block per token.
 KERNEL embed_backward_tokens(const int* order, const int* first, const floatX* dx, float* dwte, int C) {
     int begin = first[blockIdx.x], count = first[blockIdx.x + 1] - begin;
     if (count > 0)
@@ -188,7 +274,7 @@ KERNEL embed_backward_tokens(const int* order, const int* first, const floatX* d
             [=](int column, float sum) { dwte[(int64_t)blockIdx.x * C + column] += sum; });
 }
 
-// A block a position.
+// dwpe (maxT, C) += the sums of dx (B, T, C) over the batch. One block per position.
 KERNEL embed_backward_positions(const floatX* dx, float* dwpe, int B, int T, int C) {
     sum_rows<256>(dx, C, B, [=](int b) { return b * T + blockIdx.x; },
         [=](int column, float sum) { dwpe[(int64_t)blockIdx.x * C + column] += sum; });
@@ -196,7 +282,8 @@ KERNEL embed_backward_positions(const floatX* dx, float* dwpe, int B, int T, int
 
 // ---- Layer norm
 
-// A warp a row, which waits in shared memory, each lane's part for itself.
+// y (rows, C) = the normalized rows of x (rows, C) · w (C) + b (C); statistics (rows) = their mean and 1/deviation. One
+// warp per row, which it keeps in shared memory; each lane reads back only what it wrote.
 KERNEL layer_norm(const floatX* x, const floatX* w, const floatX* b, floatX* y, float2* statistics, int rows, int C) {
     int warp = threadIdx.x / Warp, lane = threadIdx.x % Warp;
     int64_t row = (int64_t)blockIdx.x * (blockDim.x / Warp) + warp;
@@ -223,8 +310,9 @@ KERNEL layer_norm(const floatX* x, const floatX* w, const floatX* b, floatX* y, 
 
 constexpr int NormBackwardThreads = 512;
 
-// The warps of a block form groups as wide as a row; a thread has eight columns, and their sums for db, dw and (if sums
-// is 3) dbias over the rows that its group takes. partial (sums, blocks, C) gets those of the blocks.
+// dx (rows, C) += the gradient of x (rows, C), given dy (rows, C), w (C) and statistics (rows); partial (sums, blocks, C) =
+// each block's sums for db, dw and, if sums is 3, dbias, which is the sum of dx. A group of warps as wide as a row takes
+// two rows at a time; a thread has eight columns.
 KERNEL __launch_bounds__(NormBackwardThreads) layer_norm_backward(const floatX* dy, const floatX* x, const floatX* w,
     const float2* statistics, floatX* dx, float* partial, int rows, int C, int sums) {
     constexpr int Together = 2; // rows
@@ -255,7 +343,7 @@ KERNEL __launch_bounds__(NormBackwardThreads) layer_norm_backward(const floatX* 
                 own[r].dy = {};
         }
         load_next(first + step);
-        // With g = dy·w and the normalized input z: dx = rstd·(g − mean(g) − z·mean(g·z)).
+        // With g = dy·w and z = normalized x: dx = rstd·(g − mean(g) − z·mean(g·z)).
         for (int r = 0; r < Together; r++) {
             Pack z = normalize(load(own[r].x.x), own[r].statistics.x, own[r].statistics.y), dout = load(own[r].dy.x);
             Pack g = dout * load(weights.x);
@@ -283,7 +371,7 @@ KERNEL __launch_bounds__(NormBackwardThreads) layer_norm_backward(const floatX* 
             }
         }
     }
-    // The groups' sums, one after the other.
+    // Groups add their sums one after the other.
     float* total = (float*)shared;
     for (int i = 0; i < groups; i++) {
         __syncthreads();
@@ -300,7 +388,7 @@ KERNEL __launch_bounds__(NormBackwardThreads) layer_norm_backward(const floatX* 
 
 constexpr float Log2E = 1.4426950408889634f;
 
-// 2^x and 1/x, to some 22 bits, with denormal numbers as zero.
+// 2^x and 1/x to about 22 bits; denormals count as zero.
 __device__ float exp2_approximate(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -313,7 +401,7 @@ __device__ float inverse_approximate(float x) {
     return y;
 }
 
-// GELU(x)/x: (1 + tanh u)/2 = 1/(1 + e^−2u) with u = √(2/π)·(x + 0.044715·x³).
+// GELU(x)/x = (1 + tanh u)/2 = 1/(1 + e^−2u) with u = √(2/π)·(x + 0.044715·x³).
 __device__ float gelu_gate(float x) {
     constexpr float Scale = -2 * 0.7978845608f * Log2E;
     return inverse_approximate(1 + exp2_approximate(x * (Scale + Scale * 0.044715f * (x * x))));
@@ -329,13 +417,22 @@ __device__ float gelu_slope(float x) {
     return gate + (gate - gate * gate) * (x * (Scale + Scale * 3 * 0.044715f * (x * x)));
 }
 
+// GELU'(x) to about 11 bits.
+__device__ float gelu_slope_approximate(float x) {
+    constexpr float Scale = 0.7978845608f, Cubic = 0.044715f;
+    float tanh, u = x * (Scale + Scale * Cubic * (x * x)), half_du = Scale / 2 + Scale / 2 * Cubic * 3 * (x * x);
+    asm("tanh.approx.f32 %0, %1;" : "=f"(tanh) : "f"(u));
+    return 0.5f + 0.5f * tanh + (1 - tanh * tanh) * (x * half_du);
+}
+
+// y = GELU(x), both of count elements.
 KERNEL gelu(const floatX* x, floatX* y, int64_t count) {
     int64_t i = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * Width;
     if (i < count)
         store(y + i, map(load(x + i), gelu_of));
 }
 
-// dx *= GELU'(x)
+// dx *= GELU'(x), both of count elements.
 KERNEL gelu_backward(const floatX* x, floatX* dx, int64_t count) {
     int64_t i = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * Width;
     if (i >= count)
@@ -480,7 +577,7 @@ __device__ void each(Body body) {
 
 // The place of eight columns of a row in a tile: chunks of 16 bytes are permuted as TMA and wgmma have it with 128
 // bytes a row, so that no access meets another in a bank.
-__device__ uint32_t chunk(uint32_t tile, int row, int column8) {
+__device__ uint32_t swizzled(uint32_t tile, int row, int column8) {
     return tile + row * 128 + ((column8 ^ (row & 7)) << 4);
 }
 
@@ -495,34 +592,6 @@ __device__ uint32_t first_tile() {
 }
 
 // ---- Copies to shared memory
-
-__device__ void mbarrier_init(uint32_t barrier, int arrivals) {
-    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
-}
-
-__device__ void mbarrier_arrive(uint32_t barrier) {
-    asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
-__device__ void mbarrier_expect(uint32_t barrier, int bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-
-__device__ void mbarrier_wait(uint32_t barrier, int phase) {
-    asm volatile("{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n"
-        "@!done bra again;\n}" ::"r"(barrier), "r"(phase & 1) : "memory");
-}
-
-__device__ void tma_load(uint32_t to, const CUtensorMap* map, int head, int row, int sequence, uint32_t barrier) {
-    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
-        "[%0], [%1, {%2, %3, %4, %5}], [%6];"
-        ::"r"(to), "l"(map), "r"(0), "r"(head), "r"(row), "r"(sequence), "r"(barrier) : "memory");
-}
-
-__device__ void bulk_load(uint32_t to, const void* from, int bytes, uint32_t barrier) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-        ::"r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
-}
 
 // The (T, 64) of one head of this block's sequence, in an array (B, T, heads, 64) which map describes to TMA.
 template <bool Hopper>
@@ -539,10 +608,10 @@ struct Rows {
     __device__ void load(uint32_t tiles, int first, uint32_t barrier) const {
         if constexpr (Hopper) {
             for (int i = 0; threadIdx.x == 0 && i < Count; i += TileRows)
-                tma_load(tiles + i * 128, map, head, first + i, blockIdx.z, barrier);
+                load_head(tiles + i * 128, map, head, first + i, blockIdx.z, barrier);
         } else {
             int row = threadIdx.x / 8, step = FlashThreads / 8, stride = heads * HS;
-            uint32_t to = chunk(tiles, row, threadIdx.x % 8);
+            uint32_t to = swizzled(tiles, row, threadIdx.x % 8);
             const floatX* at = from + (int64_t)(first + row) * stride + threadIdx.x % 8 * Width;
             for (int i = 0; i < Count; i += step)
                 cp_async(to + i * 128, at + i * stride, first + row + i < T);
@@ -575,7 +644,7 @@ struct Pairs {
                     mbarrier_init(full + 8 * i, 1);
                     mbarrier_init(empty + 8 * i, blockDim.x / Warp);
                 }
-                asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+                mbarrier_init_fence();
             }
             __syncthreads();
         }
@@ -597,12 +666,12 @@ struct Pairs {
         if constexpr (HasStatistics) {
             const float2* from = all_statistics + tile * TileRows;
             if (Hopper && threadIdx.x == 0)
-                bulk_load(statistics(place), from, StatisticsBytes, barrier);
+                load_bytes(statistics(place), from, StatisticsBytes, barrier);
             else if (!Hopper && threadIdx.x < StatisticsBytes / 16)
                 cp_async(statistics(place) + threadIdx.x * 16, from + threadIdx.x * 2, true);
         }
-        if constexpr (!Hopper)
-            asm volatile("cp.async.commit_group;");
+        if (!Hopper)
+            cp_async_commit();
     }
 
     // Has the first ones loaded, and with them what else the kernel loads, of so many bytes.
@@ -623,7 +692,7 @@ struct Pairs {
         if constexpr (Hopper) {
             mbarrier_wait(full + 8 * place, phase);
         } else {
-            asm volatile("cp.async.wait_group 0;" ::: "memory");
+            cp_async_wait_committed();
             __syncthreads();
             if (tile + 1 < end)
                 load(tile + 1, place ^ 1);
@@ -653,22 +722,6 @@ struct Pairs {
 
 // ---- Products of tiles
 
-__device__ void ldmatrix(uint32_t (&to)[4], uint32_t from) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-        : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(from));
-}
-
-__device__ void ldmatrix_transposed(uint32_t (&to)[4], uint32_t from) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-        : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(from));
-}
-
-__device__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};" : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
 // How wgmma finds 64 rows from some bytes on in a tile: 1024 bytes from one group of eight to the next, permuted as
 // chunk has it.
 __device__ uint64_t descriptor(uint32_t tile, int bytes) {
@@ -682,9 +735,9 @@ __device__ uint64_t descriptor(uint32_t tile, int bytes) {
 // a lie in a tile, or are fragments; those of b's tile are the columns of b, or (with fragments) its depth.
 #define ROW(j) "+f"(c[j][0]), "+f"(c[j][1]), "+f"(c[j][2]), "+f"(c[j][3])
 #define ALL_ROWS ROW(0), ROW(1), ROW(2), ROW(3), ROW(4), ROW(5), ROW(6), ROW(7)
-#define WGMMA "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " \
-    "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
-    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+#define REGISTERS_32 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define WGMMA "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" REGISTERS_32 "}, "
 
 __device__ void wgmma(Accumulators& c, uint64_t a, uint64_t b, bool accumulate) {
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n" WGMMA "%32, %33, p, 1, 1, 0, 0;\n}"
@@ -694,14 +747,6 @@ __device__ void wgmma(Accumulators& c, uint64_t a, uint64_t b, bool accumulate) 
 __device__ void wgmma(Accumulators& c, const uint32_t (&a)[4], uint64_t b) {
     asm volatile(WGMMA "{%32, %33, %34, %35}, %36, 1, 1, 1, 1;"
         : ALL_ROWS : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
-
-__device__ void wgmma_fence() {
-    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-}
-
-__device__ void wgmma_commit() {
-    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
 
 // Waits until at most so many of the last products are going on, and these accumulators have arrived.
@@ -725,9 +770,9 @@ __device__ void multiply_transposed(Accumulators& scores, uint32_t rows, uint32_
         each([&](int j, int i) { scores[j][i] = 0; });
         for (int k = 0; k < 4; k++) {
             uint32_t a[4], b[4];
-            ldmatrix(a, chunk(rows, row + lane % 16, 2 * k + lane / 16));
+            ldmatrix(a, swizzled(rows, row + lane % 16, 2 * k + lane / 16));
             for (int j = 0; j < 8; j += 2) {
-                ldmatrix(b, chunk(tile, j * 8 + lane / 16 * 8 + lane % 8, 2 * k + lane / 8 % 2));
+                ldmatrix(b, swizzled(tile, j * 8 + lane / 16 * 8 + lane % 8, 2 * k + lane / 8 % 2));
                 mma(scores[j], a, b[0], b[1]);
                 mma(scores[j + 1], a, b[2], b[3]);
             }
@@ -748,7 +793,7 @@ __device__ void multiply_add(Accumulators& sums, const Fragments& weights, uint3
         for (int k = 0; k < 4; k++) {
             for (int j = 0; j < 8; j += 2) {
                 uint32_t b[4];
-                ldmatrix_transposed(b, chunk(tile, k * 16 + lane % 16, j + lane / 16));
+                ldmatrix_transposed(b, swizzled(tile, k * 16 + lane % 16, j + lane / 16));
                 mma(sums[j], weights[k], b[0], b[1]);
                 mma(sums[j + 1], weights[k], b[2], b[3]);
             }
@@ -789,17 +834,16 @@ __device__ void store_rows(const Accumulators& from, float factor0, float factor
     int lane = threadIdx.x % Warp, row = threadIdx.x / Warp * 16;
     floatX* to = array + ((int64_t)(blockIdx.z * T + first + row) * heads + head) * HS;
     for (int j = 0; j < 8; j++) {
-        uint32_t above = chunk(tile, row + lane / 4, j) + lane % 4 * 4, below = above + 8 * 128;
-        asm volatile("st.shared.b32 [%0], %1;" ::"r"(above), "r"(pair(from[j][0] * factor0, from[j][1] * factor0)));
-        asm volatile("st.shared.b32 [%0], %1;" ::"r"(below), "r"(pair(from[j][2] * factor1, from[j][3] * factor1)));
+        uint32_t above = swizzled(tile, row + lane / 4, j) + lane % 4 * 4, below = above + 8 * 128;
+        store_shared(above, pair(from[j][0] * factor0, from[j][1] * factor0));
+        store_shared(below, pair(from[j][2] * factor1, from[j][3] * factor1));
     }
     __syncwarp();
     Pack sums = {};
 #pragma unroll
     for (int i = lane; i < 16 * 8; i += Warp) {
         uint4 bits;
-        asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(bits.x), "=r"(bits.y), "=r"(bits.z), "=r"(bits.w)
-            : "r"(chunk(tile, row + i / 8, i % 8)));
+        load_shared(bits, swizzled(tile, row + i / 8, i % 8));
         if (first + row + i / 8 < T) {
             *(uint4*)(to + (int64_t)(i / 8) * heads * HS + i % 8 * Width) = bits;
             if (Sums)
@@ -809,7 +853,7 @@ __device__ void store_rows(const Accumulators& from, float factor0, float factor
     if (Sums) {
         sums = map(sums, sum_lanes<8, 16>);
         if (lane < 8)
-            store((float*)__cvta_shared_to_generic(tile + row * 128) + lane * Width, sums);
+            store(&at<float>(tile + row * 128 + lane * Width * sizeof(float)), sums);
     }
 }
 
@@ -820,7 +864,7 @@ __device__ void store_sums(uint32_t tile, float* partial) {
         return;
     float total = 0;
     for (int row = 0; row < Rows; row += 16)
-        total += ((float*)__cvta_shared_to_generic(tile + row * 128))[threadIdx.x];
+        total += at<float[HS]>(tile + row * 128)[threadIdx.x];
     partial[threadIdx.x] = total;
 }
 
@@ -992,7 +1036,7 @@ __device__ void flash_backward_kv(const CUtensorMap* map, const CUtensorMap* dy_
         pairs.wait();
         if (pairs.tile * TileRows >= own_first) {
             uint32_t queries = pairs.tiles(), douts = queries + TileBytes;
-            const float4* columns = (const float4*)__cvta_shared_to_generic(pairs.statistics(pairs.place));
+            const float4* columns = &at<const float4>(pairs.statistics(pairs.place));
             multiply_transposed<Hopper>(scores, own_keys, queries);
             multiply_transposed<Hopper>(products, own_values, douts);
             pairs.refill(first / TileRows);
@@ -1056,46 +1100,19 @@ FLASH_KERNEL(attention_backward_kv, 1, 2 * KeyRows<true>, flash_backward_kv, (co
     const __grid_constant__ CUtensorMap dy_map, const floatX* dy, const floatX* qkv, float2* statistics, floatX* dqkv,
     float* partial, int T, int NH), &map, &dy_map, dy, qkv, statistics, dqkv, partial, T, NH)
 
-// ---- Products for Hopper, with what comes after them
+// ---- Products for Hopper, each with an epilogue
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-// c (M, N) = a·b + bias with a (M, K) and b (N, K) or, not transposed, (K, N). Blocks take tiles of c, 128 x 192; two
-// of them, a cluster, take the next two, one below the other, that none has taken, and share the tiles of b: so nothing
-// waits for blocks that begin late, because NCCL has their place. Two warpgroups multiply 64 rows each and leave the
-// result in shared memory; for each 64 of its columns another warp stores it, and does what else there is to do while
-// the next tile is multiplied. A last warp has TMA fill a ring of tiles of a and b.
+// c (M, N) = a·b + bias, with a (M, K), and b (N, K) or, if not transposed, (K, N). Clusters of two blocks take pairs of
+// tiles of c, 128 x 192, one below the other, and share the tiles of b. A cluster takes the next pair when it is ready:
+// none waits for blocks that start late because NCCL has their place. In a block, two warpgroups multiply 64 rows each
+// and leave the result in shared memory. Six warps store it, 64 columns each, while the next tile is multiplied. The last
+// warp has TMA fill a ring of stages, each with a tile of a and of b.
 constexpr int ProductRows = 128, ProductColumns = 192, Depth = 64, Stages = 4, Chunks = ProductColumns / 64;
 constexpr int WidestBand = 16; // of tiles
 constexpr int StageBytes = (ProductRows + ProductColumns) * Depth * 2;
-constexpr int Turns = 2 * Stages; // more than the loader is ahead of those who store
-constexpr int Storers = 8, Loader = Storers + 2 * Chunks, ProductThreads = (Loader + 1) * Warp; // the warps that begin
-
-// These leave room for logits from 47 below the target's to 117 above; there the exponents of two end, so that a row's
-// sum is finite.
-constexpr float ClassShift = 40, LargestClass = 112;
-
-__device__ uint32_t cluster_rank() {
-    uint32_t rank;
-    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-    return rank;
-}
-
-__device__ void cluster_sync() {
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-
-__device__ void mbarrier_arrive_at(uint32_t barrier, uint32_t rank) {
-    asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
-        "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(barrier), "r"(rank) : "memory");
-}
-
-// Writes a number into a block's shared memory and has it count at that block's barrier.
-__device__ void send(int x, uint32_t to, uint32_t barrier, uint32_t rank) {
-    asm volatile("{\n.reg .b32 there, signal;\nmapa.shared::cluster.u32 there, %1, %3;\n"
-        "mapa.shared::cluster.u32 signal, %2, %3;\n"
-        "st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [there], %0, [signal];\n}"
-        ::"r"(x), "r"(to), "r"(barrier), "r"(rank) : "memory");
-}
+constexpr int Turns = 2 * Stages; // more than the loader is ahead of the storers
+constexpr int Multipliers = 8, Storers = 2 * Chunks, ProductThreads = (Multipliers + Storers + 1) * Warp; // warps
 
 // True in one lane of the warp.
 __device__ bool elect() {
@@ -1104,26 +1121,14 @@ __device__ bool elect() {
     return elected;
 }
 
-// Copies 32 rows of 64 columns, to both blocks of the cluster or this one.
-__device__ void load_box(uint32_t to, const CUtensorMap* map, int column, int row, uint32_t barrier, bool both) {
-    if (both)
-        asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
-            "[%0], [%1, {%2, %3}], [%4], %5;"
-            ::"r"(to), "l"(map), "r"(column), "r"(row), "r"(barrier), "h"((uint16_t)3) : "memory");
-    else
-        asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
-            "[%0], [%1, {%2, %3}], [%4];" ::"r"(to), "l"(map), "r"(column), "r"(row), "r"(barrier) : "memory");
+// Products in bf16.
+__device__ Eight operator*(Eight a, Eight b) {
+    for (int i = 0; i < Width; i += 2)
+        *(__nv_bfloat162*)(a.x + i) = __hmul2(*(__nv_bfloat162*)(a.x + i), *(__nv_bfloat162*)(b.x + i));
+    return a;
 }
 
-// Stores 32 rows of 64 columns, the first to leave the L2.
-__device__ void store_box(const CUtensorMap* map, int column, int row, uint32_t from) {
-    uint64_t policy;
-    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group.L2::cache_hint [%0, {%1, %2}], [%3], %4;"
-        ::"l"(map), "r"(column), "r"(row), "r"(from), "l"(policy) : "memory");
-}
-
-typedef float ProductSums[ProductColumns / 8][4]; // as Accumulators
+typedef float ProductSums[ProductColumns / 8][4]; // (16, 192) of a warp, laid out like Accumulators
 
 #define ALL_PRODUCT_ROWS ALL_ROWS, ROW(8), ROW(9), ROW(10), ROW(11), ROW(12), ROW(13), ROW(14), ROW(15), ROW(16), \
     ROW(17), ROW(18), ROW(19), ROW(20), ROW(21), ROW(22), ROW(23)
@@ -1131,8 +1136,7 @@ typedef float ProductSums[ProductColumns / 8][4]; // as Accumulators
 // c += a·b for 16 of the depth.
 template <bool Transposed>
 __device__ void wgmma(ProductSums& c, uint64_t a, uint64_t b) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n192k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, "
-        "%11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+    asm volatile("wgmma.mma_async.sync.aligned.m64n192k16.f32.bf16.bf16 {" REGISTERS_32 ", "
         "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, "
         "%52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, %64, %65, %66, %67, %68, %69, %70, %71, "
         "%72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, "
@@ -1144,81 +1148,61 @@ __device__ void wgmma_wait(ProductSums& c) {
     asm volatile("wgmma.wait_group.sync.aligned 0;" : ALL_PRODUCT_ROWS :: "memory");
 }
 
-// Products in bf16.
-__device__ Eight operator*(Eight a, Eight b) {
-    for (int i = 0; i < Width; i += 2)
-        *(__nv_bfloat162*)(a.x + i) = __hmul2(*(__nv_bfloat162*)(a.x + i), *(__nv_bfloat162*)(b.x + i));
-    return a;
-}
-
-// GELU'(x) to some 11 bits.
-__device__ float gelu_slope_approximate(float x) {
-    constexpr float Scale = 0.7978845608f, Cubic = 0.044715f;
-    float tanh, u = x * (Scale + Scale * Cubic * (x * x)), half_du = Scale / 2 + Scale / 2 * Cubic * 3 * (x * x);
-    asm("tanh.approx.f32 %0, %1;" : "=f"(tanh) : "f"(u));
-    return 0.5f + 0.5f * tanh + (1 - tanh * tanh) * (x * half_du);
-}
-
-// e^(x - ClassShift)
-__device__ float exponential(float x) {
-    return exp2_approximate(fminf(x * Log2E - ClassShift * Log2E, LargestClass));
-}
-
-// The arguments of a product. The maps describe a (M, K), b (N, K) or (K, N), and c and residual (M, N) to TMA.
 struct ProductArguments {
-    const CUtensorMap *a, *b, *c, *residual;
-    const floatX* bias;   // (N) or null
-    floatX* gelu;         // (M, N): GELU(c), or what GELU' is taken of
-    const float* of_rows; // (M)
-    float* partial;       // (M/64, N) or (N/64, M): sums of 64 rows or columns each
+    const CUtensorMap *a, *b, *c, *residual; // (M, K), (N, K) or (K, N), (M, N), (M, N)
+    const floatX* bias;                      // (N), or null
+    floatX* gelu;                            // (M, N)
+    const float* of_rows;                    // (M)
+    float* partial;                          // (M/64, N) or (N/64, M)
     int M, N, K, V;
 };
 
-// How many pairs of tiles clusters have come for; zero again when the last cluster has found none.
-__device__ int pairs_taken;
+__device__ int pairs_taken; // pairs of tiles that clusters have asked for; 0 again once the last one has got none
 
-// A warp's way over the pairs of tiles that its cluster takes, and over the ring's stages.
+// Shared by the roles, each of which walks over the pairs of tiles that its cluster takes, and the stages of the ring.
 struct Tiles : ProductArguments {
-    uint32_t full, empty;   // barriers of each stage
-    uint32_t filled, free;  // barriers of each warpgroup's result in shared memory
-    uint32_t known;         // barriers of the places in pairs
-    uint32_t ring, results; // in shared memory
-    uint32_t rank = cluster_rank(), stage = 0, phase = 0, turn = ~0u; // the pair's number among this cluster's
-    int* pairs;
-    floatX (*biases)[ProductColumns];
-    int warp = uniform(threadIdx.x / Warp), lane = threadIdx.x % Warp, depths, down, across, all, pair, row, column; // row and column are the tile's first
+    int warp = uniform(threadIdx.x / Warp), lane = threadIdx.x % Warp;
+    uint32_t rank = __clusterRelativeBlockRank(); // this block has the upper or the lower tile of a pair
+    int depths = (K + Depth - 1) / Depth;
+    int down = (M + 2 * ProductRows - 1) / (2 * ProductRows), across = (N + ProductColumns - 1) / ProductColumns;
+    int all = down * across, pair, row, column; // pairs, the current one, and the tile's first row and column
+    uint32_t stage = 0, phase = 0, turn = ~0u;  // turn: the pair's number among this cluster's
+    uint32_t ring = first_tile(), results = ring + Stages * StageBytes;
+    uint32_t full, empty, filled, free, known; // barriers: two per stage, two per warpgroup's result, one per turn
+    floatX (*biases)[ProductColumns];          // (Turns, 192)
+    int* pairs;                                // (Turns)
+
+    // Of a storing warp: its chunk, 64 x 64, of the tile. A thread has eight columns of every fourth row.
+    uint32_t place; // of the chunk in shared memory
+    int rows;       // of c from the thread's first row on; none beyond column N
+    int64_t at;     // the thread's first element in (M, N)
 
     __device__ Tiles(const ProductArguments& arguments) : ProductArguments(arguments) {
         __shared__ uint64_t barriers[2 * Stages + 4 + Turns];
-        __shared__ alignas(16) floatX all_biases[Turns][ProductColumns];
-        __shared__ int all_pairs[Turns];
+        __shared__ alignas(16) floatX shared_biases[Turns][ProductColumns];
+        __shared__ int shared_pairs[Turns];
         full = shared_address(barriers);
         empty = full + 8 * Stages;
         filled = empty + 8 * Stages;
         free = filled + 16;
         known = free + 16;
-        ring = first_tile();
-        results = ring + Stages * StageBytes;
-        pairs = all_pairs;
-        biases = all_biases;
-        depths = (K + Depth - 1) / Depth;
-        down = (M + 2 * ProductRows - 1) / (2 * ProductRows);
-        across = (N + ProductColumns - 1) / ProductColumns;
-        all = down * across;
+        biases = shared_biases;
+        pairs = shared_pairs;
         if (threadIdx.x == 0) {
             for (int i = 0; i < Stages; i++) {
                 mbarrier_init(full + 8 * i, 1);
-                mbarrier_init(empty + 8 * i, 2 * Storers);
+                mbarrier_init(empty + 8 * i, 2 * Multipliers);
             }
             for (int i = 0; i < 2; i++) {
-                mbarrier_init(filled + 8 * i, Storers / 2);
+                mbarrier_init(filled + 8 * i, Multipliers / 2);
                 mbarrier_init(free + 8 * i, Chunks);
             }
             for (int i = 0; i < Turns; i++)
                 mbarrier_init(known + 8 * i, 1);
-            asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+            mbarrier_init_fence();
         }
-        cluster_sync();
+        __cluster_barrier_arrive();
+        __cluster_barrier_wait();
     }
 
     __device__ void next_stage() {
@@ -1233,161 +1217,152 @@ struct Tiles : ProductArguments {
         return pair < all;
     }
 
-    // Along the tiles' row, but not farther than what of b stays in the L2 with what else passes there.
+    // The order is row by row, in bands so narrow that the band's part of b stays in the L2.
     __device__ void go_to_tile() {
         int first = pair / (down * WidestBand) * WidestBand, within = pair % (down * WidestBand);
         int columns = min(WidestBand, across - first);
         row = (2 * (within / columns) + rank) * ProductRows;
         column = (first + within % columns) * ProductColumns;
     }
-};
 
-// A storing warp's 64 rows and columns of a tile. A thread has eight columns of every fourth row, 16 vectors in all.
-struct Chunk {
-    uint32_t place;         // in shared memory
-    int lane, row, column, rows;  // the first ones, and how many c has from the thread's first on
-    int64_t at;             // of the thread's first element in (M, N)
-
-    __device__ Eight& operator[](int i) const {
-        return *(Eight*)__cvta_shared_to_generic(chunk(place, 4 * i + lane / 8, lane % 8));
+    __device__ Eight& chunk(int i) const {
+        return ::at<Eight>(swizzled(place, 4 * i + lane / 8, lane % 8));
     }
 };
 
-// An epilogue is what comes after a product. This one stores c as it is; the others replace some of its steps.
+// An epilogue is what happens to a product. This one only stores c; the others override some of its steps.
 struct Store {
     static constexpr bool HasResidual = false, ChangesChunk = false;
 
-    // For a multiplying warp: before a tile, before 16 of its columns, which go to this lane's address, and for two
-    // neighbours in a row.
-    __device__ void begin_tile(Tiles&, int) { }
-    __device__ void begin_columns(uint32_t) { }
-    __device__ void change_two(int, float&, float&) { }
+    // Steps of a multiplying warp: before a tile of which it has rows from first on; before it writes 16 columns, at to;
+    // and for a pair of columns in an upper or a lower row.
+    __device__ void begin(Tiles& tiles, int first) { }
+    __device__ void begin_columns(uint32_t to) { }
+    __device__ void change(int i, float& left, float& right) { }
 
-    // For a storing warp: as soon as it knows the chunk, while the tile is multiplied, before c gets the chunk, and
-    // after.
-    __device__ void fetch(const Tiles&, const Chunk&) { }
-    __device__ void prepare(const Tiles&, const Chunk&, uint32_t) { }
-    __device__ void change_chunk(const Tiles&, const Chunk&) { }
-    __device__ void finish(const Tiles&, const Chunk&) { }
+    // Steps of a storing warp: when it knows its chunk; while the tile is multiplied; when the chunk is there, before TMA
+    // stores it; and after that.
+    __device__ void fetch(const Tiles& tiles) { }
+    __device__ void prepare(const Tiles& tiles, uint32_t free) { }
+    __device__ void change_chunk(const Tiles& tiles) { }
+    __device__ void finish(const Tiles& tiles) { }
 };
 
-// c += residual, which TMA has left where the result goes.
+// c += residual, which TMA puts where the result will be.
 struct AddResidual : Store {
     static constexpr bool HasResidual = true;
     uint32_t there[4];
 
-    __device__ void prepare(const Tiles& tiles, const Chunk& chunk, uint32_t free) {
+    __device__ void prepare(const Tiles& tiles, uint32_t free) {
         if (elect()) {
             mbarrier_expect(free, TileBytes);
-            load_box(chunk.place, tiles.residual, chunk.column, chunk.row, free, false);
-            load_box(chunk.place + TileBytes / 2, tiles.residual, chunk.column, chunk.row + 32, free, false);
+            load_box(tiles.place, tiles.residual, tiles.column, tiles.row, free);
+            load_box(tiles.place + TileBytes / 2, tiles.residual, tiles.column, tiles.row + 32, free);
         }
     }
 
-    __device__ void begin_columns(uint32_t address) {
-        ldmatrix(there, address);
+    __device__ void begin_columns(uint32_t to) {
+        ldmatrix(there, to);
     }
 
-    __device__ void change_two(int i, float& low, float& high) {
-        low += __uint_as_float(there[i] << 16);
-        high += __uint_as_float(there[i] & 0xffff0000);
+    __device__ void change(int i, float& left, float& right) {
+        left += unpair(there[i]).x;
+        right += unpair(there[i]).y;
     }
 };
 
-// gelu = GELU(c)
+// gelu (M, N) = GELU(c)
 struct Gelu : Store {
-    __device__ void finish(const Tiles& tiles, const Chunk& chunk) {
+    __device__ void finish(const Tiles& tiles) {
 #pragma unroll 4
         for (int i = 0; i < 16; i++) {
-            Eight x = chunk[i];
+            Eight x = tiles.chunk(i);
             store(x.x, map(load(x.x), gelu_of));
-            if (4 * i < chunk.rows)
-                __stcs((uint4*)(tiles.gelu + chunk.at + 4 * i * tiles.N), *(uint4*)&x);
+            if (4 * i < tiles.rows)
+                __stcs((uint4*)(tiles.gelu + tiles.at + 4 * i * tiles.N), *(uint4*)&x);
         }
     }
 };
 
-// c *= GELU'(gelu), and partial (M/64, N) = the sums of every 64 rows of c.
+// c *= GELU'(gelu (M, N)); partial (M/64, N) = the sums of c over 64 rows each.
 struct GeluBackward : Store {
     static constexpr bool ChangesChunk = true;
-    Eight slopes[16]; // or what they are computed from
+    Eight slopes[16]; // GELU's arguments, then its slopes, then the thread's part of c
 
-    __device__ void fetch(const Tiles& tiles, const Chunk& chunk) {
-        for (int i = 0; i < 16; i++) {
-            *(uint4*)&slopes[i] = 4 * i < chunk.rows ? __ldcs((const uint4*)(tiles.gelu + chunk.at + 4 * i * tiles.N))
-                : uint4{};
-        }
+    __device__ void fetch(const Tiles& tiles) {
+        for (int i = 0; i < 16; i++)
+            *(uint4*)&slopes[i] = 4 * i < tiles.rows ? __ldcs((const uint4*)(tiles.gelu + tiles.at + 4 * i * tiles.N)) : uint4{};
     }
 
-    __device__ void prepare(const Tiles&, const Chunk&, uint32_t) {
+    __device__ void prepare(const Tiles& tiles, uint32_t free) {
         for (int i = 0; i < 16; i++)
             store(slopes[i].x, map(load(slopes[i].x), gelu_slope_approximate));
     }
 
-    __device__ void change_chunk(const Tiles&, const Chunk& chunk) {
+    __device__ void change_chunk(const Tiles& tiles) {
 #pragma unroll
         for (int i = 0; i < 16; i++) {
-            Eight& x = chunk[i];
+            Eight& x = tiles.chunk(i);
             x = slopes[i] = x * slopes[i];
         }
     }
 
-    __device__ void finish(const Tiles& tiles, const Chunk& chunk) {
-        int lane = chunk.lane;
+    __device__ void finish(const Tiles& tiles) {
         Pack sums = {};
         for (int i = 0; i < 16; i++)
             sums = sums + load(slopes[i].x);
         sums = map(sums, sum_lanes<8, 16>);
-        if (lane < 8 && chunk.rows > 0)
-            store(tiles.partial + (int64_t)(chunk.row / 64) * tiles.N + chunk.column + lane * Width, sums);
+        if (tiles.lane < 8 && tiles.rows > 0)
+            store(tiles.partial + (int64_t)(tiles.row / 64) * tiles.N + tiles.column + tiles.lane * Width, sums);
     }
 };
 
-// The logit of each row's target, or the factor of each row.
-struct OfRows : Store {
-    float of_row[2];
+// c *= of_rows (M)
+struct ScaleRows : Store {
+    float of_row[2]; // of the thread's upper and lower row
 
-    __device__ void begin_tile(Tiles& tiles, int first) {
+    __device__ void begin(Tiles& tiles, int first) {
         tiles.go_to_tile();
         for (int i = 0; i < 2; i++)
             of_row[i] = tiles.of_rows[min(tiles.row + first + row_of(2 * i), tiles.M - 1)];
     }
-};
 
-// c *= of_rows
-struct ScaleRows : OfRows {
-    __device__ void change_two(int i, float& low, float& high) {
-        low *= of_row[i % 2];
-        high *= of_row[i % 2];
+    __device__ void change(int i, float& left, float& right) {
+        left *= of_row[i % 2];
+        right *= of_row[i % 2];
     }
 };
 
-// c = e^(c - of_rows - ClassShift) in the first V columns, else 0; partial (N/64, M) = the sums of 64 columns each.
-struct Exponentials : OfRows {
+// Logits may be from 47 below the target's to 117 above: there the two exponents end, so that a row's sum is finite.
+constexpr float ClassShift = 40, LargestClass = 112;
+
+// c = e^(c - of_rows (M) - ClassShift) in the first V columns, else 0; partial (N/64, M) = its sums of 64 columns each.
+struct Exponentials : ScaleRows {
     static constexpr bool ChangesChunk = true;
 
-    __device__ void change_two(int i, float& low, float& high) {
-        low -= of_row[i % 2];
-        high -= of_row[i % 2];
+    __device__ void change(int i, float& left, float& right) {
+        left -= of_row[i % 2];
+        right -= of_row[i % 2];
     }
 
-    __device__ void change_chunk(const Tiles& tiles, const Chunk& chunk) {
-        int lane = chunk.lane;
+    __device__ void change_chunk(const Tiles& tiles) {
 #pragma unroll 4
         for (int i = 0; i < 16; i++) {
-            Eight& x = chunk[i];
-            Pack e = map(load(x.x), exponential);
-            if (int inside = tiles.V - chunk.column - lane % 8 * Width; inside < Width)
+            Eight& x = tiles.chunk(i);
+            Pack e = map(load(x.x), [](float x) {
+                return exp2_approximate(fminf(x * Log2E - ClassShift * Log2E, LargestClass));
+            });
+            if (int inside = tiles.V - tiles.column - tiles.lane % 8 * Width; inside < Width)
                 fill(e, inside, 0);
             store(x.x, e);
             float total = sum_lanes<1, 2, 4>(sum(e));
-            if (4 * i < chunk.rows && lane % 8 == 0)
-                tiles.partial[(int64_t)(chunk.column / 64) * tiles.M + chunk.row + 4 * i + lane / 8] = total;
+            if (4 * i < tiles.rows && tiles.lane % 8 == 0)
+                tiles.partial[(int64_t)(tiles.column / 64) * tiles.M + tiles.row + 4 * i + tiles.lane / 8] = total;
         }
     }
 };
 
-// The last warp has TMA fill the ring, and tells both blocks of the cluster which pair comes next.
+// The last warp: fills the ring, and asks for pairs and tells both blocks of the cluster.
 template <bool Transposed>
 __device__ void load_tiles(Tiles& tiles) {
     int taken;
@@ -1403,6 +1378,23 @@ __device__ void load_tiles(Tiles& tiles) {
         if (tiles.rank == 0 && taken == tiles.all + (int)gridDim.x / 2 - 1)
             pairs_taken = 0;
     };
+    auto load_stage = [&](int k, uint32_t rows, uint32_t barrier) {
+        int bytes = tiles.bias != nullptr && k == 0 ? min(ProductColumns, tiles.N - tiles.column) * 2 : 0;
+        mbarrier_expect(barrier, StageBytes + bytes);
+        if (bytes > 0)
+            load_bytes(shared_address(tiles.biases[tiles.turn % Turns]), tiles.bias + tiles.column, bytes, barrier);
+        for (int i = 0; i < ProductRows; i += 32)
+            load_box(rows + i * 128, tiles.a, k * Depth, tiles.row + i, barrier);
+        // Half of b's tile, for both blocks.
+        for (int i = 0; i < ProductColumns / 2; i += 32) {
+            int half = tiles.rank * (Transposed ? ProductColumns / 2 : Depth / 2);
+            uint32_t to = rows + (ProductRows + (Transposed ? i : 2 * i) + half) * 128;
+            if (Transposed)
+                load_box_to_both(to, tiles.b, k * Depth, tiles.column + half + i, barrier);
+            else
+                load_box_to_both(to, tiles.b, tiles.column + 2 * i, k * Depth + half, barrier);
+        }
+    };
     if (elect()) {
         take_pair();
         tell_pair(0);
@@ -1410,28 +1402,11 @@ __device__ void load_tiles(Tiles& tiles) {
     while (tiles.next_pair()) {
         tiles.go_to_tile();
         for (int k = 0; k < tiles.depths; k++, tiles.next_stage()) {
-            uint32_t rows = tiles.ring + tiles.stage * StageBytes, columns = rows + ProductRows * 128;
-            uint32_t barrier = tiles.full + 8 * tiles.stage;
             mbarrier_wait(tiles.empty + 8 * tiles.stage, tiles.phase ^ 1);
             if (elect()) {
                 if (k == 0)
                     take_pair();
-                int bytes = tiles.bias != nullptr && k == 0 ? min(ProductColumns, tiles.N - tiles.column) * 2 : 0;
-                mbarrier_expect(barrier, StageBytes + bytes);
-                if (bytes > 0)
-                    bulk_load(shared_address(tiles.biases[tiles.turn % Turns]), tiles.bias + tiles.column, bytes,
-                        barrier);
-                for (int i = 0; i < ProductRows; i += 32)
-                    load_box(rows + i * 128, tiles.a, k * Depth, tiles.row + i, barrier, false);
-                // Half of b's tile, for both.
-                for (int i = 0; i < ProductColumns / 2; i += 32) {
-                    int half = tiles.rank * (Transposed ? ProductColumns / 2 : Depth / 2);
-                    uint32_t to = columns + ((Transposed ? i : 2 * i) + half) * 128;
-                    if (Transposed)
-                        load_box(to, tiles.b, k * Depth, tiles.column + half + i, barrier, true);
-                    else
-                        load_box(to, tiles.b, tiles.column + 2 * i, k * Depth + half, barrier, true);
-                }
+                load_stage(k, tiles.ring + tiles.stage * StageBytes, tiles.full + 8 * tiles.stage);
                 if (k == 0)
                     tell_pair(tiles.turn + 1);
             }
@@ -1440,20 +1415,20 @@ __device__ void load_tiles(Tiles& tiles) {
     }
 }
 
-// Two warpgroups multiply 64 rows each and leave the result in shared memory.
+// The first two warpgroups: multiply 64 rows each and leave the result in shared memory.
 template <bool Transposed, typename Epilogue>
 __device__ void multiply_tiles(Tiles& tiles) {
     int warp = tiles.warp, warpgroup = warp / 4, lane = tiles.lane;
     while (tiles.next_pair()) {
         ProductSums sums = {};
         Epilogue epilogue;
-        epilogue.begin_tile(tiles, warpgroup * 64);
+        epilogue.begin(tiles, warpgroup * 64);
         if (Transposed && tiles.bias != nullptr) {
-            mbarrier_wait(tiles.full + 8 * tiles.stage, tiles.phase); // brings the biases, too
+            mbarrier_wait(tiles.full + 8 * tiles.stage, tiles.phase); // for the biases
             for (int j = 0; j < ProductColumns / 8; j++) {
-                uint32_t both = *(const uint32_t*)(tiles.biases[tiles.turn % Turns] + j * 8 + lane % 4 * 2);
-                sums[j][0] = sums[j][2] = __uint_as_float(both << 16);
-                sums[j][1] = sums[j][3] = __uint_as_float(both & 0xffff0000);
+                float2 both = unpair(*(const uint32_t*)(tiles.biases[tiles.turn % Turns] + j * 8 + lane % 4 * 2));
+                sums[j][0] = sums[j][2] = both.x;
+                sums[j][1] = sums[j][3] = both.y;
             }
         }
         for (int k = 0; k < tiles.depths; k++, tiles.next_stage()) {
@@ -1477,59 +1452,56 @@ __device__ void multiply_tiles(Tiles& tiles) {
 #pragma unroll
         for (int j = 0; j < ProductColumns / 8; j += 2) {
             uint32_t to = tiles.results + (warpgroup * Chunks + j / 8) * TileBytes, result[4];
-            to = chunk(to, warp % 4 * 16 + lane % 16, j % 8 + lane / 16);
+            to = swizzled(to, warp % 4 * 16 + lane % 16, j % 8 + lane / 16);
             epilogue.begin_columns(to);
             for (int i = 0; i < 4; i++) {
-                float low = sums[j + i / 2][i % 2 * 2], high = sums[j + i / 2][i % 2 * 2 + 1];
-                epilogue.change_two(i, low, high);
-                result[i] = pair(low, high);
+                float left = sums[j + i / 2][i % 2 * 2], right = sums[j + i / 2][i % 2 * 2 + 1];
+                epilogue.change(i, left, right);
+                result[i] = pair(left, right);
             }
-            asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};"
-                ::"r"(to), "r"(result[0]), "r"(result[1]), "r"(result[2]), "r"(result[3]) : "memory");
+            stmatrix(to, result);
         }
-        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+        store_box_fence();
         __syncwarp();
         if (elect())
             mbarrier_arrive(tiles.filled + 8 * warpgroup);
     }
 }
 
-// A warp for each chunk of each warpgroup's result.
+// The other six warps: each stores a chunk of a warpgroup's result.
 template <typename Epilogue>
 __device__ void store_tiles(Tiles& tiles) {
-    int warpgroup = (tiles.warp - Storers) / Chunks, part = (tiles.warp - Storers) % Chunks;
-    int lane = tiles.lane;
-    Chunk chunk;
-    chunk.lane = lane;
-    chunk.place = tiles.results + (tiles.warp - Storers) * TileBytes;
+    int warpgroup = (tiles.warp - Multipliers) / Chunks, part = (tiles.warp - Multipliers) % Chunks;
     uint32_t free = tiles.free + 8 * warpgroup, filled = tiles.filled + 8 * warpgroup;
+    tiles.place = tiles.results + (tiles.warp - Multipliers) * TileBytes;
     Epilogue epilogue;
     auto next_chunk = [&] {
         tiles.next_pair();
         tiles.go_to_tile();
-        chunk.row = tiles.row + warpgroup * 64;
-        chunk.column = tiles.column + part * 64;
-        chunk.rows = chunk.column + lane % 8 * Width < tiles.N ? tiles.M - chunk.row - lane / 8 : 0;
-        chunk.at = (int64_t)(chunk.row + lane / 8) * tiles.N + chunk.column + lane % 8 * Width;
-        epilogue.fetch(tiles, chunk);
+        tiles.row += warpgroup * 64;
+        tiles.column += part * 64;
+        int first = tiles.row + tiles.lane / 8, column = tiles.column + tiles.lane % 8 * Width;
+        tiles.rows = column < tiles.N ? tiles.M - first : 0;
+        tiles.at = (int64_t)first * tiles.N + column;
+        epilogue.fetch(tiles);
     };
     for (next_chunk(); tiles.pair < tiles.all;) {
-        epilogue.prepare(tiles, chunk, free);
+        epilogue.prepare(tiles, free);
         mbarrier_wait(filled, tiles.turn);
-        epilogue.change_chunk(tiles, chunk);
+        epilogue.change_chunk(tiles);
         if (Epilogue::ChangesChunk)
-            asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+            store_box_fence();
         __syncwarp();
         if (elect()) {
-            store_box(tiles.c, chunk.column, chunk.row, chunk.place);
-            store_box(tiles.c, chunk.column, chunk.row + 32, chunk.place + TileBytes / 2);
-            asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+            store_box(tiles.c, tiles.column, tiles.row, tiles.place);
+            store_box(tiles.c, tiles.column, tiles.row + 32, tiles.place + TileBytes / 2);
+            store_box_commit();
         }
-        epilogue.finish(tiles, chunk);
+        epilogue.finish(tiles);
         next_chunk();
         __syncwarp();
         if (elect()) {
-            asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+            store_box_wait();
             if (!Epilogue::HasResidual)
                 mbarrier_arrive(free);
         }
@@ -1540,20 +1512,19 @@ __device__ void store_tiles(Tiles& tiles) {
 template <bool Transposed, typename Epilogue>
 __device__ void multiply(const ProductArguments& arguments) {
     Tiles tiles(arguments);
-    if (tiles.warp == Loader)
+    if (tiles.warp == Multipliers + Storers)
         load_tiles<Transposed>(tiles);
-    else if (tiles.warp >= Storers)
+    else if (tiles.warp >= Multipliers)
         store_tiles<Epilogue>(tiles);
     else
         multiply_tiles<Transposed, Epilogue>(tiles);
-    cluster_sync();
+    __cluster_barrier_arrive();
+    __cluster_barrier_wait();
 }
 
 #define PRODUCT_KERNEL(name, transposed, epilogue) \
-    KERNEL __cluster_dims__(2) __launch_bounds__(ProductThreads, 1) name(const __grid_constant__ CUtensorMap a, \
-        const __grid_constant__ CUtensorMap b, const __grid_constant__ CUtensorMap c, \
-        const __grid_constant__ CUtensorMap residual, const floatX* bias, floatX* gelu, const float* of_rows, \
-        float* partial, int M, int N, int K, int V) { \
+    KERNEL __cluster_dims__(2) __launch_bounds__(ProductThreads, 1) name(MAP a, MAP b, MAP c, MAP residual, \
+        const floatX* bias, floatX* gelu, const float* of_rows, float* partial, int M, int N, int K, int V) { \
         multiply<transposed, epilogue>({&a, &b, &c, &residual, bias, gelu, of_rows, partial, M, N, K, V}); \
     }
 
@@ -1634,7 +1605,7 @@ KERNEL __launch_bounds__(ClassifyThreads) classify(floatX* logits, const int* ta
     for (int c = threadIdx.x * Width; keeps && c < V; c += ClassifyThreads * Width)
         cp_async(shared_address(kept + c), row + c, true);
     // Each thread reads again what it copied itself.
-    asm volatile("cp.async.wait_all;" ::: "memory");
+    cp_async_wait();
     for (int c = threadIdx.x * Width; c < V; c += ClassifyThreads * Width) {
         Pack x = load(kept + c);
         if (c + Width > V)
