@@ -1385,10 +1385,11 @@ __device__ void load_tiles(Tiles& tiles) {
             load_bytes(shared_address(tiles.biases[tiles.turn % Turns]), tiles.bias + tiles.column, bytes, barrier);
         for (int i = 0; i < ProductRows; i += 32)
             load_box(rows + i * 128, tiles.a, k * Depth, tiles.row + i, barrier);
+        uint32_t columns = rows + ProductRows * 128;
         // Half of b's tile, for both blocks.
         for (int i = 0; i < ProductColumns / 2; i += 32) {
             int half = tiles.rank * (Transposed ? ProductColumns / 2 : Depth / 2);
-            uint32_t to = rows + (ProductRows + (Transposed ? i : 2 * i) + half) * 128;
+            uint32_t to = columns + ((Transposed ? i : 2 * i) + half) * 128;
             if (Transposed)
                 load_box_to_both(to, tiles.b, k * Depth, tiles.column + half + i, barrier);
             else
@@ -1480,9 +1481,8 @@ __device__ void store_tiles(Tiles& tiles) {
         tiles.go_to_tile();
         tiles.row += warpgroup * 64;
         tiles.column += part * 64;
-        int first = tiles.row + tiles.lane / 8, column = tiles.column + tiles.lane % 8 * Width;
-        tiles.rows = column < tiles.N ? tiles.M - first : 0;
-        tiles.at = (int64_t)first * tiles.N + column;
+        tiles.rows = tiles.column + tiles.lane % 8 * Width < tiles.N ? tiles.M - tiles.row - tiles.lane / 8 : 0;
+        tiles.at = (int64_t)(tiles.row + tiles.lane / 8) * tiles.N + tiles.column + tiles.lane % 8 * Width;
         epilogue.fetch(tiles);
     };
     for (next_chunk(); tiles.pair < tiles.all;) {
