@@ -151,40 +151,40 @@ PTX(load_shared, (uint4& to, uint32_t from), "ld.shared.v4.b32 {%0, %1, %2, %3},
 PTX(store_shared, (uint32_t to, uint32_t x), "st.shared.b32 [%0], %1;" ::"r"(to), "r"(x))
 
 // Barriers in shared memory. A phase is over after as many arrivals as were set, and the bytes that were to be expected.
-PTX(mbarrier_init, (uint32_t barrier, int arrivals),
-    "mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals))
+PTX(mbarrier_init, (const uint64_t& barrier, int arrivals),
+    "mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(&barrier)), "r"(arrivals))
 PTX(mbarrier_init_fence, (), "fence.mbarrier_init.release.cluster;" ::: "memory")
-PTX(mbarrier_arrive, (uint32_t barrier), "mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory")
-PTX(mbarrier_expect, (uint32_t barrier, int bytes),
-    "mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory")
-PTX(mbarrier_wait, (uint32_t barrier, int phase),
+PTX(mbarrier_arrive, (const uint64_t& barrier), "mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(&barrier)) : "memory")
+PTX(mbarrier_expect, (const uint64_t& barrier, int bytes),
+    "mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(&barrier)), "r"(bytes) : "memory")
+PTX(mbarrier_wait, (const uint64_t& barrier, int phase),
     "{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n@!done bra again;\n}"
-    ::"r"(barrier), "r"(phase & 1) : "memory")
+    ::"r"(shared_address(&barrier)), "r"(phase & 1) : "memory")
 
 // The same in the block of this rank in the cluster; the second writes x there first.
-PTX(mbarrier_arrive_at, (uint32_t barrier, uint32_t rank),
+PTX(mbarrier_arrive_at, (const uint64_t& barrier, uint32_t rank),
     "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
-    "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(barrier), "r"(rank) : "memory")
-PTX(send, (int x, uint32_t to, uint32_t barrier, uint32_t rank),
+    "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(shared_address(&barrier)), "r"(rank) : "memory")
+PTX(send, (int x, const void* to, const uint64_t& barrier, uint32_t rank),
     "{\n.reg .b32 there, signal;\nmapa.shared::cluster.u32 there, %1, %3;\n"
     "mapa.shared::cluster.u32 signal, %2, %3;\n"
     "st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [there], %0, [signal];\n}"
-    ::"r"(x), "r"(to), "r"(barrier), "r"(rank) : "memory")
+    ::"r"(x), "r"(shared_address(to)), "r"(shared_address(&barrier)), "r"(rank) : "memory")
 
 // TMA copies bytes, a map's box of rows of one head, or a box of rows and columns: to this block or both of a cluster.
-PTX(load_bytes, (uint32_t to, const void* from, int bytes, uint32_t barrier),
+PTX(load_bytes, (uint32_t to, const void* from, int bytes, const uint64_t& barrier),
     "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-    ::"r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory")
-PTX(load_head, (uint32_t to, const CUtensorMap* map, int head, int row, int sequence, uint32_t barrier),
+    ::"r"(to), "l"(from), "r"(bytes), "r"(shared_address(&barrier)) : "memory")
+PTX(load_head, (uint32_t to, const CUtensorMap* map, int head, int row, int sequence, const uint64_t& barrier),
     "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], [%6];"
-    ::"r"(to), "l"(map), "r"(0), "r"(head), "r"(row), "r"(sequence), "r"(barrier) : "memory")
-PTX(load_box, (uint32_t to, const CUtensorMap* map, int column, int row, uint32_t barrier),
+    ::"r"(to), "l"(map), "r"(0), "r"(head), "r"(row), "r"(sequence), "r"(shared_address(&barrier)) : "memory")
+PTX(load_box, (uint32_t to, const CUtensorMap* map, int column, int row, const uint64_t& barrier),
     "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
-    ::"r"(to), "l"(map), "r"(column), "r"(row), "r"(barrier) : "memory")
-PTX(load_box_to_both, (uint32_t to, const CUtensorMap* map, int column, int row, uint32_t barrier),
+    ::"r"(to), "l"(map), "r"(column), "r"(row), "r"(shared_address(&barrier)) : "memory")
+PTX(load_box_to_both, (uint32_t to, const CUtensorMap* map, int column, int row, const uint64_t& barrier),
     "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
     "[%0], [%1, {%2, %3}], [%4], %5;"
-    ::"r"(to), "l"(map), "r"(column), "r"(row), "r"(barrier), "h"((uint16_t)3) : "memory")
+    ::"r"(to), "l"(map), "r"(column), "r"(row), "r"(shared_address(&barrier)), "h"((uint16_t)3) : "memory")
 
 // TMA stores a box, which is the first to leave the L2; it sees what was written before the fence.
 PTX(store_box, (const CUtensorMap* map, int column, int row, uint32_t from),
@@ -605,7 +605,7 @@ struct Rows {
 
     // Copies rows [first, first + Count) to tiles; those from T on become zero.
     template <int Count>
-    __device__ void load(uint32_t tiles, int first, uint32_t barrier) const {
+    __device__ void load(uint32_t tiles, int first, const uint64_t& barrier) const {
         if constexpr (Hopper) {
             for (int i = 0; threadIdx.x == 0 && i < Count; i += TileRows)
                 load_head(tiles + i * 128, map, head, first + i, blockIdx.z, barrier);
@@ -629,20 +629,21 @@ struct Pairs {
 
     const Rows<Hopper>&left, &right;
     const float2* all_statistics; // from those of the first row on
-    uint32_t ring, full, empty;   // tiles, and a barrier for each place that it is full, and that it is empty
+    uint32_t ring;                // of tiles
+    uint64_t *full, *empty;       // a barrier for each place that it is full, and that it is empty
     int tile, end, place = 0, phase = 0;
 
     // For as many warps as there are in the block.
     __device__ Pairs(const Rows<Hopper>& left, const Rows<Hopper>& right, const float2* statistics, uint32_t ring,
         int begin, int end) : left(left), right(right), all_statistics(statistics), ring(ring), tile(begin), end(end) {
         __shared__ uint64_t barriers[2 * Places];
-        full = shared_address(barriers);
-        empty = full + 8 * Places;
+        full = barriers;
+        empty = barriers + Places;
         if constexpr (Hopper) {
             if (threadIdx.x == 0) {
                 for (int i = 0; i < Places; i++) {
-                    mbarrier_init(full + 8 * i, 1);
-                    mbarrier_init(empty + 8 * i, blockDim.x / Warp);
+                    mbarrier_init(full[i], 1);
+                    mbarrier_init(empty[i], blockDim.x / Warp);
                 }
                 mbarrier_init_fence();
             }
@@ -660,13 +661,13 @@ struct Pairs {
     }
 
     __device__ void load(int tile, int place) const {
-        uint32_t to = ring + place * 2 * TileBytes, barrier = full + 8 * place;
-        left.template load<TileRows>(to, tile * TileRows, barrier);
-        right.template load<TileRows>(to + TileBytes, tile * TileRows, barrier);
+        uint32_t to = ring + place * 2 * TileBytes;
+        left.template load<TileRows>(to, tile * TileRows, full[place]);
+        right.template load<TileRows>(to + TileBytes, tile * TileRows, full[place]);
         if constexpr (HasStatistics) {
             const float2* from = all_statistics + tile * TileRows;
             if (Hopper && threadIdx.x == 0)
-                load_bytes(statistics(place), from, StatisticsBytes, barrier);
+                load_bytes(statistics(place), from, StatisticsBytes, full[place]);
             else if (!Hopper && threadIdx.x < StatisticsBytes / 16)
                 cp_async(statistics(place) + threadIdx.x * 16, from + threadIdx.x * 2, true);
         }
@@ -678,11 +679,11 @@ struct Pairs {
     template <typename Load>
     __device__ void start(int bytes, Load others) const {
         if (Hopper && threadIdx.x == 0)
-            mbarrier_expect(full, Bytes + bytes);
-        others(full);
+            mbarrier_expect(full[0], Bytes + bytes);
+        others(full[0]);
         load(tile, 0);
         for (int i = 1; Hopper && threadIdx.x == 0 && i < Places && tile + i < end; i++) {
-            mbarrier_expect(full + 8 * i, Bytes);
+            mbarrier_expect(full[i], Bytes);
             load(tile + i, i);
         }
     }
@@ -690,7 +691,7 @@ struct Pairs {
     // Waits for the pair, and has the next one loaded where all threads do that.
     __device__ void wait() const {
         if constexpr (Hopper) {
-            mbarrier_wait(full + 8 * place, phase);
+            mbarrier_wait(full[place], phase);
         } else {
             cp_async_wait_committed();
             __syncthreads();
@@ -703,15 +704,15 @@ struct Pairs {
     __device__ void refill(int begin) const {
         if (Hopper && threadIdx.x == 0 && tile > begin && tile + Places - 1 < end) {
             int before = place == 0 ? Places - 1 : place - 1;
-            mbarrier_wait(empty + 8 * before, place == 0 ? phase ^ 1 : phase);
-            mbarrier_expect(full + 8 * before, Bytes);
+            mbarrier_wait(empty[before], place == 0 ? phase ^ 1 : phase);
+            mbarrier_expect(full[before], Bytes);
             load(tile + Places - 1, before);
         }
     }
 
     __device__ void next() {
         if (Hopper && threadIdx.x % Warp == 0)
-            mbarrier_arrive(empty + 8 * place);
+            mbarrier_arrive(empty[place]);
         tile++;
         if (++place == Places) {
             place = 0;
@@ -880,7 +881,7 @@ __device__ void flash_forward(const CUtensorMap* map, const floatX* qkv, floatX*
     Rows<Hopper> v(qkv, map, 3 * NH, 2 * NH + blockIdx.y, T);
     int end = (min(first + FlashRows, T) - 1) / TileRows + 1;
     Pairs<Hopper, false> pairs(k, v, nullptr, queries + 2 * TileBytes, 0, end);
-    pairs.start(2 * TileBytes, [&](uint32_t barrier) { q.template load<FlashRows>(queries, first, barrier); });
+    pairs.start(2 * TileBytes, [&](const uint64_t& barrier) { q.template load<FlashRows>(queries, first, barrier); });
 
     Fragments weights;
     Accumulators scores, sums = {};
@@ -948,7 +949,7 @@ __device__ void flash_backward_q(const CUtensorMap* map, const CUtensorMap* dy_m
     Rows<Hopper> v(qkv, map, 3 * NH, 2 * NH + blockIdx.y, T), dout(dy, dy_map, NH, blockIdx.y, T);
     int end = (min(first + FlashRows, T) - 1) / TileRows + 1;
     Pairs<Hopper, false> pairs(k, v, nullptr, douts + 2 * TileBytes, 0, end);
-    pairs.start(4 * TileBytes, [&](uint32_t barrier) {
+    pairs.start(4 * TileBytes, [&](const uint64_t& barrier) {
         q.template load<FlashRows>(queries, first, barrier);
         dout.template load<FlashRows>(douts, first, barrier);
     });
@@ -1024,7 +1025,7 @@ __device__ void flash_backward_kv(const CUtensorMap* map, const CUtensorMap* dy_
     Rows<Hopper> v(qkv, map, 3 * NH, 2 * NH + blockIdx.y, T), dout(dy, dy_map, NH, blockIdx.y, T);
     Pairs<Hopper, true> pairs(q, dout, statistics_row(statistics, T, NH), values + KeyBytes, first / TileRows,
         (T - 1) / TileRows + 1);
-    pairs.start(2 * KeyBytes, [&](uint32_t barrier) {
+    pairs.start(2 * KeyBytes, [&](const uint64_t& barrier) {
         k.template load<KeyRows<Hopper>>(keys, first, barrier);
         v.template load<KeyRows<Hopper>>(values, first, barrier);
     });
@@ -1157,6 +1158,9 @@ struct ProductArguments {
     int M, N, K, V;
 };
 
+__shared__ uint64_t barriers[2 * Stages + 4 + Turns];
+__shared__ alignas(16) floatX biases[Turns][ProductColumns];
+__shared__ int pairs[Turns]; // the numbers of this cluster's next pairs of tiles
 __device__ int pairs_taken; // pairs of tiles that clusters have asked for; 0 again once the last one has got none
 
 // Shared by the roles, each of which walks over the pairs of tiles that its cluster takes, and the stages of the ring.
@@ -1168,37 +1172,27 @@ struct Tiles : ProductArguments {
     int all = down * across, pair, row, column; // pairs, the current one, and the tile's first row and column
     uint32_t stage = 0, phase = 0, turn = ~0u;  // turn: the pair's number among this cluster's
     uint32_t ring = first_tile(), results = ring + Stages * StageBytes;
-    uint32_t full, empty, filled, free, known; // barriers: two per stage, two per warpgroup's result, one per turn
-    floatX (*biases)[ProductColumns];          // (Turns, 192)
-    int* pairs;                                // (Turns)
 
     // Of a storing warp: its chunk, 64 x 64, of the tile. A thread has eight columns of every fourth row.
     uint32_t place; // of the chunk in shared memory
     int rows;       // of c from the thread's first row on; none beyond column N
     int64_t at;     // the thread's first element in (M, N)
 
+    // Barriers: a stage's tiles are there, and used; a warpgroup's result is there, and stored; a turn's pair is known.
+    uint64_t *full = barriers, *empty = full + Stages, *filled = empty + Stages, *free = filled + 2, *known = free + 2;
+
     __device__ Tiles(const ProductArguments& arguments) : ProductArguments(arguments) {
-        __shared__ uint64_t barriers[2 * Stages + 4 + Turns];
-        __shared__ alignas(16) floatX shared_biases[Turns][ProductColumns];
-        __shared__ int shared_pairs[Turns];
-        full = shared_address(barriers);
-        empty = full + 8 * Stages;
-        filled = empty + 8 * Stages;
-        free = filled + 16;
-        known = free + 16;
-        biases = shared_biases;
-        pairs = shared_pairs;
         if (threadIdx.x == 0) {
             for (int i = 0; i < Stages; i++) {
-                mbarrier_init(full + 8 * i, 1);
-                mbarrier_init(empty + 8 * i, 2 * Multipliers);
+                mbarrier_init(full[i], 1);
+                mbarrier_init(empty[i], 2 * Multipliers);
             }
             for (int i = 0; i < 2; i++) {
-                mbarrier_init(filled + 8 * i, Multipliers / 2);
-                mbarrier_init(free + 8 * i, Chunks);
+                mbarrier_init(filled[i], Multipliers / 2);
+                mbarrier_init(free[i], Chunks);
             }
             for (int i = 0; i < Turns; i++)
-                mbarrier_init(known + 8 * i, 1);
+                mbarrier_init(known[i], 1);
             mbarrier_init_fence();
         }
         __cluster_barrier_arrive();
@@ -1212,7 +1206,7 @@ struct Tiles : ProductArguments {
 
     __device__ bool next_pair() {
         turn++;
-        mbarrier_wait(known + 8 * (turn % Turns), turn / Turns);
+        mbarrier_wait(known[turn % Turns], turn / Turns);
         pair = pairs[turn % Turns];
         return pair < all;
     }
@@ -1230,7 +1224,7 @@ struct Tiles : ProductArguments {
     }
 };
 
-// An epilogue is what happens to a product. This one only stores c; the others override some of its steps.
+// An epilogue is what happens to a tiles. This one only stores c; the others override some of its steps.
 struct Store {
     static constexpr bool HasResidual = false, ChangesChunk = false;
 
@@ -1243,7 +1237,7 @@ struct Store {
     // Steps of a storing warp: when it knows its chunk; while the tile is multiplied; when the chunk is there, before TMA
     // stores it; and after that.
     __device__ void fetch(const Tiles& tiles) { }
-    __device__ void prepare(const Tiles& tiles, uint32_t free) { }
+    __device__ void prepare(const Tiles& tiles, const uint64_t& free) { }
     __device__ void change_chunk(const Tiles& tiles) { }
     __device__ void finish(const Tiles& tiles) { }
 };
@@ -1253,7 +1247,7 @@ struct AddResidual : Store {
     static constexpr bool HasResidual = true;
     uint32_t there[4];
 
-    __device__ void prepare(const Tiles& tiles, uint32_t free) {
+    __device__ void prepare(const Tiles& tiles, const uint64_t& free) {
         if (elect()) {
             mbarrier_expect(free, TileBytes);
             load_box(tiles.place, tiles.residual, tiles.column, tiles.row, free);
@@ -1294,7 +1288,7 @@ struct GeluBackward : Store {
             *(uint4*)&slopes[i] = 4 * i < tiles.rows ? __ldcs((const uint4*)(tiles.gelu + tiles.at + 4 * i * tiles.N)) : uint4{};
     }
 
-    __device__ void prepare(const Tiles& tiles, uint32_t free) {
+    __device__ void prepare(const Tiles& tiles, const uint64_t& free) {
         for (int i = 0; i < 16; i++)
             store(slopes[i].x, map(load(slopes[i].x), gelu_slope_approximate));
     }
@@ -1371,18 +1365,18 @@ __device__ void load_tiles(Tiles& tiles) {
             taken = atomicAdd(&pairs_taken, 1);
     };
     auto tell_pair = [&](uint32_t turn) {
-        uint32_t barrier = tiles.known + 8 * (turn % Turns);
+        const uint64_t& barrier = tiles.known[turn % Turns];
         mbarrier_expect(barrier, sizeof(int));
         for (int i = 0; tiles.rank == 0 && i < 2; i++)
-            send(taken, shared_address(tiles.pairs + turn % Turns), barrier, i);
+            send(taken, &pairs[turn % Turns], barrier, i);
         if (tiles.rank == 0 && taken == tiles.all + (int)gridDim.x / 2 - 1)
             pairs_taken = 0;
     };
-    auto load_stage = [&](int k, uint32_t rows, uint32_t barrier) {
+    auto load_stage = [&](int k, uint32_t rows, const uint64_t& barrier) {
         int bytes = tiles.bias != nullptr && k == 0 ? min(ProductColumns, tiles.N - tiles.column) * 2 : 0;
         mbarrier_expect(barrier, StageBytes + bytes);
         if (bytes > 0)
-            load_bytes(shared_address(tiles.biases[tiles.turn % Turns]), tiles.bias + tiles.column, bytes, barrier);
+            load_bytes(shared_address(biases[tiles.turn % Turns]), tiles.bias + tiles.column, bytes, barrier);
         for (int i = 0; i < ProductRows; i += 32)
             load_box(rows + i * 128, tiles.a, k * Depth, tiles.row + i, barrier);
         uint32_t columns = rows + ProductRows * 128;
@@ -1403,11 +1397,11 @@ __device__ void load_tiles(Tiles& tiles) {
     while (tiles.next_pair()) {
         tiles.go_to_tile();
         for (int k = 0; k < tiles.depths; k++, tiles.next_stage()) {
-            mbarrier_wait(tiles.empty + 8 * tiles.stage, tiles.phase ^ 1);
+            mbarrier_wait(tiles.empty[tiles.stage], tiles.phase ^ 1);
             if (elect()) {
                 if (k == 0)
                     take_pair();
-                load_stage(k, tiles.ring + tiles.stage * StageBytes, tiles.full + 8 * tiles.stage);
+                load_stage(k, tiles.ring + tiles.stage * StageBytes, tiles.full[tiles.stage]);
                 if (k == 0)
                     tell_pair(tiles.turn + 1);
             }
@@ -1425,16 +1419,16 @@ __device__ void multiply_tiles(Tiles& tiles) {
         Epilogue epilogue;
         epilogue.begin(tiles, warpgroup * 64);
         if (Transposed && tiles.bias != nullptr) {
-            mbarrier_wait(tiles.full + 8 * tiles.stage, tiles.phase); // for the biases
+            mbarrier_wait(tiles.full[tiles.stage], tiles.phase); // for the biases
             for (int j = 0; j < ProductColumns / 8; j++) {
-                float2 both = unpair(*(const uint32_t*)(tiles.biases[tiles.turn % Turns] + j * 8 + lane % 4 * 2));
+                float2 both = unpair(*(const uint32_t*)(biases[tiles.turn % Turns] + j * 8 + lane % 4 * 2));
                 sums[j][0] = sums[j][2] = both.x;
                 sums[j][1] = sums[j][3] = both.y;
             }
         }
         for (int k = 0; k < tiles.depths; k++, tiles.next_stage()) {
             uint32_t rows = (tiles.ring & 0x3ffff) + tiles.stage * StageBytes, columns = rows + ProductRows * 128;
-            mbarrier_wait(tiles.full + 8 * tiles.stage, tiles.phase);
+            mbarrier_wait(tiles.full[tiles.stage], tiles.phase);
             wgmma_fence();
 #pragma unroll
             for (int i = 0; i < Depth / 16; i++) {
@@ -1447,9 +1441,9 @@ __device__ void multiply_tiles(Tiles& tiles) {
             wgmma_commit();
             wgmma_wait(sums);
             if (lane < 2)
-                mbarrier_arrive_at(tiles.empty + 8 * tiles.stage, lane);
+                mbarrier_arrive_at(tiles.empty[tiles.stage], lane);
         }
-        mbarrier_wait(tiles.free + 8 * warpgroup, Epilogue::HasResidual ? tiles.turn : tiles.turn + 1);
+        mbarrier_wait(tiles.free[warpgroup], Epilogue::HasResidual ? tiles.turn : tiles.turn + 1);
 #pragma unroll
         for (int j = 0; j < ProductColumns / 8; j += 2) {
             uint32_t to = tiles.results + (warpgroup * Chunks + j / 8) * TileBytes, result[4];
@@ -1465,7 +1459,7 @@ __device__ void multiply_tiles(Tiles& tiles) {
         store_box_fence();
         __syncwarp();
         if (elect())
-            mbarrier_arrive(tiles.filled + 8 * warpgroup);
+            mbarrier_arrive(tiles.filled[warpgroup]);
     }
 }
 
@@ -1473,7 +1467,7 @@ __device__ void multiply_tiles(Tiles& tiles) {
 template <typename Epilogue>
 __device__ void store_tiles(Tiles& tiles) {
     int warpgroup = (tiles.warp - Multipliers) / Chunks, part = (tiles.warp - Multipliers) % Chunks;
-    uint32_t free = tiles.free + 8 * warpgroup, filled = tiles.filled + 8 * warpgroup;
+    uint64_t &free = tiles.free[warpgroup], &filled = tiles.filled[warpgroup];
     tiles.place = tiles.results + (tiles.warp - Multipliers) * TileBytes;
     Epilogue epilogue;
     auto next_chunk = [&] {
