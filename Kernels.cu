@@ -1231,8 +1231,7 @@ struct Store {
     // Steps of a multiplying warp: before a tile of which it has rows from first on; before it writes 16 columns, at to;
     // and for a pair of columns in an upper or a lower row.
     __device__ void begin(Tiles& tiles, int first) { }
-    __device__ void begin_columns(uint32_t to) { }
-    __device__ void change(int i, float& left, float& right) { }
+    __device__ void change(float* x, uint32_t to) { }
 
     // Steps of a storing warp: when it knows its chunk; while the tile is multiplied; when the chunk is there, before TMA
     // stores it; and after that.
@@ -1245,7 +1244,6 @@ struct Store {
 // c += residual, which TMA puts where the result will be.
 struct AddResidual : Store {
     static constexpr bool HasResidual = true;
-    uint32_t there[4];
 
     __device__ void prepare(const Tiles& tiles, const uint64_t& free) {
         if (elect()) {
@@ -1255,13 +1253,13 @@ struct AddResidual : Store {
         }
     }
 
-    __device__ void begin_columns(uint32_t to) {
+    __device__ void change(float* x, uint32_t to) {
+        uint32_t there[4];
         ldmatrix(there, to);
-    }
-
-    __device__ void change(int i, float& left, float& right) {
-        left += unpair(there[i]).x;
-        right += unpair(there[i]).y;
+        for (int i = 0; i < 8; i += 2) {
+            x[i] += unpair(there[i / 2]).x;
+            x[i + 1] += unpair(there[i / 2]).y;
+        }
     }
 };
 
@@ -1321,9 +1319,9 @@ struct ScaleRows : Store {
             of_row[i] = tiles.of_rows[min(tiles.row + first + row_of(2 * i), tiles.M - 1)];
     }
 
-    __device__ void change(int i, float& left, float& right) {
-        left *= of_row[i % 2];
-        right *= of_row[i % 2];
+    __device__ void change(float* x, uint32_t to) {
+        for (int i = 0; i < 8; i++)
+            x[i] *= of_row[i / 2 % 2];
     }
 };
 
@@ -1334,9 +1332,9 @@ constexpr float ClassShift = 40, LargestClass = 112;
 struct Exponentials : ScaleRows {
     static constexpr bool ChangesChunk = true;
 
-    __device__ void change(int i, float& left, float& right) {
-        left -= of_row[i % 2];
-        right -= of_row[i % 2];
+    __device__ void change(float* x, uint32_t to) {
+        for (int i = 0; i < 8; i++)
+            x[i] -= of_row[i / 2 % 2];
     }
 
     __device__ void change_chunk(const Tiles& tiles) {
@@ -1448,12 +1446,10 @@ __device__ void multiply_tiles(Tiles& tiles) {
         for (int j = 0; j < ProductColumns / 8; j += 2) {
             uint32_t to = tiles.results + (warpgroup * Chunks + j / 8) * TileBytes, result[4];
             to = swizzled(to, warp % 4 * 16 + lane % 16, j % 8 + lane / 16);
-            epilogue.begin_columns(to);
-            for (int i = 0; i < 4; i++) {
-                float left = sums[j + i / 2][i % 2 * 2], right = sums[j + i / 2][i % 2 * 2 + 1];
-                epilogue.change(i, left, right);
-                result[i] = pair(left, right);
-            }
+            float* x = sums[j]; // and sums[j + 1]
+            epilogue.change(x, to);
+            for (int i = 0; i < 4; i++)
+                result[i] = pair(x[2 * i], x[2 * i + 1]);
             stmatrix(to, result);
         }
         store_box_fence();
