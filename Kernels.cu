@@ -122,80 +122,86 @@ __device__ float warp_sum(float x) {
     return x;
 }
 
-// ---- PTX instructions. Addresses in shared memory have 32 bits.
+// ---- PTX instructions
 
 #define PTX(name, parameters, ...) \
     __device__ void name parameters { \
         asm volatile(__VA_ARGS__); \
     }
+#define PTX_OF_FLOAT(name, instruction) \
+    __device__ float name(float x) { \
+        asm(instruction " %0, %0;" : "+f"(x)); \
+        return x; \
+    }
 
+// Shared memory has addresses of 32 bits.
 __device__ uint32_t shared_address(const void* pointer) {
     return (uint32_t)__cvta_generic_to_shared(pointer);
 }
 
-// The object at an address in shared memory.
 template <typename T>
-__device__ T& at(uint32_t address) {
-    return *(T*)__cvta_shared_to_generic(address);
+__device__ T& at(uint32_t shared_address) {
+    return *(T*)__cvta_shared_to_generic(shared_address);
 }
-
-// Copies 16 bytes, or writes zeros if they are outside.
-PTX(cp_async, (uint32_t to, const void* from, bool inside),
-    "cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(inside ? 16 : 0))
-PTX(cp_async_commit, (), "cp.async.commit_group;" ::)
-PTX(cp_async_wait_committed, (), "cp.async.wait_group 0;" ::: "memory")
-PTX(cp_async_wait, (), "cp.async.wait_all;" ::: "memory")
 
 PTX(load_shared, (uint4& to, uint32_t from), "ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
     : "=r"(to.x), "=r"(to.y), "=r"(to.z), "=r"(to.w) : "r"(from))
 PTX(store_shared, (uint32_t to, uint32_t x), "st.shared.b32 [%0], %1;" ::"r"(to), "r"(x))
 
-// Barriers in shared memory. A phase is over after as many arrivals as were set, and the bytes that were to be expected.
-PTX(mbarrier_init, (const uint64_t& barrier, int arrivals),
-    "mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(&barrier)), "r"(arrivals))
+// Copies 16 bytes to shared memory, or zeros if they are not inside.
+PTX(cp_async, (uint32_t to, const void* from, bool inside), "cp.async.cg.shared.global [%0], [%1], 16, %2;"
+    ::"r"(to), "l"(from), "r"(inside ? 16 : 0))
+PTX(cp_async_commit, (), "cp.async.commit_group;" ::)
+PTX(cp_async_wait, (), "cp.async.wait_group 0;" ::: "memory")
+
+// A barrier in shared memory completes a phase when all have arrived and all expected bytes have been copied.
+using Barrier = const uint64_t&;
+PTX(mbarrier_init, (Barrier barrier, int arrivals), "mbarrier.init.shared.b64 [%0], %1;"
+    ::"r"(shared_address(&barrier)), "r"(arrivals))
 PTX(mbarrier_init_fence, (), "fence.mbarrier_init.release.cluster;" ::: "memory")
-PTX(mbarrier_arrive, (const uint64_t& barrier), "mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(&barrier)) : "memory")
-PTX(mbarrier_expect, (const uint64_t& barrier, int bytes),
-    "mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(&barrier)), "r"(bytes) : "memory")
-PTX(mbarrier_wait, (const uint64_t& barrier, int phase),
+PTX(mbarrier_arrive, (Barrier barrier), "mbarrier.arrive.shared.b64 _, [%0];"
+    ::"r"(shared_address(&barrier)) : "memory")
+PTX(mbarrier_expect, (Barrier barrier, int bytes), "mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;"
+    ::"r"(shared_address(&barrier)), "r"(bytes) : "memory")
+PTX(mbarrier_wait, (Barrier barrier, int phase),
     "{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n@!done bra again;\n}"
     ::"r"(shared_address(&barrier)), "r"(phase & 1) : "memory")
 
-// The same in the block of this rank in the cluster; the second writes x there first.
-PTX(mbarrier_arrive_at, (const uint64_t& barrier, uint32_t rank),
+// Arrive at the barrier of another block in the cluster; the second by writing x there.
+PTX(mbarrier_arrive_at, (Barrier barrier, uint32_t rank),
     "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
     "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(shared_address(&barrier)), "r"(rank) : "memory")
-PTX(send, (int x, const void* to, const uint64_t& barrier, uint32_t rank),
+PTX(send, (int x, const int& to, Barrier barrier, uint32_t rank),
     "{\n.reg .b32 there, signal;\nmapa.shared::cluster.u32 there, %1, %3;\n"
     "mapa.shared::cluster.u32 signal, %2, %3;\n"
     "st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [there], %0, [signal];\n}"
-    ::"r"(x), "r"(shared_address(to)), "r"(shared_address(&barrier)), "r"(rank) : "memory")
+    ::"r"(x), "r"(shared_address(&to)), "r"(shared_address(&barrier)), "r"(rank) : "memory")
 
-// TMA copies bytes, a map's box of rows of one head, or a box of rows and columns: to this block or both of a cluster.
-PTX(load_bytes, (uint32_t to, const void* from, int bytes, const uint64_t& barrier),
-    "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+// TMA copies bytes; rows of a head of a sequence; a box of a matrix, into this block or both of the cluster.
+#define TO_SHARED ".shared::cluster.global.mbarrier::complete_tx::bytes"
+PTX(load_bytes, (uint32_t to, const void* from, int bytes, Barrier barrier),
+    "cp.async.bulk" TO_SHARED " [%0], [%1], %2, [%3];"
     ::"r"(to), "l"(from), "r"(bytes), "r"(shared_address(&barrier)) : "memory")
-PTX(load_head, (uint32_t to, const CUtensorMap* map, int head, int row, int sequence, const uint64_t& barrier),
-    "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], [%6];"
+PTX(load_head, (uint32_t to, const CUtensorMap* map, int head, int row, int sequence, Barrier barrier),
+    "cp.async.bulk.tensor.4d" TO_SHARED " [%0], [%1, {%2, %3, %4, %5}], [%6];"
     ::"r"(to), "l"(map), "r"(0), "r"(head), "r"(row), "r"(sequence), "r"(shared_address(&barrier)) : "memory")
-PTX(load_box, (uint32_t to, const CUtensorMap* map, int column, int row, const uint64_t& barrier),
-    "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
+PTX(load_box, (uint32_t to, const CUtensorMap* map, int column, int row, Barrier barrier),
+    "cp.async.bulk.tensor.2d" TO_SHARED " [%0], [%1, {%2, %3}], [%4];"
     ::"r"(to), "l"(map), "r"(column), "r"(row), "r"(shared_address(&barrier)) : "memory")
-PTX(load_box_to_both, (uint32_t to, const CUtensorMap* map, int column, int row, const uint64_t& barrier),
-    "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
-    "[%0], [%1, {%2, %3}], [%4], %5;"
+PTX(load_box_to_both, (uint32_t to, const CUtensorMap* map, int column, int row, Barrier barrier),
+    "cp.async.bulk.tensor.2d" TO_SHARED ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;"
     ::"r"(to), "l"(map), "r"(column), "r"(row), "r"(shared_address(&barrier)), "h"((uint16_t)3) : "memory")
 
-// TMA stores a box, which is the first to leave the L2; it sees what was written before the fence.
+// TMA stores a box of a matrix, which the L2 evicts first. The fence shows it what this thread wrote to shared memory.
 PTX(store_box, (const CUtensorMap* map, int column, int row, uint32_t from),
     "{\n.reg .b64 policy;\ncreatepolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
     "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group.L2::cache_hint [%0, {%1, %2}], [%3], policy;\n}"
     ::"l"(map), "r"(column), "r"(row), "r"(from) : "memory")
 PTX(store_box_fence, (), "fence.proxy.async.shared::cta;" ::: "memory")
 PTX(store_box_commit, (), "cp.async.bulk.commit_group;" ::: "memory")
-PTX(store_box_wait, (), "cp.async.bulk.wait_group.read 0;" ::: "memory") // until it has read the shared memory
+PTX(store_box_wait, (), "cp.async.bulk.wait_group.read 0;" ::: "memory") // until shared memory is free again
 
-// Four 8 x 8 matrices of bf16; each lane has the address of one of their rows.
+// Four 8 x 8 matrices in bf16; each lane has the address of a row.
 PTX(ldmatrix, (uint32_t (&to)[4], uint32_t from), "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
     : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(from))
 PTX(ldmatrix_transposed, (uint32_t (&to)[4], uint32_t from),
@@ -209,9 +215,13 @@ PTX(mma, (float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1),
     "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
     : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
-
 PTX(wgmma_fence, (), "wgmma.fence.sync.aligned;" ::: "memory")
 PTX(wgmma_commit, (), "wgmma.commit_group.sync.aligned;" ::: "memory")
+
+// To about 22, 22 and 11 bits; the first two take denormals for zero.
+PTX_OF_FLOAT(exp2_approximate, "ex2.approx.ftz.f32")
+PTX_OF_FLOAT(inverse_approximate, "rcp.approx.ftz.f32")
+PTX_OF_FLOAT(tanh_approximate, "tanh.approx.f32")
 
 // ---- Sums of rows
 
@@ -388,19 +398,6 @@ KERNEL __launch_bounds__(NormBackwardThreads) layer_norm_backward(const floatX* 
 
 constexpr float Log2E = 1.4426950408889634f;
 
-// 2^x and 1/x to about 22 bits; denormals count as zero.
-__device__ float exp2_approximate(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
-__device__ float inverse_approximate(float x) {
-    float y;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
 // GELU(x)/x = (1 + tanh u)/2 = 1/(1 + e^−2u) with u = √(2/π)·(x + 0.044715·x³).
 __device__ float gelu_gate(float x) {
     constexpr float Scale = -2 * 0.7978845608f * Log2E;
@@ -420,8 +417,8 @@ __device__ float gelu_slope(float x) {
 // GELU'(x) to about 11 bits.
 __device__ float gelu_slope_approximate(float x) {
     constexpr float Scale = 0.7978845608f, Cubic = 0.044715f;
-    float tanh, u = x * (Scale + Scale * Cubic * (x * x)), half_du = Scale / 2 + Scale / 2 * Cubic * 3 * (x * x);
-    asm("tanh.approx.f32 %0, %1;" : "=f"(tanh) : "f"(u));
+    float tanh = tanh_approximate(x * (Scale + Scale * Cubic * (x * x)));
+    float half_du = Scale / 2 + Scale / 2 * Cubic * 3 * (x * x);
     return 0.5f + 0.5f * tanh + (1 - tanh * tanh) * (x * half_du);
 }
 
@@ -435,10 +432,8 @@ KERNEL gelu(const floatX* x, floatX* y, int64_t count) {
 // dx *= GELU'(x), both of count elements.
 KERNEL gelu_backward(const floatX* x, floatX* dx, int64_t count) {
     int64_t i = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * Width;
-    if (i >= count)
-        return;
-    Pack slope = map(load(x + i), gelu_slope);
-    store(dx + i, load(dx + i) * slope);
+    if (i < count)
+        store(dx + i, load(dx + i) * map(load(x + i), gelu_slope));
 }
 
 // ---- Attention for any size of heads, and for generation
@@ -605,7 +600,7 @@ struct Rows {
 
     // Copies rows [first, first + Count) to tiles; those from T on become zero.
     template <int Count>
-    __device__ void load(uint32_t tiles, int first, const uint64_t& barrier) const {
+    __device__ void load(uint32_t tiles, int first, Barrier barrier) const {
         if constexpr (Hopper) {
             for (int i = 0; threadIdx.x == 0 && i < Count; i += TileRows)
                 load_head(tiles + i * 128, map, head, first + i, blockIdx.z, barrier);
@@ -693,7 +688,7 @@ struct Pairs {
         if constexpr (Hopper) {
             mbarrier_wait(full[place], phase);
         } else {
-            cp_async_wait_committed();
+            cp_async_wait();
             __syncthreads();
             if (tile + 1 < end)
                 load(tile + 1, place ^ 1);
@@ -881,7 +876,7 @@ __device__ void flash_forward(const CUtensorMap* map, const floatX* qkv, floatX*
     Rows<Hopper> v(qkv, map, 3 * NH, 2 * NH + blockIdx.y, T);
     int end = (min(first + FlashRows, T) - 1) / TileRows + 1;
     Pairs<Hopper, false> pairs(k, v, nullptr, queries + 2 * TileBytes, 0, end);
-    pairs.start(2 * TileBytes, [&](const uint64_t& barrier) { q.template load<FlashRows>(queries, first, barrier); });
+    pairs.start(2 * TileBytes, [&](Barrier barrier) { q.template load<FlashRows>(queries, first, barrier); });
 
     Fragments weights;
     Accumulators scores, sums = {};
@@ -949,7 +944,7 @@ __device__ void flash_backward_q(const CUtensorMap* map, const CUtensorMap* dy_m
     Rows<Hopper> v(qkv, map, 3 * NH, 2 * NH + blockIdx.y, T), dout(dy, dy_map, NH, blockIdx.y, T);
     int end = (min(first + FlashRows, T) - 1) / TileRows + 1;
     Pairs<Hopper, false> pairs(k, v, nullptr, douts + 2 * TileBytes, 0, end);
-    pairs.start(4 * TileBytes, [&](const uint64_t& barrier) {
+    pairs.start(4 * TileBytes, [&](Barrier barrier) {
         q.template load<FlashRows>(queries, first, barrier);
         dout.template load<FlashRows>(douts, first, barrier);
     });
@@ -1025,7 +1020,7 @@ __device__ void flash_backward_kv(const CUtensorMap* map, const CUtensorMap* dy_
     Rows<Hopper> v(qkv, map, 3 * NH, 2 * NH + blockIdx.y, T), dout(dy, dy_map, NH, blockIdx.y, T);
     Pairs<Hopper, true> pairs(q, dout, statistics_row(statistics, T, NH), values + KeyBytes, first / TileRows,
         (T - 1) / TileRows + 1);
-    pairs.start(2 * KeyBytes, [&](const uint64_t& barrier) {
+    pairs.start(2 * KeyBytes, [&](Barrier barrier) {
         k.template load<KeyRows<Hopper>>(keys, first, barrier);
         v.template load<KeyRows<Hopper>>(values, first, barrier);
     });
@@ -1236,7 +1231,7 @@ struct Store {
     // Steps of a storing warp: when it knows its chunk; while the tile is multiplied; when the chunk is there, before TMA
     // stores it; and after that.
     __device__ void fetch(const Tiles& tiles) { }
-    __device__ void prepare(const Tiles& tiles, const uint64_t& free) { }
+    __device__ void prepare(const Tiles& tiles, Barrier free) { }
     __device__ void change_chunk(const Tiles& tiles) { }
     __device__ void finish(const Tiles& tiles) { }
 };
@@ -1245,7 +1240,7 @@ struct Store {
 struct AddResidual : Store {
     static constexpr bool HasResidual = true;
 
-    __device__ void prepare(const Tiles& tiles, const uint64_t& free) {
+    __device__ void prepare(const Tiles& tiles, Barrier free) {
         if (elect()) {
             mbarrier_expect(free, TileBytes);
             load_box(tiles.place, tiles.residual, tiles.column, tiles.row, free);
@@ -1283,10 +1278,10 @@ struct GeluBackward : Store {
 
     __device__ void fetch(const Tiles& tiles) {
         for (int i = 0; i < 16; i++)
-            *(uint4*)&slopes[i] = 4 * i < tiles.rows ? __ldcs((const uint4*)(tiles.gelu + tiles.at + 4 * i * tiles.N)) : uint4{};
+            *(uint4*)&slopes[i] = 4 * i < tiles.rows ? __ldcs((uint4*)(tiles.gelu + tiles.at + 4 * i * tiles.N)) : uint4{};
     }
 
-    __device__ void prepare(const Tiles& tiles, const uint64_t& free) {
+    __device__ void prepare(const Tiles& tiles, Barrier free) {
         for (int i = 0; i < 16; i++)
             store(slopes[i].x, map(load(slopes[i].x), gelu_slope_approximate));
     }
@@ -1363,14 +1358,14 @@ __device__ void load_tiles(Tiles& tiles) {
             taken = atomicAdd(&pairs_taken, 1);
     };
     auto tell_pair = [&](uint32_t turn) {
-        const uint64_t& barrier = tiles.known[turn % Turns];
+        Barrier barrier = tiles.known[turn % Turns];
         mbarrier_expect(barrier, sizeof(int));
         for (int i = 0; tiles.rank == 0 && i < 2; i++)
-            send(taken, &pairs[turn % Turns], barrier, i);
+            send(taken, pairs[turn % Turns], barrier, i);
         if (tiles.rank == 0 && taken == tiles.all + (int)gridDim.x / 2 - 1)
             pairs_taken = 0;
     };
-    auto load_stage = [&](int k, uint32_t rows, const uint64_t& barrier) {
+    auto load_stage = [&](int k, uint32_t rows, Barrier barrier) {
         int bytes = tiles.bias != nullptr && k == 0 ? min(ProductColumns, tiles.N - tiles.column) * 2 : 0;
         mbarrier_expect(barrier, StageBytes + bytes);
         if (bytes > 0)
@@ -1382,10 +1377,8 @@ __device__ void load_tiles(Tiles& tiles) {
         for (int i = 0; i < ProductColumns / 2; i += 32) {
             int half = tiles.rank * (Transposed ? ProductColumns / 2 : Depth / 2);
             uint32_t to = columns + ((Transposed ? i : 2 * i) + half) * 128;
-            if (Transposed)
-                load_box_to_both(to, tiles.b, k * Depth, tiles.column + half + i, barrier);
-            else
-                load_box_to_both(to, tiles.b, tiles.column + 2 * i, k * Depth + half, barrier);
+            int column = Transposed ? k * Depth : tiles.column + 2 * i;
+            load_box_to_both(to, tiles.b, column, Transposed ? tiles.column + half + i : k * Depth + half, barrier);
         }
     };
     if (elect()) {
@@ -1570,10 +1563,8 @@ KERNEL normalize_classes(const float* partial, int chunks, const int* targets, f
     __syncthreads();
     for (int i = part; i < Warp && first + i < rows; i += Parts) {
         for (int c = lane * Width; c < C; c += Warp * Width) {
-            Pack value = load(x + (int64_t)(first + i) * C + c);
-            for (int j = 0; j < Width; j++)
-                value.x[j] *= factors[i];
-            store(scaled + (int64_t)(first + i) * C + c, value);
+            int64_t at = (int64_t)(first + i) * C + c;
+            store(scaled + at, map(load(x + at), [&](float x) { return x * factors[i]; }));
         }
     }
 }
@@ -1594,8 +1585,8 @@ KERNEL __launch_bounds__(ClassifyThreads) classify(floatX* logits, const int* ta
     float own_max = Lowest, own = 0, picked = row[target];
     for (int c = threadIdx.x * Width; keeps && c < V; c += ClassifyThreads * Width)
         cp_async(shared_address(kept + c), row + c, true);
-    // Each thread reads again what it copied itself.
-    cp_async_wait();
+    cp_async_commit();
+    cp_async_wait(); // for what this thread copied: it reads nothing else
     for (int c = threadIdx.x * Width; c < V; c += ClassifyThreads * Width) {
         Pack x = load(kept + c);
         if (c + Width > V)
