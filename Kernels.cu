@@ -36,9 +36,7 @@ __device__ uint32_t pair(float low, float high) {
     return *(uint32_t*)&both;
 }
 
-__device__ float2 unpair(uint32_t both) {
-    return {__uint_as_float(both << 16), __uint_as_float(both & 0xffff0000)};
-}
+__device__ float2 unpair(uint32_t both) { return {__uint_as_float(both << 16), __uint_as_float(both & 0xffff0000)}; }
 
 __device__ Pack load(const float* from) {
     float4 low = *(const float4*)from, high = *(const float4*)(from + 4);
@@ -135,14 +133,10 @@ __device__ float warp_sum(float x) {
     }
 
 // Shared memory has addresses of 32 bits.
-__device__ uint32_t shared_address(const void* pointer) {
-    return (uint32_t)__cvta_generic_to_shared(pointer);
-}
+__device__ uint32_t shared_address(const void* pointer) { return (uint32_t)__cvta_generic_to_shared(pointer); }
 
 template <typename T>
-__device__ T& at(uint32_t shared_address) {
-    return *(T*)__cvta_shared_to_generic(shared_address);
-}
+__device__ T& at(uint32_t shared_address) { return *(T*)__cvta_shared_to_generic(shared_address); }
 
 PTX(load_shared, (uint4& to, uint32_t from), "ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
     : "=r"(to.x), "=r"(to.y), "=r"(to.z), "=r"(to.w) : "r"(from))
@@ -212,8 +206,8 @@ PTX(stmatrix, (uint32_t to, const uint32_t (&x)[4]), "stmatrix.sync.aligned.m8n8
 
 // c (16, 8) += a (16, 16) · b (16, 8)
 PTX(mma, (float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1),
-    "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-    : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+    "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+    "{%0, %1, %2, %3};" : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
 PTX(wgmma_fence, (), "wgmma.fence.sync.aligned;" ::: "memory")
 PTX(wgmma_commit, (), "wgmma.commit_group.sync.aligned;" ::: "memory")
@@ -227,8 +221,8 @@ PTX_OF_FLOAT(tanh_approximate, "tanh.approx.f32")
 
 constexpr int SumThreads = 256;
 
-// Sums rows row(0) to row(count - 1) of x (.., C), and calls then(column, sum) in one thread for each column. A block has
-// this many columns, eight of them per thread, and divides the rows among its threads.
+// Sums rows row(0) to row(count - 1) of x (.., C) and, in one thread per column, calls then(column, sum). A block has
+// Columns of the columns, eight of them per thread, and divides the rows among its threads.
 template <int Columns, typename T, typename Row, typename Then>
 __device__ void sum_rows(const T* x, int C, int count, Row row, Then then) {
     constexpr int Across = Columns / Width, Down = SumThreads / Across;
@@ -257,8 +251,7 @@ KERNEL sum_rows_partially(const floatX* x, int rows, int C, float* partial) {
         [=](int column, float sum) { partial[(int64_t)blockIdx.x * C + column] = sum; });
 }
 
-// db (C) += the column sums of partial (layers, count, C), layer 0; those of layers 1 and 2, if the grid has them, are
-// added to dw (C) and dbias (C).
+// db (C), dw (C) and dbias (C) += the column sums of partial (3, count, C), or fewer: one per layer (z) of the grid.
 KERNEL add_row_sums(const float* partial, int count, int C, float* db, float* dw, float* dbias) {
     sum_rows<32>(partial + (int64_t)blockIdx.z * count * C, C, count, [](int i) { return i; },
         [=](int column, float sum) { (blockIdx.z == 0 ? db : blockIdx.z == 1 ? dw : dbias)[column] += sum; });
@@ -266,8 +259,7 @@ KERNEL add_row_sums(const float* partial, int count, int C, float* db, float* dw
 
 // ---- Embedding
 
-// x (B, T, C) = wte (V, C) of each of the tokens (B, T) + wpe (maxT, C) of its position, which counts from start. One
-// block per row.
+// x (B, T, C) = wte (V, C) at the tokens (B, T) + wpe (maxT, C) at the positions, from start on. One block per row.
 KERNEL embed(const int* tokens, const floatX* wte, const floatX* wpe, int start, floatX* x, int T, int C) {
     int64_t row = blockIdx.x;
     const floatX *token = wte + (int64_t)tokens[row] * C, *position = wpe + (int64_t)(start + row % T) * C;
@@ -275,8 +267,8 @@ KERNEL embed(const int* tokens, const floatX* wte, const floatX* wpe, int start,
         store(x + row * C + c, load(token + c) + load(position + c));
 }
 
-// dwte (V, C) += the sums of dx (B·T, C) by token. order (B·T) has the rows sorted by token, and first (V + 1) says where
-// each token's rows begin in it. One block per token.
+// dwte (V, C) += dx (B·T, C), summed by token. order (B·T) has the rows sorted by token, and first (V + 1) where each
+// token's rows begin in it. One block per token.
 KERNEL embed_backward_tokens(const int* order, const int* first, const floatX* dx, float* dwte, int C) {
     int begin = first[blockIdx.x], count = first[blockIdx.x + 1] - begin;
     if (count > 0)
@@ -292,8 +284,8 @@ KERNEL embed_backward_positions(const floatX* dx, float* dwpe, int B, int T, int
 
 // ---- Layer norm
 
-// y (rows, C) = the normalized rows of x (rows, C) · w (C) + b (C); statistics (rows) = their mean and 1/deviation. One
-// warp per row, which it keeps in shared memory; each lane reads back only what it wrote.
+// y (rows, C) = normalized x (rows, C) · w (C) + b (C); statistics (rows) = each row's mean and 1/deviation. One warp
+// per row, which waits in shared memory; a lane reads back only what it wrote.
 KERNEL layer_norm(const floatX* x, const floatX* w, const floatX* b, floatX* y, float2* statistics, int rows, int C) {
     int warp = threadIdx.x / Warp, lane = threadIdx.x % Warp;
     int64_t row = (int64_t)blockIdx.x * (blockDim.x / Warp) + warp;
@@ -320,9 +312,9 @@ KERNEL layer_norm(const floatX* x, const floatX* w, const floatX* b, floatX* y, 
 
 constexpr int NormBackwardThreads = 512;
 
-// dx (rows, C) += the gradient of x (rows, C), given dy (rows, C), w (C) and statistics (rows); partial (sums, blocks, C) =
-// each block's sums for db, dw and, if sums is 3, dbias, which is the sum of dx. A group of warps as wide as a row takes
-// two rows at a time; a thread has eight columns.
+// dx (rows, C) += the gradient of x (rows, C), from dy (rows, C), w (C) and statistics (rows). partial (sums, blocks, C)
+// = each block's part of db, dw and, if sums is 3, dbias = Σ dx. A group of warps, as wide as a row, takes two rows at
+// a time; a thread has eight columns.
 KERNEL __launch_bounds__(NormBackwardThreads) layer_norm_backward(const floatX* dy, const floatX* x, const floatX* w,
     const float2* statistics, floatX* dx, float* partial, int rows, int C, int sums) {
     constexpr int Together = 2; // rows
@@ -332,7 +324,7 @@ KERNEL __launch_bounds__(NormBackwardThreads) layer_norm_backward(const floatX* 
     bool inside = c < C;
     Eight weights = *(const Eight*)(w + (inside ? c : 0));
     Pack db = {}, dw = {}, dbias = {};
-    float share = 1.0f / C; // of a channel in a mean
+    float share = 1.0f / C; // of one column in a mean
     int first = (blockIdx.x * groups + group) * Together, step = gridDim.x * groups * Together;
     struct {
         Eight x, dy, dx;
@@ -404,9 +396,7 @@ __device__ float gelu_gate(float x) {
     return inverse_approximate(1 + exp2_approximate(x * (Scale + Scale * 0.044715f * (x * x))));
 }
 
-__device__ float gelu_of(float x) {
-    return x * gelu_gate(x);
-}
+__device__ float gelu_of(float x) { return x * gelu_gate(x); }
 
 __device__ float gelu_slope(float x) {
     constexpr float Scale = 2 * 0.7978845608f;
@@ -436,11 +426,11 @@ KERNEL gelu_backward(const floatX* x, floatX* dx, int64_t count) {
         store(dx + i, load(dx + i) * map(load(x + i), gelu_slope));
 }
 
-// ---- Attention for any size of heads, and for generation
+// ---- Attention for heads of any size, and for generation
 
 constexpr int HeadWarps = 8, LargestHead = 256;
 
-// A vector of a head, a lane having every 32nd element.
+// A vector (HS) of a head, spread over a warp: a lane has every 32nd element.
 struct Head {
     float x[LargestHead / Warp];
 
@@ -464,7 +454,7 @@ __device__ float dot(const Head& a, const Head& b) {
     return warp_sum(total);
 }
 
-// to = the block's warps' vectors, each times its factor, added up.
+// to (HS) = the sum over the block's warps of own · factor.
 __device__ void combine(const Head& own, float factor, floatX* to, int HS) {
     __shared__ float all[HeadWarps][LargestHead];
     __syncthreads();
@@ -479,7 +469,8 @@ __device__ void combine(const Head& own, float factor, floatX* to, int HS) {
     }
 }
 
-// A block a query (x) of a head (y) of a sequence (z); its warps divide the keys.
+// y (B, T - start, NH·HS) and lse (B, NH, T - start) from qkv (B, T, 3, NH·HS), for the queries from start on. One block
+// per query (x), head (y) and sequence (z); its warps divide the keys.
 KERNEL attention_any(const floatX* qkv, int start, floatX* y, float* lse, int T, int NH, int HS) {
     __shared__ float maxima[HeadWarps], sums[HeadWarps];
     int warp = threadIdx.x / Warp, C = NH * HS, row = start + blockIdx.x;
@@ -491,7 +482,7 @@ KERNEL attention_any(const floatX* qkv, int start, floatX* y, float* lse, int T,
         float score = scale * dot(q, Head(at + C, HS)), new_max = fmaxf(max, score);
         float keep = __expf(max - new_max), p = __expf(score - new_max);
         total = total * keep + p;
-        own.add(keep - 1, own);
+        own.add(keep - 1, own); // own *= keep
         own.add(p, Head(at + 2 * C, HS));
         max = new_max;
     }
@@ -509,7 +500,8 @@ KERNEL attention_any(const floatX* qkv, int start, floatX* y, float* lse, int T,
         lse[((int64_t)blockIdx.z * NH + blockIdx.y) * (T - start) + blockIdx.x] = all_max + __logf(all);
 }
 
-// dq, and delta for the next kernel; blocks as above.
+// dq in dqkv (B, T, 3, NH·HS), and delta (B, NH, T) = Σ dy·y, from dy and y (B, T, NH·HS), qkv (B, T, 3, NH·HS) and lse
+// (B, NH, T). Blocks as above.
 KERNEL attention_any_backward_q(const floatX* dy, const floatX* qkv, const floatX* y, const float* lse, float* delta,
     floatX* dqkv, int T, int NH, int HS) {
     int C = NH * HS, row = blockIdx.x;
@@ -529,7 +521,7 @@ KERNEL attention_any_backward_q(const floatX* dy, const floatX* qkv, const float
         delta[statistic] = own_delta;
 }
 
-// dk and dv: a block a key, whose warps divide the queries from it on.
+// dk and dv in dqkv, from the same and delta. One block per key, whose warps divide the queries from it on.
 KERNEL attention_any_backward_kv(const floatX* dy, const floatX* qkv, const float* lse, const float* delta,
     floatX* dqkv, int T, int NH, int HS) {
     int C = NH * HS, key = blockIdx.x;
@@ -548,18 +540,19 @@ KERNEL attention_any_backward_kv(const floatX* dy, const floatX* qkv, const floa
     combine(dv, 1, to + 2 * C, HS);
 }
 
-// ---- Flash attention (Dao, 2023) for heads of 64: causal, from and to the packed (B, T, 3, NH, 64), no sum by atomics
+// ---- Flash attention (Dao, 2023) for heads of 64
 
 #ifndef FP32
-// A block of two warpgroups holds 128 rows (queries; keys in the kernel for dk and dv) and walks over tiles of 64 of
-// the others. All products have one of two forms: scores = rows·tileᵀ, of two tiles in shared memory, and sums +=
-// weights·tile, whose weights are scores still in registers. Their layout is that of mma.m16n8k16, which four warps
-// side by side share with wgmma.m64n64k16; so each kernel is written once, for any GPU and, with wgmma and TMA, Hopper.
+// Causal attention from qkv (B, T, 3, NH, 64) to y (B, T, NH, 64), without atomics. A block has 128 rows (queries, or
+// keys in the kernel for dk and dv) in two warpgroups, and walks over the others in tiles of 64. There are two kinds of
+// products: scores = rows·tileᵀ, from shared memory, and sums += weights·tile, whose weights are scores in registers.
+// Four warps with mma.m16n8k16 hold them as wgmma.m64n64k16 does, so that each kernel is written once, for any GPU and,
+// with wgmma and TMA, for Hopper.
 constexpr int HS = 64, TileRows = 64, TileBytes = TileRows * HS * 2;
 constexpr int FlashThreads = 256, FlashRows = 128;
 
-typedef float Accumulators[8][4]; // (16, 64) of a warp: [column / 8][2·(row / 8) + column % 2]
-typedef uint32_t Fragments[4][4]; // (16, 64) of a warp in bf16
+typedef float Accumulators[8][4]; // a warp's (16, 64), as [column / 8][2·(row / 8) + column % 2]
+typedef uint32_t Fragments[4][4]; // a warp's (16, 64) in bf16
 
 // body(j, i) for each of a thread's accumulators.
 template <typename Body>
@@ -570,25 +563,19 @@ __device__ void each(Body body) {
     }
 }
 
-// The place of eight columns of a row in a tile: chunks of 16 bytes are permuted as TMA and wgmma have it with 128
-// bytes a row, so that no access meets another in a bank.
+// The address of eight columns of a row in a tile. Chunks of 16 bytes are swizzled as TMA and wgmma do with rows of 128
+// bytes, which avoids bank conflicts.
 __device__ uint32_t swizzled(uint32_t tile, int row, int column8) {
     return tile + row * 128 + ((column8 ^ (row & 7)) << 4);
 }
 
-// A number that is the same in every lane; so told, the compiler holds it, and what follows from it, once for the warp.
-__device__ int uniform(int x) {
-    return __shfl_sync(~0u, x, 0);
-}
+// x, which is the same in every lane: now the compiler knows, and computes with it once per warp.
+__device__ int uniform(int x) { return __shfl_sync(~0u, x, 0); }
 
-// Where tiles begin in what the launch asked for: at a multiple of 1024, as the permutation wants it.
-__device__ uint32_t first_tile() {
-    return (shared_address(shared) + 1023) & ~1023;
-}
+// Tiles begin at a multiple of 1024 bytes, as the swizzling requires.
+__device__ uint32_t first_tile() { return (shared_address(shared) + 1023) & ~1023; }
 
-// ---- Copies to shared memory
-
-// The (T, 64) of one head of this block's sequence, in an array (B, T, heads, 64) which map describes to TMA.
+// One head's rows (T, 64) of this block's sequence, in an array (B, T, heads, 64); map describes it to TMA.
 template <bool Hopper>
 struct Rows {
     const floatX* from;
@@ -598,7 +585,7 @@ struct Rows {
     __device__ Rows(const floatX* array, const CUtensorMap* map, int heads, int head, int T)
         : from(array + ((int64_t)blockIdx.z * T * heads + head) * HS), map(map), heads(heads), head(head), T(T) { }
 
-    // Copies rows [first, first + Count) to tiles; those from T on become zero.
+    // Copies rows [first, first + Count) to tiles, with zeros from row T on.
     template <int Count>
     __device__ void load(uint32_t tiles, int first, Barrier barrier) const {
         if constexpr (Hopper) {
@@ -614,8 +601,8 @@ struct Rows {
     }
 };
 
-// The tiles [begin, end) of two heads' rows, and of what statistics there are for a row, in pairs that go through a
-// ring in shared memory: two places that all threads fill and change over together, or three that TMA fills ahead.
+// Walks over tiles [begin, end) of two heads' rows, and the rows' statistics (T) if any, in pairs. They pass through a
+// ring in shared memory: of two places that all threads fill in turn, or three that TMA fills ahead.
 template <bool Hopper, bool HasStatistics>
 struct Pairs {
     static constexpr int Places = Hopper ? 3 : 2;
@@ -623,12 +610,11 @@ struct Pairs {
     static constexpr int Bytes = 2 * TileBytes + StatisticsBytes;
 
     const Rows<Hopper>&left, &right;
-    const float2* all_statistics; // from those of the first row on
-    uint32_t ring;                // of tiles
-    uint64_t *full, *empty;       // a barrier for each place that it is full, and that it is empty
+    const float2* all_statistics; // (T)
+    uint32_t ring;
+    uint64_t *full, *empty;       // barriers of each place
     int tile, end, place = 0, phase = 0;
 
-    // For as many warps as there are in the block.
     __device__ Pairs(const Rows<Hopper>& left, const Rows<Hopper>& right, const float2* statistics, uint32_t ring,
         int begin, int end) : left(left), right(right), all_statistics(statistics), ring(ring), tile(begin), end(end) {
         __shared__ uint64_t barriers[2 * Places];
@@ -646,14 +632,10 @@ struct Pairs {
         }
     }
 
-    // The first array's tile; the second's follows it.
-    __device__ uint32_t tiles() const {
-        return ring + place * 2 * TileBytes;
-    }
+    // The current pair: the left tile, followed by the right one.
+    __device__ uint32_t tiles() const { return ring + place * 2 * TileBytes; }
 
-    __device__ uint32_t statistics(int place) const {
-        return ring + Places * 2 * TileBytes + place * StatisticsBytes;
-    }
+    __device__ uint32_t statistics(int place) const { return ring + Places * 2 * TileBytes + place * StatisticsBytes; }
 
     __device__ void load(int tile, int place) const {
         uint32_t to = ring + place * 2 * TileBytes;
@@ -670,7 +652,7 @@ struct Pairs {
             cp_async_commit();
     }
 
-    // Has the first ones loaded, and with them what else the kernel loads, of so many bytes.
+    // Loads the first pairs, and by others(barrier) so many bytes more that the kernel needs from the start.
     template <typename Load>
     __device__ void start(int bytes, Load others) const {
         if (Hopper && threadIdx.x == 0)
@@ -683,7 +665,7 @@ struct Pairs {
         }
     }
 
-    // Waits for the pair, and has the next one loaded where all threads do that.
+    // Waits for the current pair; without TMA, also starts to load the next one.
     __device__ void wait() const {
         if constexpr (Hopper) {
             mbarrier_wait(full[place], phase);
@@ -695,7 +677,7 @@ struct Pairs {
         }
     }
 
-    // Has TMA load a pair into the place of the one before this one, as soon as every warp is done with that.
+    // Has TMA load another pair into the place of the previous one, once every warp is done with that.
     __device__ void refill(int begin) const {
         if (Hopper && threadIdx.x == 0 && tile > begin && tile + Places - 1 < end) {
             int before = place == 0 ? Places - 1 : place - 1;
@@ -718,8 +700,7 @@ struct Pairs {
 
 // ---- Products of tiles
 
-// How wgmma finds 64 rows from some bytes on in a tile: 1024 bytes from one group of eight to the next, permuted as
-// chunk has it.
+// Tells wgmma where 64 rows begin in a swizzled tile, and that groups of eight rows are 1024 bytes apart.
 __device__ uint64_t descriptor(uint32_t tile, int bytes) {
     uint64_t descriptor;
     uint32_t low = (tile >> 4 | 1 << 16) + (bytes >> 4);
@@ -727,8 +708,8 @@ __device__ uint64_t descriptor(uint32_t tile, int bytes) {
     return descriptor;
 }
 
-// c = a·b, or c += a·b, for 16 of the depth, by four warps; it goes on in the background: see wgmma_wait. The rows of
-// a lie in a tile, or are fragments; those of b's tile are the columns of b, or (with fragments) its depth.
+// c = a·b, or c += a·b, over a depth of 16, by four warps in the background until wgmma_wait. a is rows of a tile, or
+// fragments. The rows of b's tile are the columns of b or, with fragments, its depth.
 #define ROW(j) "+f"(c[j][0]), "+f"(c[j][1]), "+f"(c[j][2]), "+f"(c[j][3])
 #define ALL_ROWS ROW(0), ROW(1), ROW(2), ROW(3), ROW(4), ROW(5), ROW(6), ROW(7)
 #define REGISTERS_32 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
@@ -745,14 +726,14 @@ __device__ void wgmma(Accumulators& c, const uint32_t (&a)[4], uint64_t b) {
         : ALL_ROWS : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 
-// Waits until at most so many of the last products are going on, and these accumulators have arrived.
+// Waits until at most the last Pending groups of products are unfinished; c belongs to an earlier one.
 template <bool Hopper, int Pending>
 __device__ void wgmma_wait(Accumulators& c) {
     if constexpr (Hopper)
         asm volatile("wgmma.wait_group.sync.aligned %32;" : ALL_ROWS : "n"(Pending) : "memory");
 }
 
-// scores = rows·tileᵀ, for the warpgroup's 64 rows.
+// scores (64, 64) = rows (64, 64) · tile (64, 64)ᵀ, for a warpgroup.
 template <bool Hopper>
 __device__ void multiply_transposed(Accumulators& scores, uint32_t rows, uint32_t tile) {
     if constexpr (Hopper) {
@@ -776,7 +757,7 @@ __device__ void multiply_transposed(Accumulators& scores, uint32_t rows, uint32_
     }
 }
 
-// sums += weights·tile
+// sums (64, 64) += weights (64, 64) · tile (64, 64), for a warpgroup.
 template <bool Hopper>
 __device__ void multiply_add(Accumulators& sums, const Fragments& weights, uint32_t tile) {
     if constexpr (Hopper) {
@@ -797,7 +778,7 @@ __device__ void multiply_add(Accumulators& sums, const Fragments& weights, uint3
     }
 }
 
-// Accumulators in bf16, as the weights of the next product.
+// Rounds accumulators to bf16, as weights of the next product.
 __device__ void to_fragments(Fragments& to, const Accumulators& from) {
     for (int k = 0; k < 4; k++) {
         for (int i = 0; i < 4; i++)
@@ -805,16 +786,11 @@ __device__ void to_fragments(Fragments& to, const Accumulators& from) {
     }
 }
 
-// Where an accumulator is: row within the warpgroup's 64, and column.
-__device__ int row_of(int i) {
-    return threadIdx.x / Warp % 4 * 16 + threadIdx.x % Warp / 4 + i / 2 * 8;
-}
+// The row, among the warpgroup's 64, and the column of an accumulator.
+__device__ int row_of(int i) { return threadIdx.x / Warp % 4 * 16 + threadIdx.x % Warp / 4 + i / 2 * 8; }
+__device__ int column_of(int j, int i) { return j * 8 + threadIdx.x % 4 * 2 + i % 2; }
 
-__device__ int column_of(int j, int i) {
-    return j * 8 + threadIdx.x % 4 * 2 + i % 2;
-}
-
-// Hides the future in a tile on the diagonal, whose columns are keys, or queries if it is transposed.
+// Hides keys after the query in a tile on the diagonal, whose columns are keys or, if transposed, queries.
 __device__ void mask(Accumulators& scores, bool transposed) {
     each([&](int j, int i) {
         if (transposed ? column_of(j, i) < row_of(i) : column_of(j, i) > row_of(i))
@@ -822,8 +798,8 @@ __device__ void mask(Accumulators& scores, bool transposed) {
     });
 }
 
-// Writes factor[row / 8] times a warp's 16 rows to those from first on of a head's rows, by way of its rows of a tile,
-// where it leaves their sums if they are asked for.
+// Writes a warp's 16 rows, the upper eight times factor0 and the lower times factor1, to rows from first on of a head
+// in array (B, T, heads, 64). They pass through the warp's rows of a tile, which then get their sums (64) if Sums.
 template <bool Sums>
 __device__ void store_rows(const Accumulators& from, float factor0, float factor1, uint32_t tile, floatX* array,
     int heads, int head, int first, int T) {
@@ -853,7 +829,7 @@ __device__ void store_rows(const Accumulators& from, float factor0, float factor
     }
 }
 
-// partial (64) = what the warps left, together.
+// partial (64) = the sum of the sums that store_rows left in the tile.
 template <int Rows>
 __device__ void store_sums(uint32_t tile, float* partial) {
     if (threadIdx.x >= HS)
@@ -866,7 +842,8 @@ __device__ void store_sums(uint32_t tile, float* partial) {
 
 // ---- The three kernels
 
-// y and lse; a block for 128 queries (x, the last first, for they have most to do) of a head (y) of a sequence (z).
+// y (B, T, NH, 64) and lse (B, NH, T) from qkv (B, T, 3, NH, 64). One block per 128 queries (x), head (y) and sequence
+// (z); the last queries, which have most to do, come first.
 template <bool Hopper>
 __device__ void flash_forward(const CUtensorMap* map, const floatX* qkv, floatX* y, float* lse, int T, int NH) {
     int first = (gridDim.x - 1 - blockIdx.x) * FlashRows, warpgroup = uniform(threadIdx.x / 128);
@@ -892,9 +869,9 @@ __device__ void flash_forward(const CUtensorMap* map, const floatX* qkv, floatX*
                 mask(scores, false);
             float new_max[2] = {max[0], max[1]};
             each([&](int j, int i) { new_max[i / 2] = fmaxf(new_max[i / 2], scores[j][i]); });
-            new_max[0] = max_lanes<1, 2>(new_max[0]); // of the four threads that share a row
+            new_max[0] = max_lanes<1, 2>(new_max[0]); // four threads share a row
             new_max[1] = max_lanes<1, 2>(new_max[1]);
-            // What is subtracted need not be the maximum, only near it: exponentials may reach 2^8.
+            // Whatever is subtracted cancels out: the old maximum will do while exponentials stay below 2^8.
             if (__any_sync(~0u, fmaxf(new_max[0] - max[0], new_max[1] - max[1]) * scale > 8)) {
                 float keep[2];
                 for (int i = 0; i < 2; i++) {
@@ -925,14 +902,14 @@ __device__ void flash_forward(const CUtensorMap* map, const floatX* qkv, floatX*
     }
 }
 
-// The row of statistics (B, NH, T up to the next multiple of 64) of this block's head: lse/ln 2 and delta = Σ dy·y of
-// each query, zero from T on.
+// A head's row of statistics (B, NH, T rounded up to 64): each query's lse/ln 2 and delta = Σ dy·y; zeros from T on.
 __device__ float2* statistics_row(float2* statistics, int T, int NH) {
     return statistics + ((int64_t)blockIdx.z * NH + blockIdx.y) * ((T + TileRows - 1) / TileRows * TileRows);
 }
 
-// dq, its sums, and the statistics for the next kernel; blocks as above. P = e^(scale·q·k − lse);
-// dS = P·(dy·v − delta); dq = scale·Σ dS·k.
+// dq in dqkv (B, T, 3, NH, 64), each block's sums of it in partial (B, blocks, NH, 64), and statistics, from dy and y
+// (B, T, NH, 64), qkv (B, T, 3, NH, 64) and lse (B, NH, T). Blocks as in flash_forward.
+// P = e^(scale·q·k − lse); dS = P·(dy·v − delta); dq = scale·Σ dS·k.
 template <bool Hopper>
 __device__ void flash_backward_q(const CUtensorMap* map, const CUtensorMap* dy_map, const floatX* dy, const floatX* qkv,
     const floatX* y, const float* lse, float2* statistics, floatX* dqkv, float* partial, int T, int NH) {
@@ -1003,8 +980,9 @@ __device__ void flash_backward_q(const CUtensorMap* map, const CUtensorMap* dy_m
     store_sums<FlashRows>(queries, partial + ((int64_t)(blockIdx.z * gridDim.x + blockIdx.x) * NH + blockIdx.y) * HS);
 }
 
-// dk and dv: a block for 128 keys, or 192 by three warpgroups, which walks over the queries from its first key on.
-// Rows are keys, columns queries.
+// dk and dv in dqkv (B, T, 3, NH, 64), and each block's sums of them in partial (B, blocks, 2, NH, 64), from dy
+// (B, T, NH, 64), qkv (B, T, 3, NH, 64) and statistics. One block per 128 keys, or 192 with three warpgroups; it walks
+// over the queries from its first key on. Rows are keys, columns are queries.
 template <bool Hopper>
 constexpr int KeyRows = Hopper ? 192 : FlashRows;
 
@@ -1050,7 +1028,7 @@ __device__ void flash_backward_kv(const CUtensorMap* map, const CUtensorMap* dy_
             for (int j = 0; j < 8; j++) {
                 float4 both = columns[column_of(j, 0) / 2];
                 for (int i = 0; i < 4; i += 2) {
-                    uint32_t p = weights[j / 2][j % 2 * 2 + i / 2]; // not the scores, whose registers are needed
+                    uint32_t p = weights[j / 2][j % 2 * 2 + i / 2]; // which saves the registers of scores
                     products[j][i] = __uint_as_float(p << 16) * (products[j][i] - both.y);
                     products[j][i + 1] = __uint_as_float(p & 0xffff0000) * (products[j][i + 1] - both.w);
                 }
@@ -1070,7 +1048,7 @@ __device__ void flash_backward_kv(const CUtensorMap* map, const CUtensorMap* dy_
     store_sums<KeyRows<Hopper>>(values, partial + NH * HS);
 }
 
-// Each kernel for any GPU, and in the code for Hopper (sm_90a) another with wgmma and TMA. Maps describe qkv and dy.
+// Each kernel for any GPU and, in the code for Hopper (sm_90a), with wgmma and TMA. map and dy_map describe qkv and dy.
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 #define ON_HOPPER(...) __VA_ARGS__
 #else
@@ -1084,26 +1062,24 @@ __device__ void flash_backward_kv(const CUtensorMap* map, const CUtensorMap* dy_
         body<true>(__VA_ARGS__); \
     })
 
-FLASH_KERNEL(attention, 2, FlashThreads, flash_forward, (const __grid_constant__ CUtensorMap map, const floatX* qkv,
-    floatX* y, float* lse, int T, int NH), &map, qkv, y, lse, T, NH)
-
-FLASH_KERNEL(attention_backward_q, 2, FlashThreads, flash_backward_q, (const __grid_constant__ CUtensorMap map,
-    const __grid_constant__ CUtensorMap dy_map, const floatX* dy, const floatX* qkv, const floatX* y, const float* lse,
-    float2* statistics, floatX* dqkv, float* partial, int T, int NH),
+FLASH_KERNEL(attention, 2, FlashThreads, flash_forward,
+    (MAP map, const floatX* qkv, floatX* y, float* lse, int T, int NH), &map, qkv, y, lse, T, NH)
+FLASH_KERNEL(attention_backward_q, 2, FlashThreads, flash_backward_q,
+    (MAP map, MAP dy_map, const floatX* dy, const floatX* qkv, const floatX* y, const float* lse, float2* statistics,
+    floatX* dqkv, float* partial, int T, int NH),
     &map, &dy_map, dy, qkv, y, lse, statistics, dqkv, partial, T, NH)
-
-FLASH_KERNEL(attention_backward_kv, 1, 2 * KeyRows<true>, flash_backward_kv, (const __grid_constant__ CUtensorMap map,
-    const __grid_constant__ CUtensorMap dy_map, const floatX* dy, const floatX* qkv, float2* statistics, floatX* dqkv,
-    float* partial, int T, int NH), &map, &dy_map, dy, qkv, statistics, dqkv, partial, T, NH)
+FLASH_KERNEL(attention_backward_kv, 1, 2 * KeyRows<true>, flash_backward_kv,
+    (MAP map, MAP dy_map, const floatX* dy, const floatX* qkv, float2* statistics, floatX* dqkv, float* partial, int T,
+    int NH), &map, &dy_map, dy, qkv, statistics, dqkv, partial, T, NH)
 
 // ---- Products for Hopper, each with an epilogue
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-// c (M, N) = a·b + bias, with a (M, K), and b (N, K) or, if not transposed, (K, N). Clusters of two blocks take pairs of
-// tiles of c, 128 x 192, one below the other, and share the tiles of b. A cluster takes the next pair when it is ready:
-// none waits for blocks that start late because NCCL has their place. In a block, two warpgroups multiply 64 rows each
-// and leave the result in shared memory. Six warps store it, 64 columns each, while the next tile is multiplied. The last
-// warp has TMA fill a ring of stages, each with a tile of a and of b.
+// c (M, N) = a·b + bias, where a is (M, K) and b is (N, K) or, if not transposed, (K, N). c is cut into tiles of 128 x
+// 192. A cluster of two blocks takes the next pair of tiles, one below the other, when it is ready: none waits for blocks
+// that start late because NCCL has their place. The two blocks share tiles of b. In each block, the last warp has TMA
+// fill a ring of stages, each with a tile of a and of b; two warpgroups multiply 64 rows each and leave the result in
+// shared memory; and six warps store it, 64 columns each, while the next tile is multiplied.
 constexpr int ProductRows = 128, ProductColumns = 192, Depth = 64, Stages = 4, Chunks = ProductColumns / 64;
 constexpr int WidestBand = 16; // of tiles
 constexpr int StageBytes = (ProductRows + ProductColumns) * Depth * 2;
@@ -1214,22 +1190,19 @@ struct Tiles : ProductArguments {
         column = (first + within % columns) * ProductColumns;
     }
 
-    __device__ Eight& chunk(int i) const {
-        return ::at<Eight>(swizzled(place, 4 * i + lane / 8, lane % 8));
-    }
+    __device__ Eight& chunk(int i) const { return ::at<Eight>(swizzled(place, 4 * i + lane / 8, lane % 8)); }
 };
 
-// An epilogue is what happens to a tiles. This one only stores c; the others override some of its steps.
+// An epilogue is what happens to a product. This one only stores c; the others override some of its steps.
 struct Store {
     static constexpr bool HasResidual = false, ChangesChunk = false;
 
-    // Steps of a multiplying warp: before a tile of which it has rows from first on; before it writes 16 columns, at to;
-    // and for a pair of columns in an upper or a lower row.
+    // In a multiplying warp: before a tile, of which it has the rows from first on; and for 16 columns of two rows in
+    // registers, x (2, 4) in the layout of Accumulators, before they are written to shared memory.
     __device__ void begin(Tiles& tiles, int first) { }
     __device__ void change(float* x, uint32_t to) { }
 
-    // Steps of a storing warp: when it knows its chunk; while the tile is multiplied; when the chunk is there, before TMA
-    // stores it; and after that.
+    // In a storing warp: when it knows its chunk; while that is multiplied; when it is there; and when TMA stores it.
     __device__ void fetch(const Tiles& tiles) { }
     __device__ void prepare(const Tiles& tiles, Barrier free) { }
     __device__ void change_chunk(const Tiles& tiles) { }
@@ -1278,7 +1251,8 @@ struct GeluBackward : Store {
 
     __device__ void fetch(const Tiles& tiles) {
         for (int i = 0; i < 16; i++)
-            *(uint4*)&slopes[i] = 4 * i < tiles.rows ? __ldcs((uint4*)(tiles.gelu + tiles.at + 4 * i * tiles.N)) : uint4{};
+            *(uint4*)&slopes[i] = 4 * i < tiles.rows ? __ldcs((uint4*)(tiles.gelu + tiles.at + 4 * i * tiles.N))
+                : uint4{};
     }
 
     __device__ void prepare(const Tiles& tiles, Barrier free) {
@@ -1521,12 +1495,11 @@ PRODUCT_KERNEL(linear_backward_scaled, false, ScaleRows)
 
 // ---- Classifier for Hopper, inside of the products before and after it
 
-// The first leaves e = e^(logit - t - ClassShift), where t is the logit of the row's target. No maximum is needed: the
-// loss is ln Σ e + ClassShift, so that losses up to 115 do not overflow, and logits farther above the target's count as
-// if they were there. The softmax's division is left to the products that follow: dlogits is factor = scale/Σ e times
-// e, from which at the target Σ e is taken.
+// The softmax needs no pass of its own. The product with wte leaves e = e^(logit − target's logit − ClassShift), so the
+// loss is ln Σ e + ClassShift: losses up to 115 do not overflow, and logits farther above the target's count as if they
+// were there. dlogits is factor·e, less scale at the target, where factor = scale/Σ e is applied by the next products.
 
-// of_rows (rows) = the logit of each row's target; a warp a row.
+// of_rows (rows) = each row's logit of its target, from x (rows, C), w (V, C) and targets (rows). One warp per row.
 KERNEL target_logits(const floatX* x, const floatX* w, const int* targets, float* of_rows, int rows, int C) {
     int64_t row = (int64_t)blockIdx.x * (blockDim.x / Warp) + threadIdx.x / Warp;
     if (row >= rows)
@@ -1539,8 +1512,9 @@ KERNEL target_logits(const floatX* x, const floatX* w, const int* targets, float
         of_rows[row] = own;
 }
 
-// losses (rows); e at the targets; of_rows = factor; scaled (rows, C) = x·factor. A block for 32 rows, whose sums of 64
-// columns each, partial (chunks, rows), are added up by eight threads a row.
+// losses (rows); of_rows (rows) = factor; scaled (rows, C) = x (rows, C) · factor; e (rows, Vp) −= Σ e at the targets
+// (rows). partial (chunks, rows) has the sums of e over 64 columns each, which eight threads per row add up. One block
+// per 32 rows.
 KERNEL normalize_classes(const float* partial, int chunks, const int* targets, floatX* e, const floatX* x,
     floatX* scaled, float* of_rows, float* losses, float scale, int rows, int Vp, int C) {
     constexpr int Parts = 8;
@@ -1574,9 +1548,10 @@ KERNEL normalize_classes(const float* partial, int chunks, const int* targets, f
 // ---- Classifier
 
 constexpr int ClassifyThreads = 512;
-constexpr float Lowest = -1e30f; // stands for no logit yet, where −∞ would give ∞ − ∞
+constexpr float Lowest = -1e30f; // as the maximum of no logits; −∞ would lead to ∞ − ∞
 
-// A block a row, which waits in shared memory between its two passes if it fits there (keeps).
+// losses (rows) of logits (rows, Vp), of which V columns count, for targets (rows). Unless scale is 0, logits become
+// scale times their gradients. One block per row, which stays in shared memory if it fits there (keeps).
 KERNEL __launch_bounds__(ClassifyThreads) classify(floatX* logits, const int* targets, float* losses, float scale,
     int V, int Vp, int keeps) {
     __shared__ float maxima[ClassifyThreads / Warp], sums[ClassifyThreads / Warp];
@@ -1632,7 +1607,7 @@ KERNEL __launch_bounds__(ClassifyThreads) classify(floatX* logits, const int* ta
 
 constexpr int NormThreads = 256;
 
-// partial (blocks): what each block adds to Σ x².
+// partial (blocks) = each block's part of Σ x² over x (count).
 KERNEL __launch_bounds__(NormThreads) sum_of_squares(const float* x, int64_t count, double* partial) {
     __shared__ double sums[NormThreads];
     int64_t thread = (int64_t)blockIdx.x * NormThreads + threadIdx.x, threads = (int64_t)gridDim.x * NormThreads;
@@ -1653,13 +1628,14 @@ KERNEL __launch_bounds__(NormThreads) sum_of_squares(const float* x, int64_t cou
         partial[blockIdx.x] = sums[0];
 }
 
+// A part of a tensor, from element first on in the model: w, master, dw, m, v (count). It decays unless decays is 0.
 struct AdamWPart {
     int64_t first, count, decays;
     floatX* w;
     float *master, *dw, *m, *v;
 };
 
-// A well mixed number for each counter and seed (the finalizer of MurmurHash3, twice).
+// 32 random bits for each counter and seed: the finalizer of MurmurHash3, twice.
 __device__ uint32_t random_bits(uint32_t counter, uint32_t seed) {
     uint32_t x = counter;
     for (int round = 0; round < 2; round++) {
@@ -1671,16 +1647,14 @@ __device__ uint32_t random_bits(uint32_t counter, uint32_t seed) {
     return x;
 }
 
-// x in bf16: rounded up or down with the probability that keeps the mean, by 16 random bits.
+// Rounds x to bf16, up or down with probabilities that keep the mean, by 16 random bits.
 __device__ float round_stochastically(float x, uint32_t random) {
     return __uint_as_float((__float_as_uint(x) + (random & 0xffff)) & 0xffff0000);
 }
 
-// The next eight elements of so many, or those that are left; a rank's part may begin anywhere in a tensor.
+// Eight elements, or fewer when count says so. The elements need no alignment, for a rank's part may begin anywhere.
 template <typename T>
-__device__ bool are_whole(const T* at, int64_t count) {
-    return count >= Width && (uintptr_t)at % 16 == 0;
-}
+__device__ bool are_whole(const T* at, int64_t count) { return count >= Width && (uintptr_t)at % 16 == 0; }
 
 template <typename T>
 __device__ Pack load_some(const T* from, int64_t count) {
@@ -1704,7 +1678,7 @@ __device__ void store_some(T* to, int64_t count, Pack pack) {
     }
 }
 
-// Every part in one launch: y is the part. The gradient is zero afterwards.
+// Updates every part, one per block row (y), and clears dw.
 KERNEL adamw(const AdamWPart* parts, float learning_rate, float weight_decay, float gradient_scale, float beta1,
     float beta2, float epsilon, float correction1, float correction2, uint32_t seed) {
     AdamWPart part = parts[blockIdx.y];
