@@ -601,6 +601,8 @@ struct Rows {
     }
 };
 
+__shared__ uint64_t pair_barriers[6];
+
 // Walks over tiles [begin, end) of two heads' rows, and the rows' statistics (T) if any, in pairs. They pass through a
 // ring in shared memory: of two places that all threads fill in turn, or three that TMA fills ahead.
 template <bool Hopper, bool HasStatistics>
@@ -612,25 +614,8 @@ struct Pairs {
     const Rows<Hopper>&left, &right;
     const float2* all_statistics; // (T)
     uint32_t ring;
-    uint64_t *full, *empty;       // barriers of each place
     int tile, end, place = 0, phase = 0;
-
-    __device__ Pairs(const Rows<Hopper>& left, const Rows<Hopper>& right, const float2* statistics, uint32_t ring,
-        int begin, int end) : left(left), right(right), all_statistics(statistics), ring(ring), tile(begin), end(end) {
-        __shared__ uint64_t barriers[2 * Places];
-        full = barriers;
-        empty = barriers + Places;
-        if constexpr (Hopper) {
-            if (threadIdx.x == 0) {
-                for (int i = 0; i < Places; i++) {
-                    mbarrier_init(full[i], 1);
-                    mbarrier_init(empty[i], blockDim.x / Warp);
-                }
-                mbarrier_init_fence();
-            }
-            __syncthreads();
-        }
-    }
+    uint64_t *full = pair_barriers, *empty = full + Places; // of each place
 
     // The current pair: the left tile, followed by the right one.
     __device__ uint32_t tiles() const { return ring + place * 2 * TileBytes; }
@@ -655,6 +640,16 @@ struct Pairs {
     // Loads the first pairs, and by others(barrier) so many bytes more that the kernel needs from the start.
     template <typename Load>
     __device__ void start(int bytes, Load others) const {
+        if constexpr (Hopper) {
+            if (threadIdx.x == 0) {
+                for (int i = 0; i < Places; i++) {
+                    mbarrier_init(full[i], 1);
+                    mbarrier_init(empty[i], blockDim.x / Warp);
+                }
+                mbarrier_init_fence();
+            }
+            __syncthreads();
+        }
         if (Hopper && threadIdx.x == 0)
             mbarrier_expect(full[0], Bytes + bytes);
         others(full[0]);
@@ -852,7 +847,7 @@ __device__ void flash_forward(const CUtensorMap* map, const floatX* qkv, floatX*
     Rows<Hopper> q(qkv, map, 3 * NH, blockIdx.y, T), k(qkv, map, 3 * NH, NH + blockIdx.y, T);
     Rows<Hopper> v(qkv, map, 3 * NH, 2 * NH + blockIdx.y, T);
     int end = (min(first + FlashRows, T) - 1) / TileRows + 1;
-    Pairs<Hopper, false> pairs(k, v, nullptr, queries + 2 * TileBytes, 0, end);
+    Pairs<Hopper, false> pairs{k, v, nullptr, queries + 2 * TileBytes, 0, end};
     pairs.start(2 * TileBytes, [&](Barrier barrier) { q.template load<FlashRows>(queries, first, barrier); });
 
     Fragments weights;
@@ -920,7 +915,7 @@ __device__ void flash_backward_q(const CUtensorMap* map, const CUtensorMap* dy_m
     Rows<Hopper> q(qkv, map, 3 * NH, blockIdx.y, T), k(qkv, map, 3 * NH, NH + blockIdx.y, T);
     Rows<Hopper> v(qkv, map, 3 * NH, 2 * NH + blockIdx.y, T), dout(dy, dy_map, NH, blockIdx.y, T);
     int end = (min(first + FlashRows, T) - 1) / TileRows + 1;
-    Pairs<Hopper, false> pairs(k, v, nullptr, douts + 2 * TileBytes, 0, end);
+    Pairs<Hopper, false> pairs{k, v, nullptr, douts + 2 * TileBytes, 0, end};
     pairs.start(4 * TileBytes, [&](Barrier barrier) {
         q.template load<FlashRows>(queries, first, barrier);
         dout.template load<FlashRows>(douts, first, barrier);
@@ -996,8 +991,8 @@ __device__ void flash_backward_kv(const CUtensorMap* map, const CUtensorMap* dy_
     uint32_t own_keys = keys + warpgroup * TileBytes, own_values = values + warpgroup * TileBytes;
     Rows<Hopper> q(qkv, map, 3 * NH, blockIdx.y, T), k(qkv, map, 3 * NH, NH + blockIdx.y, T);
     Rows<Hopper> v(qkv, map, 3 * NH, 2 * NH + blockIdx.y, T), dout(dy, dy_map, NH, blockIdx.y, T);
-    Pairs<Hopper, true> pairs(q, dout, statistics_row(statistics, T, NH), values + KeyBytes, first / TileRows,
-        (T - 1) / TileRows + 1);
+    Pairs<Hopper, true> pairs{q, dout, statistics_row(statistics, T, NH), values + KeyBytes, first / TileRows,
+        (T - 1) / TileRows + 1};
     pairs.start(2 * KeyBytes, [&](Barrier barrier) {
         k.template load<KeyRows<Hopper>>(keys, first, barrier);
         v.template load<KeyRows<Hopper>>(values, first, barrier);
@@ -1120,22 +1115,20 @@ __device__ void wgmma_wait(ProductSums& c) {
     asm volatile("wgmma.wait_group.sync.aligned 0;" : ALL_PRODUCT_ROWS :: "memory");
 }
 
-struct ProductArguments {
-    const CUtensorMap *a, *b, *c, *residual; // (M, K), (N, K) or (K, N), (M, N), (M, N)
-    const floatX* bias;                      // (N), or null
-    floatX* gelu;                            // (M, N)
-    const float* of_rows;                    // (M)
-    float* partial;                          // (M/64, N) or (N/64, M)
-    int M, N, K, V;
-};
-
 __shared__ uint64_t barriers[2 * Stages + 4 + Turns];
 __shared__ alignas(16) floatX biases[Turns][ProductColumns];
 __shared__ int pairs[Turns]; // the numbers of this cluster's next pairs of tiles
 __device__ int pairs_taken; // pairs of tiles that clusters have asked for; 0 again once the last one has got none
 
 // Shared by the roles, each of which walks over the pairs of tiles that its cluster takes, and the stages of the ring.
-struct Tiles : ProductArguments {
+struct Tiles {
+    const CUtensorMap *a, *b, *c, *residual; // (M, K), (N, K) or (K, N), (M, N), (M, N)
+    const floatX* bias;                      // (N), or null
+    floatX* gelu;                            // (M, N)
+    const float* of_rows;                    // (M)
+    float* partial;                          // (M/64, N) or (N/64, M)
+    int M, N, K, V;
+
     int warp = uniform(threadIdx.x / Warp), lane = threadIdx.x % Warp;
     uint32_t rank = __clusterRelativeBlockRank(); // this block has the upper or the lower tile of a pair
     int depths = (K + Depth - 1) / Depth;
@@ -1152,7 +1145,7 @@ struct Tiles : ProductArguments {
     // Barriers: a stage's tiles are there, and used; a warpgroup's result is there, and stored; a turn's pair is known.
     uint64_t *full = barriers, *empty = full + Stages, *filled = empty + Stages, *free = filled + 2, *known = free + 2;
 
-    __device__ Tiles(const ProductArguments& arguments) : ProductArguments(arguments) {
+    __device__ void start() {
         if (threadIdx.x == 0) {
             for (int i = 0; i < Stages; i++) {
                 mbarrier_init(full[i], 1);
@@ -1467,8 +1460,8 @@ __device__ void store_tiles(Tiles& tiles) {
 }
 
 template <bool Transposed, typename Epilogue>
-__device__ void multiply(const ProductArguments& arguments) {
-    Tiles tiles(arguments);
+__device__ void multiply(Tiles tiles) {
+    tiles.start();
     if (tiles.warp == Multipliers + Storers)
         load_tiles<Transposed>(tiles);
     else if (tiles.warp >= Multipliers)
