@@ -149,42 +149,44 @@ PTX(cp_async_commit, (), "cp.async.commit_group;" ::)
 PTX(cp_async_wait, (), "cp.async.wait_group 0;" ::: "memory")
 
 // A barrier in shared memory completes a phase when all have arrived and all expected bytes have been copied.
-using Barrier = const uint64_t&;
-PTX(mbarrier_init, (Barrier barrier, int arrivals), "mbarrier.init.shared.b64 [%0], %1;"
-    ::"r"(shared_address(&barrier)), "r"(arrivals))
+struct Barriers {
+    uint32_t first; // address
+    __device__ uint32_t operator[](int i) const { return first + 8 * i; }
+};
+PTX(mbarrier_init, (uint32_t barrier, int arrivals),
+    "mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals))
 PTX(mbarrier_init_fence, (), "fence.mbarrier_init.release.cluster;" ::: "memory")
-PTX(mbarrier_arrive, (Barrier barrier), "mbarrier.arrive.shared.b64 _, [%0];"
-    ::"r"(shared_address(&barrier)) : "memory")
-PTX(mbarrier_expect, (Barrier barrier, int bytes), "mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;"
-    ::"r"(shared_address(&barrier)), "r"(bytes) : "memory")
-PTX(mbarrier_wait, (Barrier barrier, int phase),
+PTX(mbarrier_arrive, (uint32_t barrier), "mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory")
+PTX(mbarrier_expect, (uint32_t barrier, int bytes),
+    "mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory")
+PTX(mbarrier_wait, (uint32_t barrier, int phase),
     "{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n@!done bra again;\n}"
-    ::"r"(shared_address(&barrier)), "r"(phase & 1) : "memory")
+    ::"r"(barrier), "r"(phase & 1) : "memory")
 
 // Arrive at the barrier of another block in the cluster; the second by writing x there.
-PTX(mbarrier_arrive_at, (Barrier barrier, uint32_t rank),
+PTX(mbarrier_arrive_at, (uint32_t barrier, uint32_t rank),
     "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
-    "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(shared_address(&barrier)), "r"(rank) : "memory")
-PTX(send, (int x, const int& to, Barrier barrier, uint32_t rank),
+    "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(barrier), "r"(rank) : "memory")
+PTX(send, (int x, uint32_t to, uint32_t barrier, uint32_t rank),
     "{\n.reg .b32 there, signal;\nmapa.shared::cluster.u32 there, %1, %3;\n"
     "mapa.shared::cluster.u32 signal, %2, %3;\n"
     "st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [there], %0, [signal];\n}"
-    ::"r"(x), "r"(shared_address(&to)), "r"(shared_address(&barrier)), "r"(rank) : "memory")
+    ::"r"(x), "r"(to), "r"(barrier), "r"(rank) : "memory")
 
 // TMA copies bytes; rows of a head of a sequence; a box of a matrix, into this block or both of the cluster.
 #define TO_SHARED ".shared::cluster.global.mbarrier::complete_tx::bytes"
-PTX(load_bytes, (uint32_t to, const void* from, int bytes, Barrier barrier),
+PTX(load_bytes, (uint32_t to, const void* from, int bytes, uint32_t barrier),
     "cp.async.bulk" TO_SHARED " [%0], [%1], %2, [%3];"
-    ::"r"(to), "l"(from), "r"(bytes), "r"(shared_address(&barrier)) : "memory")
-PTX(load_head, (uint32_t to, const CUtensorMap* map, int head, int row, int sequence, Barrier barrier),
+    ::"r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory")
+PTX(load_head, (uint32_t to, const CUtensorMap* map, int head, int row, int sequence, uint32_t barrier),
     "cp.async.bulk.tensor.4d" TO_SHARED " [%0], [%1, {%2, %3, %4, %5}], [%6];"
-    ::"r"(to), "l"(map), "r"(0), "r"(head), "r"(row), "r"(sequence), "r"(shared_address(&barrier)) : "memory")
-PTX(load_box, (uint32_t to, const CUtensorMap* map, int column, int row, Barrier barrier),
+    ::"r"(to), "l"(map), "r"(0), "r"(head), "r"(row), "r"(sequence), "r"(barrier) : "memory")
+PTX(load_box, (uint32_t to, const CUtensorMap* map, int column, int row, uint32_t barrier),
     "cp.async.bulk.tensor.2d" TO_SHARED " [%0], [%1, {%2, %3}], [%4];"
-    ::"r"(to), "l"(map), "r"(column), "r"(row), "r"(shared_address(&barrier)) : "memory")
-PTX(load_box_to_both, (uint32_t to, const CUtensorMap* map, int column, int row, Barrier barrier),
+    ::"r"(to), "l"(map), "r"(column), "r"(row), "r"(barrier) : "memory")
+PTX(load_box_to_both, (uint32_t to, const CUtensorMap* map, int column, int row, uint32_t barrier),
     "cp.async.bulk.tensor.2d" TO_SHARED ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;"
-    ::"r"(to), "l"(map), "r"(column), "r"(row), "r"(shared_address(&barrier)), "h"((uint16_t)3) : "memory")
+    ::"r"(to), "l"(map), "r"(column), "r"(row), "r"(barrier), "h"((uint16_t)3) : "memory")
 
 // TMA stores a box of a matrix, which the L2 evicts first. The fence shows it what this thread wrote to shared memory.
 PTX(store_box, (const CUtensorMap* map, int column, int row, uint32_t from),
@@ -587,7 +589,7 @@ struct Rows {
 
     // Copies rows [first, first + Count) to tiles, with zeros from row T on.
     template <int Count>
-    __device__ void load(uint32_t tiles, int first, Barrier barrier) const {
+    __device__ void load(uint32_t tiles, int first, uint32_t barrier) const {
         if constexpr (Hopper) {
             for (int i = 0; threadIdx.x == 0 && i < Count; i += TileRows)
                 load_head(tiles + i * 128, map, head, first + i, blockIdx.z, barrier);
@@ -615,7 +617,7 @@ struct Pairs {
     const float2* all_statistics; // (T)
     uint32_t ring;
     int tile, end, place = 0, phase = 0;
-    uint64_t *full = pair_barriers, *empty = full + Places; // of each place
+    Barriers full{shared_address(pair_barriers)}, empty{full[Places]}; // of each place
 
     // The current pair: the left tile, followed by the right one.
     __device__ uint32_t tiles() const { return ring + place * 2 * TileBytes; }
@@ -848,7 +850,7 @@ __device__ void flash_forward(const CUtensorMap* map, const floatX* qkv, floatX*
     Rows<Hopper> v(qkv, map, 3 * NH, 2 * NH + blockIdx.y, T);
     int end = (min(first + FlashRows, T) - 1) / TileRows + 1;
     Pairs<Hopper, false> pairs{k, v, nullptr, queries + 2 * TileBytes, 0, end};
-    pairs.start(2 * TileBytes, [&](Barrier barrier) { q.template load<FlashRows>(queries, first, barrier); });
+    pairs.start(2 * TileBytes, [&](uint32_t barrier) { q.template load<FlashRows>(queries, first, barrier); });
 
     Fragments weights;
     Accumulators scores, sums = {};
@@ -916,7 +918,7 @@ __device__ void flash_backward_q(const CUtensorMap* map, const CUtensorMap* dy_m
     Rows<Hopper> v(qkv, map, 3 * NH, 2 * NH + blockIdx.y, T), dout(dy, dy_map, NH, blockIdx.y, T);
     int end = (min(first + FlashRows, T) - 1) / TileRows + 1;
     Pairs<Hopper, false> pairs{k, v, nullptr, douts + 2 * TileBytes, 0, end};
-    pairs.start(4 * TileBytes, [&](Barrier barrier) {
+    pairs.start(4 * TileBytes, [&](uint32_t barrier) {
         q.template load<FlashRows>(queries, first, barrier);
         dout.template load<FlashRows>(douts, first, barrier);
     });
@@ -993,7 +995,7 @@ __device__ void flash_backward_kv(const CUtensorMap* map, const CUtensorMap* dy_
     Rows<Hopper> v(qkv, map, 3 * NH, 2 * NH + blockIdx.y, T), dout(dy, dy_map, NH, blockIdx.y, T);
     Pairs<Hopper, true> pairs{q, dout, statistics_row(statistics, T, NH), values + KeyBytes, first / TileRows,
         (T - 1) / TileRows + 1};
-    pairs.start(2 * KeyBytes, [&](Barrier barrier) {
+    pairs.start(2 * KeyBytes, [&](uint32_t barrier) {
         k.template load<KeyRows<Hopper>>(keys, first, barrier);
         v.template load<KeyRows<Hopper>>(values, first, barrier);
     });
@@ -1143,7 +1145,7 @@ struct Tiles {
     int64_t at;     // the thread's first element in (M, N)
 
     // Barriers: a stage's tiles are there, and used; a warpgroup's result is there, and stored; a turn's pair is known.
-    uint64_t *full = barriers, *empty = full + Stages, *filled = empty + Stages, *free = filled + 2, *known = free + 2;
+    Barriers full{shared_address(barriers)}, empty{full[Stages]}, filled{empty[Stages]}, free{filled[2]}, known{free[2]};
 
     __device__ void start() {
         if (threadIdx.x == 0) {
@@ -1197,7 +1199,7 @@ struct Store {
 
     // In a storing warp: when it knows its chunk; while that is multiplied; when it is there; and when TMA stores it.
     __device__ void fetch(const Tiles& tiles) { }
-    __device__ void prepare(const Tiles& tiles, Barrier free) { }
+    __device__ void prepare(const Tiles& tiles, uint32_t free) { }
     __device__ void change_chunk(const Tiles& tiles) { }
     __device__ void finish(const Tiles& tiles) { }
 };
@@ -1206,7 +1208,7 @@ struct Store {
 struct AddResidual : Store {
     static constexpr bool HasResidual = true;
 
-    __device__ void prepare(const Tiles& tiles, Barrier free) {
+    __device__ void prepare(const Tiles& tiles, uint32_t free) {
         if (elect()) {
             mbarrier_expect(free, TileBytes);
             load_box(tiles.place, tiles.residual, tiles.column, tiles.row, free);
@@ -1248,7 +1250,7 @@ struct GeluBackward : Store {
                 : uint4{};
     }
 
-    __device__ void prepare(const Tiles& tiles, Barrier free) {
+    __device__ void prepare(const Tiles& tiles, uint32_t free) {
         for (int i = 0; i < 16; i++)
             store(slopes[i].x, map(load(slopes[i].x), gelu_slope_approximate));
     }
@@ -1325,14 +1327,14 @@ __device__ void load_tiles(Tiles& tiles) {
             taken = atomicAdd(&pairs_taken, 1);
     };
     auto tell_pair = [&](uint32_t turn) {
-        Barrier barrier = tiles.known[turn % Turns];
+        uint32_t barrier = tiles.known[turn % Turns];
         mbarrier_expect(barrier, sizeof(int));
         for (int i = 0; tiles.rank == 0 && i < 2; i++)
-            send(taken, pairs[turn % Turns], barrier, i);
+            send(taken, shared_address(pairs + turn % Turns), barrier, i);
         if (tiles.rank == 0 && taken == tiles.all + (int)gridDim.x / 2 - 1)
             pairs_taken = 0;
     };
-    auto load_stage = [&](int k, uint32_t rows, Barrier barrier) {
+    auto load_stage = [&](int k, uint32_t rows, uint32_t barrier) {
         int bytes = tiles.bias != nullptr && k == 0 ? min(ProductColumns, tiles.N - tiles.column) * 2 : 0;
         mbarrier_expect(barrier, StageBytes + bytes);
         if (bytes > 0)
@@ -1423,7 +1425,7 @@ __device__ void multiply_tiles(Tiles& tiles) {
 template <typename Epilogue>
 __device__ void store_tiles(Tiles& tiles) {
     int warpgroup = (tiles.warp - Multipliers) / Chunks, part = (tiles.warp - Multipliers) % Chunks;
-    uint64_t &free = tiles.free[warpgroup], &filled = tiles.filled[warpgroup];
+    uint32_t free = tiles.free[warpgroup], filled = tiles.filled[warpgroup];
     tiles.place = tiles.results + (tiles.warp - Multipliers) * TileBytes;
     Epilogue epilogue;
     auto next_chunk = [&] {
