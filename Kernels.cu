@@ -30,7 +30,7 @@ struct alignas(16) Eight { // in memory
     floatX x[Width];
 };
 
-// Two floats as bf16, rounded to nearest, the first in the lower half; and back.
+// Two floats as bf16, rounded to nearest, the first in the lower half, and back.
 __device__ uint32_t pair(float low, float high) {
     __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
     return *(uint32_t*)&both;
@@ -132,7 +132,7 @@ __device__ float warp_sum(float x) {
         return x; \
     }
 
-// Shared memory has addresses of 32 bits.
+// Addresses in shared memory have 32 bits.
 __device__ uint32_t shared_address(const void* pointer) { return (uint32_t)__cvta_generic_to_shared(pointer); }
 
 template <typename T>
@@ -142,13 +142,13 @@ PTX(load_shared, (uint4& to, uint32_t from), "ld.shared.v4.b32 {%0, %1, %2, %3},
     : "=r"(to.x), "=r"(to.y), "=r"(to.z), "=r"(to.w) : "r"(from))
 PTX(store_shared, (uint32_t to, uint32_t x), "st.shared.b32 [%0], %1;" ::"r"(to), "r"(x))
 
-// Copies 16 bytes to shared memory, or zeros if they are not inside.
+// Copies 16 bytes to shared memory; writes zeros instead if not inside.
 PTX(cp_async, (uint32_t to, const void* from, bool inside), "cp.async.cg.shared.global [%0], [%1], 16, %2;"
     ::"r"(to), "l"(from), "r"(inside ? 16 : 0))
 PTX(cp_async_commit, (), "cp.async.commit_group;" ::)
 PTX(cp_async_wait, (), "cp.async.wait_group 0;" ::: "memory")
 
-// A barrier in shared memory completes a phase when all have arrived and all expected bytes have been copied.
+// Barriers in shared memory. A phase ends when all have arrived and all expected bytes are there.
 struct Barriers {
     uint32_t first; // address
     __device__ uint32_t operator[](int i) const { return first + 8 * i; }
@@ -163,7 +163,7 @@ PTX(mbarrier_wait, (uint32_t barrier, int phase),
     "{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n@!done bra again;\n}"
     ::"r"(barrier), "r"(phase & 1) : "memory")
 
-// Arrive at the barrier of another block in the cluster; the second by writing x there.
+// Arrives at this barrier in another block of the cluster; send also writes x there.
 PTX(mbarrier_arrive_at, (uint32_t barrier, uint32_t rank),
     "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
     "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(barrier), "r"(rank) : "memory")
@@ -173,7 +173,7 @@ PTX(send, (int x, uint32_t to, uint32_t barrier, uint32_t rank),
     "st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [there], %0, [signal];\n}"
     ::"r"(x), "r"(to), "r"(barrier), "r"(rank) : "memory")
 
-// TMA copies bytes; rows of a head of a sequence; a box of a matrix, into this block or both of the cluster.
+// TMA loads bytes, rows of a head, a box of a matrix, and such a box into both blocks of the cluster.
 #define TO_SHARED ".shared::cluster.global.mbarrier::complete_tx::bytes"
 PTX(load_bytes, (uint32_t to, const void* from, int bytes, uint32_t barrier),
     "cp.async.bulk" TO_SHARED " [%0], [%1], %2, [%3];"
@@ -188,14 +188,14 @@ PTX(load_box_to_both, (uint32_t to, const CUtensorMap* map, int column, int row,
     "cp.async.bulk.tensor.2d" TO_SHARED ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;"
     ::"r"(to), "l"(map), "r"(column), "r"(row), "r"(barrier), "h"((uint16_t)3) : "memory")
 
-// TMA stores a box of a matrix, which the L2 evicts first. The fence shows it what this thread wrote to shared memory.
+// TMA stores a box of a matrix, the first for the L2 to evict. The fence makes writes to shared memory visible to TMA.
 PTX(store_box, (const CUtensorMap* map, int column, int row, uint32_t from),
     "{\n.reg .b64 policy;\ncreatepolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
     "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group.L2::cache_hint [%0, {%1, %2}], [%3], policy;\n}"
     ::"l"(map), "r"(column), "r"(row), "r"(from) : "memory")
 PTX(store_box_fence, (), "fence.proxy.async.shared::cta;" ::: "memory")
 PTX(store_box_commit, (), "cp.async.bulk.commit_group;" ::: "memory")
-PTX(store_box_wait, (), "cp.async.bulk.wait_group.read 0;" ::: "memory") // until shared memory is free again
+PTX(store_box_wait, (), "cp.async.bulk.wait_group.read 0;" ::: "memory") // until TMA has read shared memory
 
 // Four 8 x 8 matrices in bf16; each lane has the address of a row.
 PTX(ldmatrix, (uint32_t (&to)[4], uint32_t from), "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -214,7 +214,7 @@ PTX(mma, (float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1),
 PTX(wgmma_fence, (), "wgmma.fence.sync.aligned;" ::: "memory")
 PTX(wgmma_commit, (), "wgmma.commit_group.sync.aligned;" ::: "memory")
 
-// To about 22, 22 and 11 bits; the first two take denormals for zero.
+// Exact to about 22, 22 and 11 bits. The first two flush denormals to zero.
 PTX_OF_FLOAT(exp2_approximate, "ex2.approx.ftz.f32")
 PTX_OF_FLOAT(inverse_approximate, "rcp.approx.ftz.f32")
 PTX_OF_FLOAT(tanh_approximate, "tanh.approx.f32")
@@ -287,7 +287,7 @@ KERNEL embed_backward_positions(const floatX* dx, float* dwpe, int B, int T, int
 // ---- Layer norm
 
 // y (rows, C) = normalized x (rows, C) · w (C) + b (C); statistics (rows) = each row's mean and 1/deviation. One warp
-// per row, which waits in shared memory; a lane reads back only what it wrote.
+// per row, which it keeps in shared memory; each lane reads back only what it wrote.
 KERNEL layer_norm(const floatX* x, const floatX* w, const floatX* b, floatX* y, float2* statistics, int rows, int C) {
     int warp = threadIdx.x / Warp, lane = threadIdx.x % Warp;
     int64_t row = (int64_t)blockIdx.x * (blockDim.x / Warp) + warp;
@@ -314,9 +314,9 @@ KERNEL layer_norm(const floatX* x, const floatX* w, const floatX* b, floatX* y, 
 
 constexpr int NormBackwardThreads = 512;
 
-// dx (rows, C) += the gradient of x (rows, C), from dy (rows, C), w (C) and statistics (rows). partial (sums, blocks, C)
-// = each block's part of db, dw and, if sums is 3, dbias = Σ dx. A group of warps, as wide as a row, takes two rows at
-// a time; a thread has eight columns.
+// dx (rows, C) += the gradient of x (rows, C), from dy (rows, C), w (C) and statistics (rows). partial (sums, blocks,
+// C) = each block's part of db, dw and, if sums is 3, dbias = Σ dx. A group of warps, as wide as a row, takes two rows
+// at a time; a thread has eight columns.
 KERNEL __launch_bounds__(NormBackwardThreads) layer_norm_backward(const floatX* dy, const floatX* x, const floatX* w,
     const float2* statistics, floatX* dx, float* partial, int rows, int C, int sums) {
     constexpr int Together = 2; // rows
@@ -432,7 +432,7 @@ KERNEL gelu_backward(const floatX* x, floatX* dx, int64_t count) {
 
 constexpr int HeadWarps = 8, LargestHead = 256;
 
-// A vector (HS) of a head, spread over a warp: a lane has every 32nd element.
+// A vector (HS) spread over a warp: each lane has every 32nd element.
 struct Head {
     float x[LargestHead / Warp];
 
@@ -456,7 +456,7 @@ __device__ float dot(const Head& a, const Head& b) {
     return warp_sum(total);
 }
 
-// to (HS) = the sum over the block's warps of own · factor.
+// to (HS) = the sum of own · factor over the block's warps.
 __device__ void combine(const Head& own, float factor, floatX* to, int HS) {
     __shared__ float all[HeadWarps][LargestHead];
     __syncthreads();
@@ -471,8 +471,8 @@ __device__ void combine(const Head& own, float factor, floatX* to, int HS) {
     }
 }
 
-// y (B, T - start, NH·HS) and lse (B, NH, T - start) from qkv (B, T, 3, NH·HS), for the queries from start on. One block
-// per query (x), head (y) and sequence (z); its warps divide the keys.
+// y (B, T − start, NH·HS) and lse (B, NH, T − start) from qkv (B, T, 3, NH·HS), for queries from start on. One block
+// per query (x), head (y) and sequence (z), whose warps divide the keys.
 KERNEL attention_any(const floatX* qkv, int start, floatX* y, float* lse, int T, int NH, int HS) {
     __shared__ float maxima[HeadWarps], sums[HeadWarps];
     int warp = threadIdx.x / Warp, C = NH * HS, row = start + blockIdx.x;
@@ -523,7 +523,7 @@ KERNEL attention_any_backward_q(const floatX* dy, const floatX* qkv, const float
         delta[statistic] = own_delta;
 }
 
-// dk and dv in dqkv, from the same and delta. One block per key, whose warps divide the queries from it on.
+// dk and dv in dqkv, from the same arrays and delta. One block per key, whose warps divide the queries from it on.
 KERNEL attention_any_backward_kv(const floatX* dy, const floatX* qkv, const float* lse, const float* delta,
     floatX* dqkv, int T, int NH, int HS) {
     int C = NH * HS, key = blockIdx.x;
@@ -571,7 +571,7 @@ __device__ uint32_t swizzled(uint32_t tile, int row, int column8) {
     return tile + row * 128 + ((column8 ^ (row & 7)) << 4);
 }
 
-// x, which is the same in every lane: now the compiler knows, and computes with it once per warp.
+// x, the same in every lane: this lets the compiler compute with it once per warp.
 __device__ int uniform(int x) { return __shfl_sync(~0u, x, 0); }
 
 // Tiles begin at a multiple of 1024 bytes, as the swizzling requires.
@@ -639,7 +639,7 @@ struct Pairs {
             cp_async_commit();
     }
 
-    // Loads the first pairs, and by others(barrier) so many bytes more that the kernel needs from the start.
+    // Starts to load the first pairs and, by others(barrier), so many bytes that the kernel needs all along.
     template <typename Load>
     __device__ void start(int bytes, Load others) const {
         if constexpr (Hopper) {
@@ -674,7 +674,7 @@ struct Pairs {
         }
     }
 
-    // Has TMA load another pair into the place of the previous one, once every warp is done with that.
+    // Has TMA load another pair in place of the previous one, once every warp is done with that.
     __device__ void refill(int begin) const {
         if (Hopper && threadIdx.x == 0 && tile > begin && tile + Places - 1 < end) {
             int before = place == 0 ? Places - 1 : place - 1;
@@ -868,7 +868,7 @@ __device__ void flash_forward(const CUtensorMap* map, const floatX* qkv, floatX*
             each([&](int j, int i) { new_max[i / 2] = fmaxf(new_max[i / 2], scores[j][i]); });
             new_max[0] = max_lanes<1, 2>(new_max[0]); // four threads share a row
             new_max[1] = max_lanes<1, 2>(new_max[1]);
-            // Whatever is subtracted cancels out: the old maximum will do while exponentials stay below 2^8.
+            // What is subtracted cancels out, so the old maximum will do while exponentials stay below 2^8.
             if (__any_sync(~0u, fmaxf(new_max[0] - max[0], new_max[1] - max[1]) * scale > 8)) {
                 float keep[2];
                 for (int i = 0; i < 2; i++) {
@@ -961,9 +961,7 @@ __device__ void flash_backward_q(const CUtensorMap* map, const CUtensorMap* dy_m
             wgmma_wait<Hopper, 1>(scores);
             if (pairs.tile * TileRows == own_first)
                 mask(scores, false);
-            each([&](int j, int i) {
-                scores[j][i] = exp2_approximate(scores[j][i] * (scale * Log2E) - own[i / 2].x);
-            });
+            each([&](int j, int i) { scores[j][i] = exp2_approximate(scores[j][i] * (scale * Log2E) - own[i / 2].x); });
             wgmma_wait<Hopper, 0>(products);
             each([&](int j, int i) { scores[j][i] *= products[j][i] - own[i / 2].y; });
             to_fragments(weights, scores);
@@ -1025,7 +1023,7 @@ __device__ void flash_backward_kv(const CUtensorMap* map, const CUtensorMap* dy_
             for (int j = 0; j < 8; j++) {
                 float4 both = columns[column_of(j, 0) / 2];
                 for (int i = 0; i < 4; i += 2) {
-                    uint32_t p = weights[j / 2][j % 2 * 2 + i / 2]; // which saves the registers of scores
+                    uint32_t p = weights[j / 2][j % 2 * 2 + i / 2]; // not scores, which frees their registers
                     products[j][i] = __uint_as_float(p << 16) * (products[j][i] - both.y);
                     products[j][i + 1] = __uint_as_float(p & 0xffff0000) * (products[j][i + 1] - both.w);
                 }
@@ -1073,14 +1071,14 @@ FLASH_KERNEL(attention_backward_kv, 1, 2 * KeyRows<true>, flash_backward_kv,
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 // c (M, N) = a·b + bias, where a is (M, K) and b is (N, K) or, if not transposed, (K, N). c is cut into tiles of 128 x
-// 192. A cluster of two blocks takes the next pair of tiles, one below the other, when it is ready: none waits for blocks
+// 192. A cluster of two blocks takes the next two tiles, one below the other, when it is ready: none waits for blocks
 // that start late because NCCL has their place. The two blocks share tiles of b. In each block, the last warp has TMA
 // fill a ring of stages, each with a tile of a and of b; two warpgroups multiply 64 rows each and leave the result in
 // shared memory; and six warps store it, 64 columns each, while the next tile is multiplied.
 constexpr int ProductRows = 128, ProductColumns = 192, Depth = 64, Stages = 4, Chunks = ProductColumns / 64;
 constexpr int WidestBand = 16; // of tiles
 constexpr int StageBytes = (ProductRows + ProductColumns) * Depth * 2;
-constexpr int Turns = 2 * Stages; // more than the loader is ahead of the storers
+constexpr int Turns = 2 * Stages; // more than the loader can be ahead of the storers
 constexpr int Multipliers = 8, Storers = 2 * Chunks, ProductThreads = (Multipliers + Storers + 1) * Warp; // warps
 
 // True in one lane of the warp.
@@ -1119,10 +1117,10 @@ __device__ void wgmma_wait(ProductSums& c) {
 
 __shared__ uint64_t barriers[2 * Stages + 4 + Turns];
 __shared__ alignas(16) floatX biases[Turns][ProductColumns];
-__shared__ int pairs[Turns]; // the numbers of this cluster's next pairs of tiles
-__device__ int pairs_taken; // pairs of tiles that clusters have asked for; 0 again once the last one has got none
+__shared__ int pairs[Turns]; // of tiles, which this cluster takes in its next turns
+__device__ int pairs_taken; // by all clusters; 0 again when none is left for any cluster
 
-// Shared by the roles, each of which walks over the pairs of tiles that its cluster takes, and the stages of the ring.
+// What the roles share: the arguments, and the walk over the cluster's pairs of tiles and the stages of the ring.
 struct Tiles {
     const CUtensorMap *a, *b, *c, *residual; // (M, K), (N, K) or (K, N), (M, N), (M, N)
     const floatX* bias;                      // (N), or null
@@ -1132,20 +1130,21 @@ struct Tiles {
     int M, N, K, V;
 
     int warp = uniform(threadIdx.x / Warp), lane = threadIdx.x % Warp;
-    uint32_t rank = __clusterRelativeBlockRank(); // this block has the upper or the lower tile of a pair
+    uint32_t rank = __clusterRelativeBlockRank(); // 0 for the upper tile of a pair, 1 for the lower
     int depths = (K + Depth - 1) / Depth;
     int down = (M + 2 * ProductRows - 1) / (2 * ProductRows), across = (N + ProductColumns - 1) / ProductColumns;
-    int all = down * across, pair, row, column; // pairs, the current one, and the tile's first row and column
-    uint32_t stage = 0, phase = 0, turn = ~0u;  // turn: the pair's number among this cluster's
+    int all = down * across, pair, row, column; // number of pairs, the current one, its tile's first row and column
+    uint32_t stage = 0, phase = 0, turn = ~0u;  // turn counts this cluster's pairs
     uint32_t ring = first_tile(), results = ring + Stages * StageBytes;
 
-    // Of a storing warp: its chunk, 64 x 64, of the tile. A thread has eight columns of every fourth row.
-    uint32_t place; // of the chunk in shared memory
-    int rows;       // of c from the thread's first row on; none beyond column N
-    int64_t at;     // the thread's first element in (M, N)
+    // A storing warp has a chunk of the tile, 64 x 64, and each thread eight columns of every fourth row.
+    uint32_t place; // of the chunk, in shared memory
+    int rows;       // left in c from the thread's first row on; 0 beyond column N
+    int64_t at;     // index of the thread's first element in (M, N)
 
-    // Barriers: a stage's tiles are there, and used; a warpgroup's result is there, and stored; a turn's pair is known.
-    Barriers full{shared_address(barriers)}, empty{full[Stages]}, filled{empty[Stages]}, free{filled[2]}, known{free[2]};
+    Barriers full{shared_address(barriers)}, empty{full[Stages]}; // stages: loaded, and used
+    Barriers filled{empty[Stages]}, free{filled[2]};              // warpgroups' results: there, and stored
+    Barriers known{free[2]};                                      // turns' pairs: known
 
     __device__ void start() {
         if (threadIdx.x == 0) {
@@ -1177,7 +1176,7 @@ struct Tiles {
         return pair < all;
     }
 
-    // The order is row by row, in bands so narrow that the band's part of b stays in the L2.
+    // Goes row by row in bands, so narrow that their part of b stays in the L2.
     __device__ void go_to_tile() {
         int first = pair / (down * WidestBand) * WidestBand, within = pair % (down * WidestBand);
         int columns = min(WidestBand, across - first);
@@ -1190,21 +1189,21 @@ struct Tiles {
 
 // An epilogue is what happens to a product. This one only stores c; the others override some of its steps.
 struct Store {
-    static constexpr bool HasResidual = false, ChangesChunk = false;
+    static constexpr bool HasResidual = false;
 
-    // In a multiplying warp: before a tile, of which it has the rows from first on; and for 16 columns of two rows in
-    // registers, x (2, 4) in the layout of Accumulators, before they are written to shared memory.
+    // Steps of a multiplying warp: before a tile, of which it has rows from first on; and when it has x (2, 4), in the
+    // layout of Accumulators, and is going to write it to shared memory.
     __device__ void begin(Tiles& tiles, int first) { }
     __device__ void change(float* x, uint32_t to) { }
 
-    // In a storing warp: when it knows its chunk; while that is multiplied; when it is there; and when TMA stores it.
+    // Steps of a storing warp: when it knows its chunk; while that is multiplied; when it is there; when TMA stores it.
     __device__ void fetch(const Tiles& tiles) { }
     __device__ void prepare(const Tiles& tiles, uint32_t free) { }
     __device__ void change_chunk(const Tiles& tiles) { }
     __device__ void finish(const Tiles& tiles) { }
 };
 
-// c += residual, which TMA puts where the result will be.
+// c += residual (M, N), which TMA loads into the place of the result.
 struct AddResidual : Store {
     static constexpr bool HasResidual = true;
 
@@ -1241,7 +1240,6 @@ struct Gelu : Store {
 
 // c *= GELU'(gelu (M, N)); partial (M/64, N) = the sums of c over 64 rows each.
 struct GeluBackward : Store {
-    static constexpr bool ChangesChunk = true;
     Eight slopes[16]; // GELU's arguments, then its slopes, then the thread's part of c
 
     __device__ void fetch(const Tiles& tiles) {
@@ -1261,6 +1259,7 @@ struct GeluBackward : Store {
             Eight& x = tiles.chunk(i);
             x = slopes[i] = x * slopes[i];
         }
+        store_box_fence();
     }
 
     __device__ void finish(const Tiles& tiles) {
@@ -1289,13 +1288,11 @@ struct ScaleRows : Store {
     }
 };
 
-// Logits may be from 47 below the target's to 117 above: there the two exponents end, so that a row's sum is finite.
+// For logits from 47 below the target's, where e underflows, to 117 above, where it is clamped to keep sums finite.
 constexpr float ClassShift = 40, LargestClass = 112;
 
-// c = e^(c - of_rows (M) - ClassShift) in the first V columns, else 0; partial (N/64, M) = its sums of 64 columns each.
+// c = e^(c − of_rows (M) − ClassShift) in the first V columns, else 0; partial (N/64, M) = its sums of 64 columns each.
 struct Exponentials : ScaleRows {
-    static constexpr bool ChangesChunk = true;
-
     __device__ void change(float* x, uint32_t to) {
         for (int i = 0; i < 8; i++)
             x[i] -= of_row[i / 2 % 2];
@@ -1315,10 +1312,11 @@ struct Exponentials : ScaleRows {
             if (4 * i < tiles.rows && tiles.lane % 8 == 0)
                 tiles.partial[(int64_t)(tiles.column / 64) * tiles.M + tiles.row + 4 * i + tiles.lane / 8] = total;
         }
+        store_box_fence();
     }
 };
 
-// The last warp: fills the ring, and asks for pairs and tells both blocks of the cluster.
+// The last warp: fills the ring, takes pairs of tiles and tells both blocks of the cluster.
 template <bool Transposed>
 __device__ void load_tiles(Tiles& tiles) {
     int taken;
@@ -1342,7 +1340,7 @@ __device__ void load_tiles(Tiles& tiles) {
         for (int i = 0; i < ProductRows; i += 32)
             load_box(rows + i * 128, tiles.a, k * Depth, tiles.row + i, barrier);
         uint32_t columns = rows + ProductRows * 128;
-        // Half of b's tile, for both blocks.
+        // Each block loads half of b's tile for both.
         for (int i = 0; i < ProductColumns / 2; i += 32) {
             int half = tiles.rank * (Transposed ? ProductColumns / 2 : Depth / 2);
             uint32_t to = columns + ((Transposed ? i : 2 * i) + half) * 128;
@@ -1370,7 +1368,7 @@ __device__ void load_tiles(Tiles& tiles) {
     }
 }
 
-// The first two warpgroups: multiply 64 rows each and leave the result in shared memory.
+// The first two warpgroups: multiply 64 rows each, and leave the result in shared memory.
 template <bool Transposed, typename Epilogue>
 __device__ void multiply_tiles(Tiles& tiles) {
     int warp = tiles.warp, warpgroup = warp / 4, lane = tiles.lane;
@@ -1379,7 +1377,7 @@ __device__ void multiply_tiles(Tiles& tiles) {
         Epilogue epilogue;
         epilogue.begin(tiles, warpgroup * 64);
         if (Transposed && tiles.bias != nullptr) {
-            mbarrier_wait(tiles.full[tiles.stage], tiles.phase); // for the biases
+            mbarrier_wait(tiles.full[tiles.stage], tiles.phase); // the biases come with the first stage
             for (int j = 0; j < ProductColumns / 8; j++) {
                 float2 both = unpair(*(const uint32_t*)(biases[tiles.turn % Turns] + j * 8 + lane % 4 * 2));
                 sums[j][0] = sums[j][2] = both.x;
@@ -1394,7 +1392,7 @@ __device__ void multiply_tiles(Tiles& tiles) {
             for (int i = 0; i < Depth / 16; i++) {
                 uint64_t left = descriptor(rows + warpgroup * TileBytes, i * 32);
                 uint64_t right = descriptor(columns, Transposed ? i * 32 : i * 16 * 128);
-                if (!Transposed) // the second 64 columns of b are so many bytes after the first
+                if (!Transposed) // distance between 64 columns of b and the next
                     right += (uint64_t)((Depth * 128 >> 4) - 1) << 16;
                 wgmma<Transposed>(sums, left, right);
             }
@@ -1441,8 +1439,6 @@ __device__ void store_tiles(Tiles& tiles) {
         epilogue.prepare(tiles, free);
         mbarrier_wait(filled, tiles.turn);
         epilogue.change_chunk(tiles);
-        if (Epilogue::ChangesChunk)
-            store_box_fence();
         __syncwarp();
         if (elect()) {
             store_box(tiles.c, tiles.column, tiles.row, tiles.place);
@@ -1488,7 +1484,7 @@ PRODUCT_KERNEL(linear_gelu_backward, false, GeluBackward)
 PRODUCT_KERNEL(linear_exponentials, true, Exponentials)
 PRODUCT_KERNEL(linear_backward_scaled, false, ScaleRows)
 
-// ---- Classifier for Hopper, inside of the products before and after it
+// ---- Classifier for Hopper, as part of the products before and after it
 
 // The softmax needs no pass of its own. The product with wte leaves e = e^(logit − target's logit − ClassShift), so the
 // loss is ln Σ e + ClassShift: losses up to 115 do not overflow, and logits farther above the target's count as if they
@@ -1543,7 +1539,7 @@ KERNEL normalize_classes(const float* partial, int chunks, const int* targets, f
 // ---- Classifier
 
 constexpr int ClassifyThreads = 512;
-constexpr float Lowest = -1e30f; // as the maximum of no logits; −∞ would lead to ∞ − ∞
+constexpr float Lowest = -1e30f; // stands for −∞, which would lead to ∞ − ∞
 
 // losses (rows) of logits (rows, Vp), of which V columns count, for targets (rows). Unless scale is 0, logits become
 // scale times their gradients. One block per row, which stays in shared memory if it fits there (keeps).
@@ -1556,7 +1552,7 @@ KERNEL __launch_bounds__(ClassifyThreads) classify(floatX* logits, const int* ta
     for (int c = threadIdx.x * Width; keeps && c < V; c += ClassifyThreads * Width)
         cp_async(shared_address(kept + c), row + c, true);
     cp_async_commit();
-    cp_async_wait(); // for what this thread copied: it reads nothing else
+    cp_async_wait(); // a thread reads only what it copied
     for (int c = threadIdx.x * Width; c < V; c += ClassifyThreads * Width) {
         Pack x = load(kept + c);
         if (c + Width > V)
@@ -1623,7 +1619,7 @@ KERNEL __launch_bounds__(NormThreads) sum_of_squares(const float* x, int64_t cou
         partial[blockIdx.x] = sums[0];
 }
 
-// A part of a tensor, from element first on in the model: w, master, dw, m, v (count). It decays unless decays is 0.
+// Part of a tensor: w, master, dw, m and v (count). first is its index among all parameters; decays is 0 or 1.
 struct AdamWPart {
     int64_t first, count, decays;
     floatX* w;
@@ -1647,7 +1643,7 @@ __device__ float round_stochastically(float x, uint32_t random) {
     return __uint_as_float((__float_as_uint(x) + (random & 0xffff)) & 0xffff0000);
 }
 
-// Eight elements, or fewer when count says so. The elements need no alignment, for a rank's part may begin anywhere.
+// Eight elements, or the first count. They need no alignment, for a rank's part may begin anywhere in a tensor.
 template <typename T>
 __device__ bool are_whole(const T* at, int64_t count) { return count >= Width && (uintptr_t)at % 16 == 0; }
 
@@ -1673,7 +1669,7 @@ __device__ void store_some(T* to, int64_t count, Pack pack) {
     }
 }
 
-// Updates every part, one per block row (y), and clears dw.
+// Updates all parts, one per y, and clears dw.
 KERNEL adamw(const AdamWPart* parts, float learning_rate, float weight_decay, float gradient_scale, float beta1,
     float beta2, float epsilon, float correction1, float correction2, uint32_t seed) {
     AdamWPart part = parts[blockIdx.y];
