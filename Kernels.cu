@@ -15,8 +15,7 @@ typedef __nv_bfloat16 floatX;
 #define KERNEL extern "C" __global__ void
 #define MAP const __grid_constant__ CUtensorMap
 
-constexpr int Warp = 32;
-constexpr int Width = 8;
+constexpr int Warp = 32, Width = 8;
 
 extern __shared__ uint4 shared[]; // its size is set at the launch
 
@@ -551,7 +550,7 @@ KERNEL attention_any_backward_kv(const floatX* dy, const floatX* qkv, const floa
 // Four warps with mma.m16n8k16 hold them as wgmma.m64n64k16 does, so that each kernel is written once, for any GPU and,
 // with wgmma and TMA, for Hopper.
 constexpr int HS = 64, TileRows = 64, TileBytes = TileRows * HS * 2;
-constexpr int FlashThreads = 256, FlashRows = 128;
+constexpr int FlashThreads = 256, FlashRows = 128, HopperKeyRows = 192;
 
 typedef float Accumulators[8][4]; // a warp's (16, 64), as [column / 8][2·(row / 8) + column % 2]
 typedef uint32_t Fragments[4][4]; // a warp's (16, 64) in bf16
@@ -979,13 +978,10 @@ __device__ void flash_backward_q(const CUtensorMap* map, const CUtensorMap* dy_m
 // (B, T, NH, 64), qkv (B, T, 3, NH, 64) and statistics. One block per 128 keys, or 192 with three warpgroups; it walks
 // over the queries from its first key on. Rows are keys, columns are queries.
 template <bool Hopper>
-constexpr int KeyRows = Hopper ? 192 : FlashRows;
-
-template <bool Hopper>
 __device__ void flash_backward_kv(const CUtensorMap* map, const CUtensorMap* dy_map, const floatX* dy,
     const floatX* qkv, float2* statistics, floatX* dqkv, float* partial, int T, int NH) {
-    constexpr int KeyBytes = KeyRows<Hopper> * 128;
-    int first = blockIdx.x * KeyRows<Hopper>, warpgroup = uniform(threadIdx.x / 128);
+    constexpr int KeyRows = Hopper ? HopperKeyRows : FlashRows, KeyBytes = KeyRows * 128;
+    int first = blockIdx.x * KeyRows, warpgroup = uniform(threadIdx.x / 128);
     int own_first = first + warpgroup * TileRows; // of this warpgroup's keys
     uint32_t keys = first_tile(), values = keys + KeyBytes;
     uint32_t own_keys = keys + warpgroup * TileBytes, own_values = values + warpgroup * TileBytes;
@@ -994,8 +990,8 @@ __device__ void flash_backward_kv(const CUtensorMap* map, const CUtensorMap* dy_
     Pairs<Hopper, true> pairs{q, dout, statistics_row(statistics, T, NH), values + KeyBytes, first / TileRows,
         (T - 1) / TileRows + 1};
     pairs.start(2 * KeyBytes, [&](uint32_t barrier) {
-        k.template load<KeyRows<Hopper>>(keys, first, barrier);
-        v.template load<KeyRows<Hopper>>(values, first, barrier);
+        k.template load<KeyRows>(keys, first, barrier);
+        v.template load<KeyRows>(values, first, barrier);
     });
 
     Fragments weights, product_weights;
@@ -1039,8 +1035,8 @@ __device__ void flash_backward_kv(const CUtensorMap* map, const CUtensorMap* dy_
     store_rows<true>(dv, 1, 1, values, dqkv, 3 * NH, 2 * NH + blockIdx.y, first, T);
     __syncthreads();
     partial += ((int64_t)(blockIdx.z * gridDim.x + blockIdx.x) * 2 * NH + blockIdx.y) * HS;
-    store_sums<KeyRows<Hopper>>(keys, partial);
-    store_sums<KeyRows<Hopper>>(values, partial + NH * HS);
+    store_sums<KeyRows>(keys, partial);
+    store_sums<KeyRows>(values, partial + NH * HS);
 }
 
 // Each kernel for any GPU and, in the code for Hopper (sm_90a), with wgmma and TMA. map and dy_map describe qkv and dy.
@@ -1063,7 +1059,7 @@ FLASH_KERNEL(attention_backward_q, 2, FlashThreads, flash_backward_q,
     (MAP map, MAP dy_map, const floatX* dy, const floatX* qkv, const floatX* y, const float* lse, float2* statistics,
     floatX* dqkv, float* partial, int T, int NH),
     &map, &dy_map, dy, qkv, y, lse, statistics, dqkv, partial, T, NH)
-FLASH_KERNEL(attention_backward_kv, 1, 2 * KeyRows<true>, flash_backward_kv,
+FLASH_KERNEL(attention_backward_kv, 1, 2 * HopperKeyRows, flash_backward_kv,
     (MAP map, MAP dy_map, const floatX* dy, const floatX* qkv, float2* statistics, floatX* dqkv, float* partial, int T,
     int NH), &map, &dy_map, dy, qkv, statistics, dqkv, partial, T, NH)
 
