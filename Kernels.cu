@@ -1,8 +1,7 @@
-// The kernels of the GPU backend, in the order of the operations in Device.cs. The file is compiled twice,
-// for bf16 and (-DFP32) for fp32: floatX is the type of weights and activations. Sums and statistics are fp32, and no
-// result depends on the order in which blocks run. Columns are multiples of 8: a thread moves eight elements at a
-// time, in loads and stores of 128 bits. nvcc unrolls loops of a constant length by itself; a pragma stands where it
-// does not.
+// The kernels of the GPU backend, in the order of the operations in Device.cs. The file is compiled twice, for bf16 and
+// (-DFP32) for fp32: floatX is the type of weights and activations. Sums and statistics are fp32, and no result depends
+// on the order in which blocks run. The number of columns is a multiple of 8, and a thread handles eight elements at a
+// time with loads and stores of 128 bits. nvcc unrolls loops of constant length by itself; pragmas mark the others.
 #include <cuda.h>
 #include <cuda_bf16.h>
 #include <stdint.h>
@@ -14,28 +13,33 @@ typedef __nv_bfloat16 floatX;
 #endif
 
 #define KERNEL extern "C" __global__ void
+#define MAP const __grid_constant__ CUtensorMap
 
-constexpr int Warp = 32;
-constexpr int Width = 8;
+constexpr int Warp = 32, Width = 8;
 
-extern __shared__ uint4 shared[]; // as much as the launch asks for
+extern __shared__ uint4 shared[]; // its size is set at the launch
 
 // ---- Eight elements at a time
 
-struct Pack {
+struct Pack { // in registers
     float x[Width];
 };
 
-// As they are in memory.
-struct alignas(16) Eight {
+struct alignas(16) Eight { // in memory
     floatX x[Width];
 };
 
+// Two floats as bf16, rounded to nearest, the first in the lower half, and back.
+__device__ uint32_t pair(float low, float high) {
+    __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
+    return *(uint32_t*)&both;
+}
+
+__device__ float2 unpair(uint32_t both) { return {__uint_as_float(both << 16), __uint_as_float(both & 0xffff0000)}; }
+
 __device__ Pack load(const float* from) {
-    Pack pack;
-    *(float4*)pack.x = *(const float4*)from;
-    *(float4*)(pack.x + 4) = *(const float4*)(from + 4);
-    return pack;
+    float4 low = *(const float4*)from, high = *(const float4*)(from + 4);
+    return {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
 }
 
 __device__ Pack load(const __nv_bfloat16* from) {
@@ -52,12 +56,6 @@ __device__ Pack load(const __nv_bfloat16* from) {
 __device__ void store(float* to, Pack pack) {
     *(float4*)to = *(float4*)pack.x;
     *(float4*)(to + 4) = *(float4*)(pack.x + 4);
-}
-
-// Two floats as bf16, rounded to nearest, the first in the lower half.
-__device__ uint32_t pair(float low, float high) {
-    __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
-    return *(uint32_t*)&both;
 }
 
 __device__ void store(__nv_bfloat16* to, Pack pack) {
@@ -89,52 +87,143 @@ __device__ float sum(Pack a) {
     return ((a.x[0] + a.x[1]) + (a.x[2] + a.x[3])) + ((a.x[4] + a.x[5]) + (a.x[6] + a.x[7]));
 }
 
-// (x - mean) * rstd
+// (x - mean)·rstd
 __device__ Pack normalize(Pack x, float mean, float rstd) {
     for (int i = 0; i < Width; i++)
         x.x[i] = (x.x[i] - mean) * rstd;
     return x;
 }
 
-// a = x from element first on.
+// Sets the elements from index first on to x.
 __device__ void fill(Pack& a, int first, float x) {
     for (int i = 0; i < Width; i++)
         a.x[i] = i < first ? a.x[i] : x;
 }
 
-__device__ uint32_t shared_address(const void* pointer) {
-    return (uint32_t)__cvta_generic_to_shared(pointer);
-}
-
-__device__ void cp_async(uint32_t to, const void* from, bool inside) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(inside ? 16 : 0));
-}
-
-// Sums, and the maximum, over the lanes that are so far apart, in that order.
-template <int... Apart>
+// The sum, and the maximum, of x over the lanes at these distances, in this order.
+template <int... Distances>
 __device__ float sum_lanes(float x) {
-    ((x += __shfl_xor_sync(~0u, x, Apart)), ...);
+    ((x += __shfl_xor_sync(~0u, x, Distances)), ...);
     return x;
 }
 
-template <int... Apart>
+template <int... Distances>
 __device__ float max_lanes(float x) {
-    ((x = fmaxf(x, __shfl_xor_sync(~0u, x, Apart))), ...);
+    ((x = fmaxf(x, __shfl_xor_sync(~0u, x, Distances))), ...);
     return x;
 }
 
 __device__ float warp_sum(float x) {
-    for (int lane = Warp / 2; lane > 0; lane /= 2)
-        x += __shfl_xor_sync(~0u, x, lane);
+    for (int distance = Warp / 2; distance > 0; distance /= 2)
+        x += __shfl_xor_sync(~0u, x, distance);
     return x;
 }
+
+// ---- PTX instructions
+
+#define PTX(name, parameters, ...) \
+    __device__ void name parameters { \
+        asm volatile(__VA_ARGS__); \
+    }
+#define PTX_OF_FLOAT(name, instruction) \
+    __device__ float name(float x) { \
+        asm(instruction " %0, %0;" : "+f"(x)); \
+        return x; \
+    }
+
+// Addresses in shared memory have 32 bits.
+__device__ uint32_t shared_address(const void* pointer) { return (uint32_t)__cvta_generic_to_shared(pointer); }
+
+template <typename T>
+__device__ T& at(uint32_t shared_address) { return *(T*)__cvta_shared_to_generic(shared_address); }
+
+PTX(load_shared, (uint4& to, uint32_t from), "ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+    : "=r"(to.x), "=r"(to.y), "=r"(to.z), "=r"(to.w) : "r"(from))
+PTX(store_shared, (uint32_t to, uint32_t x), "st.shared.b32 [%0], %1;" ::"r"(to), "r"(x))
+
+// Copies 16 bytes to shared memory; writes zeros instead if not inside.
+PTX(cp_async, (uint32_t to, const void* from, bool inside), "cp.async.cg.shared.global [%0], [%1], 16, %2;"
+    ::"r"(to), "l"(from), "r"(inside ? 16 : 0))
+PTX(cp_async_commit, (), "cp.async.commit_group;" ::)
+PTX(cp_async_wait, (), "cp.async.wait_group 0;" ::: "memory")
+
+// Barriers in shared memory. A phase ends when all have arrived and all expected bytes are there.
+struct Barriers {
+    uint32_t first; // address
+    __device__ uint32_t operator[](int i) const { return first + 8 * i; }
+};
+PTX(mbarrier_init, (uint32_t barrier, int arrivals),
+    "mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals))
+PTX(mbarrier_init_fence, (), "fence.mbarrier_init.release.cluster;" ::: "memory")
+PTX(mbarrier_arrive, (uint32_t barrier), "mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory")
+PTX(mbarrier_expect, (uint32_t barrier, int bytes),
+    "mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory")
+PTX(mbarrier_wait, (uint32_t barrier, int phase),
+    "{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n@!done bra again;\n}"
+    ::"r"(barrier), "r"(phase & 1) : "memory")
+
+// Arrives at this barrier in another block of the cluster; send also writes x there.
+PTX(mbarrier_arrive_at, (uint32_t barrier, uint32_t rank),
+    "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
+    "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(barrier), "r"(rank) : "memory")
+PTX(send, (int x, uint32_t to, uint32_t barrier, uint32_t rank),
+    "{\n.reg .b32 there, signal;\nmapa.shared::cluster.u32 there, %1, %3;\n"
+    "mapa.shared::cluster.u32 signal, %2, %3;\n"
+    "st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [there], %0, [signal];\n}"
+    ::"r"(x), "r"(to), "r"(barrier), "r"(rank) : "memory")
+
+// TMA loads bytes, rows of a head, a box of a matrix, and such a box into both blocks of the cluster.
+#define TO_SHARED ".shared::cluster.global.mbarrier::complete_tx::bytes"
+PTX(load_bytes, (uint32_t to, const void* from, int bytes, uint32_t barrier),
+    "cp.async.bulk" TO_SHARED " [%0], [%1], %2, [%3];"
+    ::"r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory")
+PTX(load_head, (uint32_t to, const CUtensorMap* map, int head, int row, int sequence, uint32_t barrier),
+    "cp.async.bulk.tensor.4d" TO_SHARED " [%0], [%1, {%2, %3, %4, %5}], [%6];"
+    ::"r"(to), "l"(map), "r"(0), "r"(head), "r"(row), "r"(sequence), "r"(barrier) : "memory")
+PTX(load_box, (uint32_t to, const CUtensorMap* map, int column, int row, uint32_t barrier),
+    "cp.async.bulk.tensor.2d" TO_SHARED " [%0], [%1, {%2, %3}], [%4];"
+    ::"r"(to), "l"(map), "r"(column), "r"(row), "r"(barrier) : "memory")
+PTX(load_box_to_both, (uint32_t to, const CUtensorMap* map, int column, int row, uint32_t barrier),
+    "cp.async.bulk.tensor.2d" TO_SHARED ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;"
+    ::"r"(to), "l"(map), "r"(column), "r"(row), "r"(barrier), "h"((uint16_t)3) : "memory")
+
+// TMA stores a box of a matrix, the first for the L2 to evict. The fence makes writes to shared memory visible to TMA.
+PTX(store_box, (const CUtensorMap* map, int column, int row, uint32_t from),
+    "{\n.reg .b64 policy;\ncreatepolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
+    "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group.L2::cache_hint [%0, {%1, %2}], [%3], policy;\n}"
+    ::"l"(map), "r"(column), "r"(row), "r"(from) : "memory")
+PTX(store_box_fence, (), "fence.proxy.async.shared::cta;" ::: "memory")
+PTX(store_box_commit, (), "cp.async.bulk.commit_group;" ::: "memory")
+PTX(store_box_wait, (), "cp.async.bulk.wait_group.read 0;" ::: "memory") // until TMA has read shared memory
+
+// Four 8 x 8 matrices in bf16; each lane has the address of a row.
+PTX(ldmatrix, (uint32_t (&to)[4], uint32_t from), "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+    : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(from))
+PTX(ldmatrix_transposed, (uint32_t (&to)[4], uint32_t from),
+    "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+    : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(from))
+PTX(stmatrix, (uint32_t to, const uint32_t (&x)[4]), "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};"
+    ::"r"(to), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]) : "memory")
+
+// c (16, 8) += a (16, 16) · b (16, 8)
+PTX(mma, (float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1),
+    "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+    "{%0, %1, %2, %3};" : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+    : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
+PTX(wgmma_fence, (), "wgmma.fence.sync.aligned;" ::: "memory")
+PTX(wgmma_commit, (), "wgmma.commit_group.sync.aligned;" ::: "memory")
+
+// Exact to about 22, 22 and 11 bits. The first two flush denormals to zero.
+PTX_OF_FLOAT(exp2_approximate, "ex2.approx.ftz.f32")
+PTX_OF_FLOAT(inverse_approximate, "rcp.approx.ftz.f32")
+PTX_OF_FLOAT(tanh_approximate, "tanh.approx.f32")
 
 // ---- Sums of rows
 
 constexpr int SumThreads = 256;
 
-// Sums count rows of x (.., C), of which row(i) is the i-th, and has a thread for each column call then(column, sum).
-// A block has so many columns, eight of them a thread, and its threads divide the rows.
+// Sums rows row(0) to row(count - 1) of x (.., C) and, in one thread per column, calls then(column, sum). A block has
+// Columns of the columns, eight of them per thread, and divides the rows among its threads.
 template <int Columns, typename T, typename Row, typename Then>
 __device__ void sum_rows(const T* x, int C, int count, Row row, Then then) {
     constexpr int Across = Columns / Width, Down = SumThreads / Across;
@@ -156,15 +245,14 @@ __device__ void sum_rows(const T* x, int C, int count, Row row, Then then) {
         then(column, total);
 }
 
-// partial (blocks, C): sums of x (rows, C) over each block's share of the rows.
+// partial (blocks, C) = the sums of x (rows, C) over each block's share of the rows.
 KERNEL sum_rows_partially(const floatX* x, int rows, int C, float* partial) {
     int first = (int64_t)rows * blockIdx.x / gridDim.x, end = (int64_t)rows * (blockIdx.x + 1) / gridDim.x;
     sum_rows<256>(x, C, end - first, [=](int i) { return first + i; },
         [=](int column, float sum) { partial[(int64_t)blockIdx.x * C + column] = sum; });
 }
 
-// db (C) += sums of partial (count, C); with more layers of blocks, those of a second and third (count, C) after it are
-// added to dw and dbias.
+// db (C), dw (C) and dbias (C) += the column sums of partial (3, count, C), or fewer: one per layer (z) of the grid.
 KERNEL add_row_sums(const float* partial, int count, int C, float* db, float* dw, float* dbias) {
     sum_rows<32>(partial + (int64_t)blockIdx.z * count * C, C, count, [](int i) { return i; },
         [=](int column, float sum) { (blockIdx.z == 0 ? db : blockIdx.z == 1 ? dw : dbias)[column] += sum; });
@@ -172,7 +260,7 @@ KERNEL add_row_sums(const float* partial, int count, int C, float* db, float* dw
 
 // ---- Embedding
 
-// A block a row.
+// x (B, T, C) = wte (V, C) at the tokens (B, T) + wpe (maxT, C) at the positions, from start on. One block per row.
 KERNEL embed(const int* tokens, const floatX* wte, const floatX* wpe, int start, floatX* x, int T, int C) {
     int64_t row = blockIdx.x;
     const floatX *token = wte + (int64_t)tokens[row] * C, *position = wpe + (int64_t)(start + row % T) * C;
@@ -180,7 +268,8 @@ KERNEL embed(const int* tokens, const floatX* wte, const floatX* wpe, int start,
         store(x + row * C + c, load(token + c) + load(position + c));
 }
 
-// order holds the rows sorted by token, and first where each token's begin: a block a token.
+// dwte (V, C) += dx (B·T, C), summed by token. order (B·T) has the rows sorted by token, and first (V + 1) where each
+// token's rows begin in it. One block per token.
 KERNEL embed_backward_tokens(const int* order, const int* first, const floatX* dx, float* dwte, int C) {
     int begin = first[blockIdx.x], count = first[blockIdx.x + 1] - begin;
     if (count > 0)
@@ -188,7 +277,7 @@ KERNEL embed_backward_tokens(const int* order, const int* first, const floatX* d
             [=](int column, float sum) { dwte[(int64_t)blockIdx.x * C + column] += sum; });
 }
 
-// A block a position.
+// dwpe (maxT, C) += the sums of dx (B, T, C) over the batch. One block per position.
 KERNEL embed_backward_positions(const floatX* dx, float* dwpe, int B, int T, int C) {
     sum_rows<256>(dx, C, B, [=](int b) { return b * T + blockIdx.x; },
         [=](int column, float sum) { dwpe[(int64_t)blockIdx.x * C + column] += sum; });
@@ -196,7 +285,8 @@ KERNEL embed_backward_positions(const floatX* dx, float* dwpe, int B, int T, int
 
 // ---- Layer norm
 
-// A warp a row, which waits in shared memory, each lane's part for itself.
+// y (rows, C) = normalized x (rows, C) · w (C) + b (C); statistics (rows) = each row's mean and 1/deviation. One warp
+// per row, which it keeps in shared memory; each lane reads back only what it wrote.
 KERNEL layer_norm(const floatX* x, const floatX* w, const floatX* b, floatX* y, float2* statistics, int rows, int C) {
     int warp = threadIdx.x / Warp, lane = threadIdx.x % Warp;
     int64_t row = (int64_t)blockIdx.x * (blockDim.x / Warp) + warp;
@@ -223,8 +313,9 @@ KERNEL layer_norm(const floatX* x, const floatX* w, const floatX* b, floatX* y, 
 
 constexpr int NormBackwardThreads = 512;
 
-// The warps of a block form groups as wide as a row; a thread has eight columns, and their sums for db, dw and (if sums
-// is 3) dbias over the rows that its group takes. partial (sums, blocks, C) gets those of the blocks.
+// dx (rows, C) += the gradient of x (rows, C), from dy (rows, C), w (C) and statistics (rows). partial (sums, blocks,
+// C) = each block's part of db, dw and, if sums is 3, dbias = Σ dx. A group of warps, as wide as a row, takes two rows
+// at a time; a thread has eight columns.
 KERNEL __launch_bounds__(NormBackwardThreads) layer_norm_backward(const floatX* dy, const floatX* x, const floatX* w,
     const float2* statistics, floatX* dx, float* partial, int rows, int C, int sums) {
     constexpr int Together = 2; // rows
@@ -234,7 +325,7 @@ KERNEL __launch_bounds__(NormBackwardThreads) layer_norm_backward(const floatX* 
     bool inside = c < C;
     Eight weights = *(const Eight*)(w + (inside ? c : 0));
     Pack db = {}, dw = {}, dbias = {};
-    float share = 1.0f / C; // of a channel in a mean
+    float share = 1.0f / C; // of one column in a mean
     int first = (blockIdx.x * groups + group) * Together, step = gridDim.x * groups * Together;
     struct {
         Eight x, dy, dx;
@@ -255,7 +346,7 @@ KERNEL __launch_bounds__(NormBackwardThreads) layer_norm_backward(const floatX* 
                 own[r].dy = {};
         }
         load_next(first + step);
-        // With g = dy·w and the normalized input z: dx = rstd·(g − mean(g) − z·mean(g·z)).
+        // With g = dy·w and z = normalized x: dx = rstd·(g − mean(g) − z·mean(g·z)).
         for (int r = 0; r < Together; r++) {
             Pack z = normalize(load(own[r].x.x), own[r].statistics.x, own[r].statistics.y), dout = load(own[r].dy.x);
             Pack g = dout * load(weights.x);
@@ -283,7 +374,7 @@ KERNEL __launch_bounds__(NormBackwardThreads) layer_norm_backward(const floatX* 
             }
         }
     }
-    // The groups' sums, one after the other.
+    // Groups add their sums one after the other.
     float* total = (float*)shared;
     for (int i = 0; i < groups; i++) {
         __syncthreads();
@@ -300,28 +391,13 @@ KERNEL __launch_bounds__(NormBackwardThreads) layer_norm_backward(const floatX* 
 
 constexpr float Log2E = 1.4426950408889634f;
 
-// 2^x and 1/x, to some 22 bits, with denormal numbers as zero.
-__device__ float exp2_approximate(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
-__device__ float inverse_approximate(float x) {
-    float y;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
-// GELU(x)/x: (1 + tanh u)/2 = 1/(1 + e^−2u) with u = √(2/π)·(x + 0.044715·x³).
+// GELU(x)/x = (1 + tanh u)/2 = 1/(1 + e^−2u) with u = √(2/π)·(x + 0.044715·x³).
 __device__ float gelu_gate(float x) {
     constexpr float Scale = -2 * 0.7978845608f * Log2E;
     return inverse_approximate(1 + exp2_approximate(x * (Scale + Scale * 0.044715f * (x * x))));
 }
 
-__device__ float gelu_of(float x) {
-    return x * gelu_gate(x);
-}
+__device__ float gelu_of(float x) { return x * gelu_gate(x); }
 
 __device__ float gelu_slope(float x) {
     constexpr float Scale = 2 * 0.7978845608f;
@@ -329,26 +405,33 @@ __device__ float gelu_slope(float x) {
     return gate + (gate - gate * gate) * (x * (Scale + Scale * 3 * 0.044715f * (x * x)));
 }
 
+// GELU'(x) to about 11 bits.
+__device__ float gelu_slope_approximate(float x) {
+    constexpr float Scale = 0.7978845608f, Cubic = 0.044715f;
+    float tanh = tanh_approximate(x * (Scale + Scale * Cubic * (x * x)));
+    float half_du = Scale / 2 + Scale / 2 * Cubic * 3 * (x * x);
+    return 0.5f + 0.5f * tanh + (1 - tanh * tanh) * (x * half_du);
+}
+
+// y = GELU(x), both of count elements.
 KERNEL gelu(const floatX* x, floatX* y, int64_t count) {
     int64_t i = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * Width;
     if (i < count)
         store(y + i, map(load(x + i), gelu_of));
 }
 
-// dx *= GELU'(x)
+// dx *= GELU'(x), both of count elements.
 KERNEL gelu_backward(const floatX* x, floatX* dx, int64_t count) {
     int64_t i = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * Width;
-    if (i >= count)
-        return;
-    Pack slope = map(load(x + i), gelu_slope);
-    store(dx + i, load(dx + i) * slope);
+    if (i < count)
+        store(dx + i, load(dx + i) * map(load(x + i), gelu_slope));
 }
 
-// ---- Attention for any size of heads, and for generation
+// ---- Attention for heads of any size, and for generation
 
 constexpr int HeadWarps = 8, LargestHead = 256;
 
-// A vector of a head, a lane having every 32nd element.
+// A vector (HS) spread over a warp: each lane has every 32nd element.
 struct Head {
     float x[LargestHead / Warp];
 
@@ -372,7 +455,7 @@ __device__ float dot(const Head& a, const Head& b) {
     return warp_sum(total);
 }
 
-// to = the block's warps' vectors, each times its factor, added up.
+// to (HS) = the sum of own · factor over the block's warps.
 __device__ void combine(const Head& own, float factor, floatX* to, int HS) {
     __shared__ float all[HeadWarps][LargestHead];
     __syncthreads();
@@ -387,7 +470,8 @@ __device__ void combine(const Head& own, float factor, floatX* to, int HS) {
     }
 }
 
-// A block a query (x) of a head (y) of a sequence (z); its warps divide the keys.
+// y (B, T − start, NH·HS) and lse (B, NH, T − start) from qkv (B, T, 3, NH·HS), for queries from start on. One block
+// per query (x), head (y) and sequence (z), whose warps divide the keys.
 KERNEL attention_any(const floatX* qkv, int start, floatX* y, float* lse, int T, int NH, int HS) {
     __shared__ float maxima[HeadWarps], sums[HeadWarps];
     int warp = threadIdx.x / Warp, C = NH * HS, row = start + blockIdx.x;
@@ -399,7 +483,7 @@ KERNEL attention_any(const floatX* qkv, int start, floatX* y, float* lse, int T,
         float score = scale * dot(q, Head(at + C, HS)), new_max = fmaxf(max, score);
         float keep = __expf(max - new_max), p = __expf(score - new_max);
         total = total * keep + p;
-        own.add(keep - 1, own);
+        own.add(keep - 1, own); // own *= keep
         own.add(p, Head(at + 2 * C, HS));
         max = new_max;
     }
@@ -417,7 +501,8 @@ KERNEL attention_any(const floatX* qkv, int start, floatX* y, float* lse, int T,
         lse[((int64_t)blockIdx.z * NH + blockIdx.y) * (T - start) + blockIdx.x] = all_max + __logf(all);
 }
 
-// dq, and delta for the next kernel; blocks as above.
+// dq in dqkv (B, T, 3, NH·HS), and delta (B, NH, T) = Σ dy·y, from dy and y (B, T, NH·HS), qkv (B, T, 3, NH·HS) and lse
+// (B, NH, T). Blocks as above.
 KERNEL attention_any_backward_q(const floatX* dy, const floatX* qkv, const floatX* y, const float* lse, float* delta,
     floatX* dqkv, int T, int NH, int HS) {
     int C = NH * HS, row = blockIdx.x;
@@ -437,7 +522,7 @@ KERNEL attention_any_backward_q(const floatX* dy, const floatX* qkv, const float
         delta[statistic] = own_delta;
 }
 
-// dk and dv: a block a key, whose warps divide the queries from it on.
+// dk and dv in dqkv, from the same arrays and delta. One block per key, whose warps divide the queries from it on.
 KERNEL attention_any_backward_kv(const floatX* dy, const floatX* qkv, const float* lse, const float* delta,
     floatX* dqkv, int T, int NH, int HS) {
     int C = NH * HS, key = blockIdx.x;
@@ -456,18 +541,19 @@ KERNEL attention_any_backward_kv(const floatX* dy, const floatX* qkv, const floa
     combine(dv, 1, to + 2 * C, HS);
 }
 
-// ---- Flash attention (Dao, 2023) for heads of 64: causal, from and to the packed (B, T, 3, NH, 64), no sum by atomics
+// ---- Flash attention (Dao, 2023) for heads of 64
 
 #ifndef FP32
-// A block of two warpgroups holds 128 rows (queries; keys in the kernel for dk and dv) and walks over tiles of 64 of
-// the others. All products have one of two forms: scores = rows·tileᵀ, of two tiles in shared memory, and sums +=
-// weights·tile, whose weights are scores still in registers. Their layout is that of mma.m16n8k16, which four warps
-// side by side share with wgmma.m64n64k16; so each kernel is written once, for any GPU and, with wgmma and TMA, Hopper.
+// Causal attention from qkv (B, T, 3, NH, 64) to y (B, T, NH, 64), without atomics. A block has 128 rows (queries, or
+// keys in the kernel for dk and dv) in two warpgroups, and walks over the others in tiles of 64. There are two kinds of
+// products: scores = rows·tileᵀ, from shared memory, and sums += weights·tile, whose weights are scores in registers.
+// Four warps with mma.m16n8k16 hold them as wgmma.m64n64k16 does, so that each kernel is written once, for any GPU and,
+// with wgmma and TMA, for Hopper.
 constexpr int HS = 64, TileRows = 64, TileBytes = TileRows * HS * 2;
-constexpr int FlashThreads = 256, FlashRows = 128;
+constexpr int FlashThreads = 256, FlashRows = 128, HopperKeyRows = 192;
 
-typedef float Accumulators[8][4]; // (16, 64) of a warp: [column / 8][2·(row / 8) + column % 2]
-typedef uint32_t Fragments[4][4]; // (16, 64) of a warp in bf16
+typedef float Accumulators[8][4]; // a warp's (16, 64), as [column / 8][2·(row / 8) + column % 2]
+typedef uint32_t Fragments[4][4]; // a warp's (16, 64) in bf16
 
 // body(j, i) for each of a thread's accumulators.
 template <typename Body>
@@ -478,53 +564,19 @@ __device__ void each(Body body) {
     }
 }
 
-// The place of eight columns of a row in a tile: chunks of 16 bytes are permuted as TMA and wgmma have it with 128
-// bytes a row, so that no access meets another in a bank.
-__device__ uint32_t chunk(uint32_t tile, int row, int column8) {
+// The address of eight columns of a row in a tile. Chunks of 16 bytes are swizzled as TMA and wgmma do with rows of 128
+// bytes, which avoids bank conflicts.
+__device__ uint32_t swizzled(uint32_t tile, int row, int column8) {
     return tile + row * 128 + ((column8 ^ (row & 7)) << 4);
 }
 
-// A number that is the same in every lane; so told, the compiler holds it, and what follows from it, once for the warp.
-__device__ int uniform(int x) {
-    return __shfl_sync(~0u, x, 0);
-}
+// x, the same in every lane: this lets the compiler compute with it once per warp.
+__device__ int uniform(int x) { return __shfl_sync(~0u, x, 0); }
 
-// Where tiles begin in what the launch asked for: at a multiple of 1024, as the permutation wants it.
-__device__ uint32_t first_tile() {
-    return (shared_address(shared) + 1023) & ~1023;
-}
+// Tiles begin at a multiple of 1024 bytes, as the swizzling requires.
+__device__ uint32_t first_tile() { return (shared_address(shared) + 1023) & ~1023; }
 
-// ---- Copies to shared memory
-
-__device__ void mbarrier_init(uint32_t barrier, int arrivals) {
-    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
-}
-
-__device__ void mbarrier_arrive(uint32_t barrier) {
-    asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
-__device__ void mbarrier_expect(uint32_t barrier, int bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-
-__device__ void mbarrier_wait(uint32_t barrier, int phase) {
-    asm volatile("{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n"
-        "@!done bra again;\n}" ::"r"(barrier), "r"(phase & 1) : "memory");
-}
-
-__device__ void tma_load(uint32_t to, const CUtensorMap* map, int head, int row, int sequence, uint32_t barrier) {
-    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
-        "[%0], [%1, {%2, %3, %4, %5}], [%6];"
-        ::"r"(to), "l"(map), "r"(0), "r"(head), "r"(row), "r"(sequence), "r"(barrier) : "memory");
-}
-
-__device__ void bulk_load(uint32_t to, const void* from, int bytes, uint32_t barrier) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-        ::"r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
-}
-
-// The (T, 64) of one head of this block's sequence, in an array (B, T, heads, 64) which map describes to TMA.
+// One head's rows (T, 64) of this block's sequence, in an array (B, T, heads, 64); map describes it to TMA.
 template <bool Hopper>
 struct Rows {
     const floatX* from;
@@ -534,15 +586,15 @@ struct Rows {
     __device__ Rows(const floatX* array, const CUtensorMap* map, int heads, int head, int T)
         : from(array + ((int64_t)blockIdx.z * T * heads + head) * HS), map(map), heads(heads), head(head), T(T) { }
 
-    // Copies rows [first, first + Count) to tiles; those from T on become zero.
+    // Copies rows [first, first + Count) to tiles, with zeros from row T on.
     template <int Count>
     __device__ void load(uint32_t tiles, int first, uint32_t barrier) const {
         if constexpr (Hopper) {
             for (int i = 0; threadIdx.x == 0 && i < Count; i += TileRows)
-                tma_load(tiles + i * 128, map, head, first + i, blockIdx.z, barrier);
+                load_head(tiles + i * 128, map, head, first + i, blockIdx.z, barrier);
         } else {
             int row = threadIdx.x / 8, step = FlashThreads / 8, stride = heads * HS;
-            uint32_t to = chunk(tiles, row, threadIdx.x % 8);
+            uint32_t to = swizzled(tiles, row, threadIdx.x % 8);
             const floatX* at = from + (int64_t)(first + row) * stride + threadIdx.x % 8 * Width;
             for (int i = 0; i < Count; i += step)
                 cp_async(to + i * 128, at + i * stride, first + row + i < T);
@@ -550,8 +602,10 @@ struct Rows {
     }
 };
 
-// The tiles [begin, end) of two heads' rows, and of what statistics there are for a row, in pairs that go through a
-// ring in shared memory: two places that all threads fill and change over together, or three that TMA fills ahead.
+__shared__ uint64_t pair_barriers[6];
+
+// Walks over tiles [begin, end) of two heads' rows, and the rows' statistics (T) if any, in pairs. They pass through a
+// ring in shared memory: of two places that all threads fill in turn, or three that TMA fills ahead.
 template <bool Hopper, bool HasStatistics>
 struct Pairs {
     static constexpr int Places = Hopper ? 3 : 2;
@@ -559,90 +613,79 @@ struct Pairs {
     static constexpr int Bytes = 2 * TileBytes + StatisticsBytes;
 
     const Rows<Hopper>&left, &right;
-    const float2* all_statistics; // from those of the first row on
-    uint32_t ring, full, empty;   // tiles, and a barrier for each place that it is full, and that it is empty
+    const float2* all_statistics; // (T)
+    uint32_t ring;
     int tile, end, place = 0, phase = 0;
+    Barriers full{shared_address(pair_barriers)}, empty{full[Places]}; // of each place
 
-    // For as many warps as there are in the block.
-    __device__ Pairs(const Rows<Hopper>& left, const Rows<Hopper>& right, const float2* statistics, uint32_t ring,
-        int begin, int end) : left(left), right(right), all_statistics(statistics), ring(ring), tile(begin), end(end) {
-        __shared__ uint64_t barriers[2 * Places];
-        full = shared_address(barriers);
-        empty = full + 8 * Places;
-        if constexpr (Hopper) {
-            if (threadIdx.x == 0) {
-                for (int i = 0; i < Places; i++) {
-                    mbarrier_init(full + 8 * i, 1);
-                    mbarrier_init(empty + 8 * i, blockDim.x / Warp);
-                }
-                asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-            }
-            __syncthreads();
-        }
-    }
+    // The current pair: the left tile, followed by the right one.
+    __device__ uint32_t tiles() const { return ring + place * 2 * TileBytes; }
 
-    // The first array's tile; the second's follows it.
-    __device__ uint32_t tiles() const {
-        return ring + place * 2 * TileBytes;
-    }
-
-    __device__ uint32_t statistics(int place) const {
-        return ring + Places * 2 * TileBytes + place * StatisticsBytes;
-    }
+    __device__ uint32_t statistics(int place) const { return ring + Places * 2 * TileBytes + place * StatisticsBytes; }
 
     __device__ void load(int tile, int place) const {
-        uint32_t to = ring + place * 2 * TileBytes, barrier = full + 8 * place;
-        left.template load<TileRows>(to, tile * TileRows, barrier);
-        right.template load<TileRows>(to + TileBytes, tile * TileRows, barrier);
+        uint32_t to = ring + place * 2 * TileBytes;
+        left.template load<TileRows>(to, tile * TileRows, full[place]);
+        right.template load<TileRows>(to + TileBytes, tile * TileRows, full[place]);
         if constexpr (HasStatistics) {
             const float2* from = all_statistics + tile * TileRows;
             if (Hopper && threadIdx.x == 0)
-                bulk_load(statistics(place), from, StatisticsBytes, barrier);
+                load_bytes(statistics(place), from, StatisticsBytes, full[place]);
             else if (!Hopper && threadIdx.x < StatisticsBytes / 16)
                 cp_async(statistics(place) + threadIdx.x * 16, from + threadIdx.x * 2, true);
         }
-        if constexpr (!Hopper)
-            asm volatile("cp.async.commit_group;");
+        if (!Hopper)
+            cp_async_commit();
     }
 
-    // Has the first ones loaded, and with them what else the kernel loads, of so many bytes.
+    // Starts to load the first pairs and, by others(barrier), so many bytes that the kernel needs all along.
     template <typename Load>
     __device__ void start(int bytes, Load others) const {
+        if constexpr (Hopper) {
+            if (threadIdx.x == 0) {
+                for (int i = 0; i < Places; i++) {
+                    mbarrier_init(full[i], 1);
+                    mbarrier_init(empty[i], blockDim.x / Warp);
+                }
+                mbarrier_init_fence();
+            }
+            __syncthreads();
+        }
         if (Hopper && threadIdx.x == 0)
-            mbarrier_expect(full, Bytes + bytes);
-        others(full);
+            mbarrier_expect(full[0], Bytes + bytes);
+        others(full[0]);
         load(tile, 0);
         for (int i = 1; Hopper && threadIdx.x == 0 && i < Places && tile + i < end; i++) {
-            mbarrier_expect(full + 8 * i, Bytes);
+            mbarrier_expect(full[i], Bytes);
             load(tile + i, i);
         }
     }
 
-    // Waits for the pair, and has the next one loaded where all threads do that.
+    // Waits for the current pair; without TMA, also starts to load the next one.
     __device__ void wait() const {
         if constexpr (Hopper) {
-            mbarrier_wait(full + 8 * place, phase);
+            mbarrier_wait(full[place], phase);
         } else {
-            asm volatile("cp.async.wait_group 0;" ::: "memory");
+            cp_async_wait();
             __syncthreads();
             if (tile + 1 < end)
                 load(tile + 1, place ^ 1);
         }
     }
 
-    // Has TMA load a pair into the place of the one before this one, as soon as every warp is done with that.
+    // Has TMA load another pair in place of the previous one, once every warp is done with that.
     __device__ void refill(int begin) const {
         if (Hopper && threadIdx.x == 0 && tile > begin && tile + Places - 1 < end) {
             int before = place == 0 ? Places - 1 : place - 1;
-            mbarrier_wait(empty + 8 * before, place == 0 ? phase ^ 1 : phase);
-            mbarrier_expect(full + 8 * before, Bytes);
+            mbarrier_wait(empty[before], place == 0 ? phase ^ 1 : phase);
+            mbarrier_expect(full[before], Bytes);
             load(tile + Places - 1, before);
         }
     }
 
     __device__ void next() {
         if (Hopper && threadIdx.x % Warp == 0)
-            mbarrier_arrive(empty + 8 * place);
+            mbarrier_arrive(empty[place]);
         tile++;
         if (++place == Places) {
             place = 0;
@@ -653,24 +696,7 @@ struct Pairs {
 
 // ---- Products of tiles
 
-__device__ void ldmatrix(uint32_t (&to)[4], uint32_t from) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-        : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(from));
-}
-
-__device__ void ldmatrix_transposed(uint32_t (&to)[4], uint32_t from) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-        : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(from));
-}
-
-__device__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};" : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-// How wgmma finds 64 rows from some bytes on in a tile: 1024 bytes from one group of eight to the next, permuted as
-// chunk has it.
+// Tells wgmma where 64 rows begin in a swizzled tile, and that groups of eight rows are 1024 bytes apart.
 __device__ uint64_t descriptor(uint32_t tile, int bytes) {
     uint64_t descriptor;
     uint32_t low = (tile >> 4 | 1 << 16) + (bytes >> 4);
@@ -678,13 +704,13 @@ __device__ uint64_t descriptor(uint32_t tile, int bytes) {
     return descriptor;
 }
 
-// c = a·b, or c += a·b, for 16 of the depth, by four warps; it goes on in the background: see wgmma_wait. The rows of
-// a lie in a tile, or are fragments; those of b's tile are the columns of b, or (with fragments) its depth.
+// c = a·b, or c += a·b, over a depth of 16, by four warps in the background until wgmma_wait. a is rows of a tile, or
+// fragments. The rows of b's tile are the columns of b or, with fragments, its depth.
 #define ROW(j) "+f"(c[j][0]), "+f"(c[j][1]), "+f"(c[j][2]), "+f"(c[j][3])
 #define ALL_ROWS ROW(0), ROW(1), ROW(2), ROW(3), ROW(4), ROW(5), ROW(6), ROW(7)
-#define WGMMA "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " \
-    "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
-    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+#define REGISTERS_32 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define WGMMA "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" REGISTERS_32 "}, "
 
 __device__ void wgmma(Accumulators& c, uint64_t a, uint64_t b, bool accumulate) {
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n" WGMMA "%32, %33, p, 1, 1, 0, 0;\n}"
@@ -696,22 +722,14 @@ __device__ void wgmma(Accumulators& c, const uint32_t (&a)[4], uint64_t b) {
         : ALL_ROWS : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 
-__device__ void wgmma_fence() {
-    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-}
-
-__device__ void wgmma_commit() {
-    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-}
-
-// Waits until at most so many of the last products are going on, and these accumulators have arrived.
+// Waits until at most the last Pending groups of products are unfinished; c belongs to an earlier one.
 template <bool Hopper, int Pending>
 __device__ void wgmma_wait(Accumulators& c) {
     if constexpr (Hopper)
         asm volatile("wgmma.wait_group.sync.aligned %32;" : ALL_ROWS : "n"(Pending) : "memory");
 }
 
-// scores = rows·tileᵀ, for the warpgroup's 64 rows.
+// scores (64, 64) = rows (64, 64) · tile (64, 64)ᵀ, for a warpgroup.
 template <bool Hopper>
 __device__ void multiply_transposed(Accumulators& scores, uint32_t rows, uint32_t tile) {
     if constexpr (Hopper) {
@@ -725,9 +743,9 @@ __device__ void multiply_transposed(Accumulators& scores, uint32_t rows, uint32_
         each([&](int j, int i) { scores[j][i] = 0; });
         for (int k = 0; k < 4; k++) {
             uint32_t a[4], b[4];
-            ldmatrix(a, chunk(rows, row + lane % 16, 2 * k + lane / 16));
+            ldmatrix(a, swizzled(rows, row + lane % 16, 2 * k + lane / 16));
             for (int j = 0; j < 8; j += 2) {
-                ldmatrix(b, chunk(tile, j * 8 + lane / 16 * 8 + lane % 8, 2 * k + lane / 8 % 2));
+                ldmatrix(b, swizzled(tile, j * 8 + lane / 16 * 8 + lane % 8, 2 * k + lane / 8 % 2));
                 mma(scores[j], a, b[0], b[1]);
                 mma(scores[j + 1], a, b[2], b[3]);
             }
@@ -735,7 +753,7 @@ __device__ void multiply_transposed(Accumulators& scores, uint32_t rows, uint32_
     }
 }
 
-// sums += weights·tile
+// sums (64, 64) += weights (64, 64) · tile (64, 64), for a warpgroup.
 template <bool Hopper>
 __device__ void multiply_add(Accumulators& sums, const Fragments& weights, uint32_t tile) {
     if constexpr (Hopper) {
@@ -748,7 +766,7 @@ __device__ void multiply_add(Accumulators& sums, const Fragments& weights, uint3
         for (int k = 0; k < 4; k++) {
             for (int j = 0; j < 8; j += 2) {
                 uint32_t b[4];
-                ldmatrix_transposed(b, chunk(tile, k * 16 + lane % 16, j + lane / 16));
+                ldmatrix_transposed(b, swizzled(tile, k * 16 + lane % 16, j + lane / 16));
                 mma(sums[j], weights[k], b[0], b[1]);
                 mma(sums[j + 1], weights[k], b[2], b[3]);
             }
@@ -756,7 +774,7 @@ __device__ void multiply_add(Accumulators& sums, const Fragments& weights, uint3
     }
 }
 
-// Accumulators in bf16, as the weights of the next product.
+// Rounds accumulators to bf16, as weights of the next product.
 __device__ void to_fragments(Fragments& to, const Accumulators& from) {
     for (int k = 0; k < 4; k++) {
         for (int i = 0; i < 4; i++)
@@ -764,16 +782,11 @@ __device__ void to_fragments(Fragments& to, const Accumulators& from) {
     }
 }
 
-// Where an accumulator is: row within the warpgroup's 64, and column.
-__device__ int row_of(int i) {
-    return threadIdx.x / Warp % 4 * 16 + threadIdx.x % Warp / 4 + i / 2 * 8;
-}
+// The row, among the warpgroup's 64, and the column of an accumulator.
+__device__ int row_of(int i) { return threadIdx.x / Warp % 4 * 16 + threadIdx.x % Warp / 4 + i / 2 * 8; }
+__device__ int column_of(int j, int i) { return j * 8 + threadIdx.x % 4 * 2 + i % 2; }
 
-__device__ int column_of(int j, int i) {
-    return j * 8 + threadIdx.x % 4 * 2 + i % 2;
-}
-
-// Hides the future in a tile on the diagonal, whose columns are keys, or queries if it is transposed.
+// Hides keys after the query in a tile on the diagonal, whose columns are keys or, if transposed, queries.
 __device__ void mask(Accumulators& scores, bool transposed) {
     each([&](int j, int i) {
         if (transposed ? column_of(j, i) < row_of(i) : column_of(j, i) > row_of(i))
@@ -781,25 +794,24 @@ __device__ void mask(Accumulators& scores, bool transposed) {
     });
 }
 
-// Writes factor[row / 8] times a warp's 16 rows to those from first on of a head's rows, by way of its rows of a tile,
-// where it leaves their sums if they are asked for.
+// Writes a warp's 16 rows, the upper eight times factor0 and the lower times factor1, to rows from first on of a head
+// in array (B, T, heads, 64). They pass through the warp's rows of a tile, which then get their sums (64) if Sums.
 template <bool Sums>
 __device__ void store_rows(const Accumulators& from, float factor0, float factor1, uint32_t tile, floatX* array,
     int heads, int head, int first, int T) {
     int lane = threadIdx.x % Warp, row = threadIdx.x / Warp * 16;
     floatX* to = array + ((int64_t)(blockIdx.z * T + first + row) * heads + head) * HS;
     for (int j = 0; j < 8; j++) {
-        uint32_t above = chunk(tile, row + lane / 4, j) + lane % 4 * 4, below = above + 8 * 128;
-        asm volatile("st.shared.b32 [%0], %1;" ::"r"(above), "r"(pair(from[j][0] * factor0, from[j][1] * factor0)));
-        asm volatile("st.shared.b32 [%0], %1;" ::"r"(below), "r"(pair(from[j][2] * factor1, from[j][3] * factor1)));
+        uint32_t above = swizzled(tile, row + lane / 4, j) + lane % 4 * 4, below = above + 8 * 128;
+        store_shared(above, pair(from[j][0] * factor0, from[j][1] * factor0));
+        store_shared(below, pair(from[j][2] * factor1, from[j][3] * factor1));
     }
     __syncwarp();
     Pack sums = {};
 #pragma unroll
     for (int i = lane; i < 16 * 8; i += Warp) {
         uint4 bits;
-        asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(bits.x), "=r"(bits.y), "=r"(bits.z), "=r"(bits.w)
-            : "r"(chunk(tile, row + i / 8, i % 8)));
+        load_shared(bits, swizzled(tile, row + i / 8, i % 8));
         if (first + row + i / 8 < T) {
             *(uint4*)(to + (int64_t)(i / 8) * heads * HS + i % 8 * Width) = bits;
             if (Sums)
@@ -809,24 +821,25 @@ __device__ void store_rows(const Accumulators& from, float factor0, float factor
     if (Sums) {
         sums = map(sums, sum_lanes<8, 16>);
         if (lane < 8)
-            store((float*)__cvta_shared_to_generic(tile + row * 128) + lane * Width, sums);
+            store(&at<float>(tile + row * 128 + lane * Width * sizeof(float)), sums);
     }
 }
 
-// partial (64) = what the warps left, together.
+// partial (64) = the sum of the sums that store_rows left in the tile.
 template <int Rows>
 __device__ void store_sums(uint32_t tile, float* partial) {
     if (threadIdx.x >= HS)
         return;
     float total = 0;
     for (int row = 0; row < Rows; row += 16)
-        total += ((float*)__cvta_shared_to_generic(tile + row * 128))[threadIdx.x];
+        total += at<float[HS]>(tile + row * 128)[threadIdx.x];
     partial[threadIdx.x] = total;
 }
 
 // ---- The three kernels
 
-// y and lse; a block for 128 queries (x, the last first, for they have most to do) of a head (y) of a sequence (z).
+// y (B, T, NH, 64) and lse (B, NH, T) from qkv (B, T, 3, NH, 64). One block per 128 queries (x), head (y) and sequence
+// (z); the last queries, which have most to do, come first.
 template <bool Hopper>
 __device__ void flash_forward(const CUtensorMap* map, const floatX* qkv, floatX* y, float* lse, int T, int NH) {
     int first = (gridDim.x - 1 - blockIdx.x) * FlashRows, warpgroup = uniform(threadIdx.x / 128);
@@ -835,7 +848,7 @@ __device__ void flash_forward(const CUtensorMap* map, const floatX* qkv, floatX*
     Rows<Hopper> q(qkv, map, 3 * NH, blockIdx.y, T), k(qkv, map, 3 * NH, NH + blockIdx.y, T);
     Rows<Hopper> v(qkv, map, 3 * NH, 2 * NH + blockIdx.y, T);
     int end = (min(first + FlashRows, T) - 1) / TileRows + 1;
-    Pairs<Hopper, false> pairs(k, v, nullptr, queries + 2 * TileBytes, 0, end);
+    Pairs<Hopper, false> pairs{k, v, nullptr, queries + 2 * TileBytes, 0, end};
     pairs.start(2 * TileBytes, [&](uint32_t barrier) { q.template load<FlashRows>(queries, first, barrier); });
 
     Fragments weights;
@@ -852,9 +865,9 @@ __device__ void flash_forward(const CUtensorMap* map, const floatX* qkv, floatX*
                 mask(scores, false);
             float new_max[2] = {max[0], max[1]};
             each([&](int j, int i) { new_max[i / 2] = fmaxf(new_max[i / 2], scores[j][i]); });
-            new_max[0] = max_lanes<1, 2>(new_max[0]); // of the four threads that share a row
+            new_max[0] = max_lanes<1, 2>(new_max[0]); // four threads share a row
             new_max[1] = max_lanes<1, 2>(new_max[1]);
-            // What is subtracted need not be the maximum, only near it: exponentials may reach 2^8.
+            // What is subtracted cancels out, so the old maximum will do while exponentials stay below 2^8.
             if (__any_sync(~0u, fmaxf(new_max[0] - max[0], new_max[1] - max[1]) * scale > 8)) {
                 float keep[2];
                 for (int i = 0; i < 2; i++) {
@@ -885,14 +898,14 @@ __device__ void flash_forward(const CUtensorMap* map, const floatX* qkv, floatX*
     }
 }
 
-// The row of statistics (B, NH, T up to the next multiple of 64) of this block's head: lse/ln 2 and delta = Σ dy·y of
-// each query, zero from T on.
+// A head's row of statistics (B, NH, T rounded up to 64): each query's lse/ln 2 and delta = Σ dy·y; zeros from T on.
 __device__ float2* statistics_row(float2* statistics, int T, int NH) {
     return statistics + ((int64_t)blockIdx.z * NH + blockIdx.y) * ((T + TileRows - 1) / TileRows * TileRows);
 }
 
-// dq, its sums, and the statistics for the next kernel; blocks as above. P = e^(scale·q·k − lse);
-// dS = P·(dy·v − delta); dq = scale·Σ dS·k.
+// dq in dqkv (B, T, 3, NH, 64), each block's sums of it in partial (B, blocks, NH, 64), and statistics, from dy and y
+// (B, T, NH, 64), qkv (B, T, 3, NH, 64) and lse (B, NH, T). Blocks as in flash_forward.
+// P = e^(scale·q·k − lse); dS = P·(dy·v − delta); dq = scale·Σ dS·k.
 template <bool Hopper>
 __device__ void flash_backward_q(const CUtensorMap* map, const CUtensorMap* dy_map, const floatX* dy, const floatX* qkv,
     const floatX* y, const float* lse, float2* statistics, floatX* dqkv, float* partial, int T, int NH) {
@@ -903,7 +916,7 @@ __device__ void flash_backward_q(const CUtensorMap* map, const CUtensorMap* dy_m
     Rows<Hopper> q(qkv, map, 3 * NH, blockIdx.y, T), k(qkv, map, 3 * NH, NH + blockIdx.y, T);
     Rows<Hopper> v(qkv, map, 3 * NH, 2 * NH + blockIdx.y, T), dout(dy, dy_map, NH, blockIdx.y, T);
     int end = (min(first + FlashRows, T) - 1) / TileRows + 1;
-    Pairs<Hopper, false> pairs(k, v, nullptr, douts + 2 * TileBytes, 0, end);
+    Pairs<Hopper, false> pairs{k, v, nullptr, douts + 2 * TileBytes, 0, end};
     pairs.start(4 * TileBytes, [&](uint32_t barrier) {
         q.template load<FlashRows>(queries, first, barrier);
         dout.template load<FlashRows>(douts, first, barrier);
@@ -947,9 +960,7 @@ __device__ void flash_backward_q(const CUtensorMap* map, const CUtensorMap* dy_m
             wgmma_wait<Hopper, 1>(scores);
             if (pairs.tile * TileRows == own_first)
                 mask(scores, false);
-            each([&](int j, int i) {
-                scores[j][i] = exp2_approximate(scores[j][i] * (scale * Log2E) - own[i / 2].x);
-            });
+            each([&](int j, int i) { scores[j][i] = exp2_approximate(scores[j][i] * (scale * Log2E) - own[i / 2].x); });
             wgmma_wait<Hopper, 0>(products);
             each([&](int j, int i) { scores[j][i] *= products[j][i] - own[i / 2].y; });
             to_fragments(weights, scores);
@@ -963,26 +974,24 @@ __device__ void flash_backward_q(const CUtensorMap* map, const CUtensorMap* dy_m
     store_sums<FlashRows>(queries, partial + ((int64_t)(blockIdx.z * gridDim.x + blockIdx.x) * NH + blockIdx.y) * HS);
 }
 
-// dk and dv: a block for 128 keys, or 192 by three warpgroups, which walks over the queries from its first key on.
-// Rows are keys, columns queries.
-template <bool Hopper>
-constexpr int KeyRows = Hopper ? 192 : FlashRows;
-
+// dk and dv in dqkv (B, T, 3, NH, 64), and each block's sums of them in partial (B, blocks, 2, NH, 64), from dy
+// (B, T, NH, 64), qkv (B, T, 3, NH, 64) and statistics. One block per 128 keys, or 192 with three warpgroups; it walks
+// over the queries from its first key on. Rows are keys, columns are queries.
 template <bool Hopper>
 __device__ void flash_backward_kv(const CUtensorMap* map, const CUtensorMap* dy_map, const floatX* dy,
     const floatX* qkv, float2* statistics, floatX* dqkv, float* partial, int T, int NH) {
-    constexpr int KeyBytes = KeyRows<Hopper> * 128;
-    int first = blockIdx.x * KeyRows<Hopper>, warpgroup = uniform(threadIdx.x / 128);
+    constexpr int KeyRows = Hopper ? HopperKeyRows : FlashRows, KeyBytes = KeyRows * 128;
+    int first = blockIdx.x * KeyRows, warpgroup = uniform(threadIdx.x / 128);
     int own_first = first + warpgroup * TileRows; // of this warpgroup's keys
     uint32_t keys = first_tile(), values = keys + KeyBytes;
     uint32_t own_keys = keys + warpgroup * TileBytes, own_values = values + warpgroup * TileBytes;
     Rows<Hopper> q(qkv, map, 3 * NH, blockIdx.y, T), k(qkv, map, 3 * NH, NH + blockIdx.y, T);
     Rows<Hopper> v(qkv, map, 3 * NH, 2 * NH + blockIdx.y, T), dout(dy, dy_map, NH, blockIdx.y, T);
-    Pairs<Hopper, true> pairs(q, dout, statistics_row(statistics, T, NH), values + KeyBytes, first / TileRows,
-        (T - 1) / TileRows + 1);
+    Pairs<Hopper, true> pairs{q, dout, statistics_row(statistics, T, NH), values + KeyBytes, first / TileRows,
+        (T - 1) / TileRows + 1};
     pairs.start(2 * KeyBytes, [&](uint32_t barrier) {
-        k.template load<KeyRows<Hopper>>(keys, first, barrier);
-        v.template load<KeyRows<Hopper>>(values, first, barrier);
+        k.template load<KeyRows>(keys, first, barrier);
+        v.template load<KeyRows>(values, first, barrier);
     });
 
     Fragments weights, product_weights;
@@ -992,7 +1001,7 @@ __device__ void flash_backward_kv(const CUtensorMap* map, const CUtensorMap* dy_
         pairs.wait();
         if (pairs.tile * TileRows >= own_first) {
             uint32_t queries = pairs.tiles(), douts = queries + TileBytes;
-            const float4* columns = (const float4*)__cvta_shared_to_generic(pairs.statistics(pairs.place));
+            const float4* columns = &at<const float4>(pairs.statistics(pairs.place));
             multiply_transposed<Hopper>(scores, own_keys, queries);
             multiply_transposed<Hopper>(products, own_values, douts);
             pairs.refill(first / TileRows);
@@ -1010,7 +1019,7 @@ __device__ void flash_backward_kv(const CUtensorMap* map, const CUtensorMap* dy_
             for (int j = 0; j < 8; j++) {
                 float4 both = columns[column_of(j, 0) / 2];
                 for (int i = 0; i < 4; i += 2) {
-                    uint32_t p = weights[j / 2][j % 2 * 2 + i / 2]; // not the scores, whose registers are needed
+                    uint32_t p = weights[j / 2][j % 2 * 2 + i / 2]; // not scores, which frees their registers
                     products[j][i] = __uint_as_float(p << 16) * (products[j][i] - both.y);
                     products[j][i + 1] = __uint_as_float(p & 0xffff0000) * (products[j][i + 1] - both.w);
                 }
@@ -1026,11 +1035,11 @@ __device__ void flash_backward_kv(const CUtensorMap* map, const CUtensorMap* dy_
     store_rows<true>(dv, 1, 1, values, dqkv, 3 * NH, 2 * NH + blockIdx.y, first, T);
     __syncthreads();
     partial += ((int64_t)(blockIdx.z * gridDim.x + blockIdx.x) * 2 * NH + blockIdx.y) * HS;
-    store_sums<KeyRows<Hopper>>(keys, partial);
-    store_sums<KeyRows<Hopper>>(values, partial + NH * HS);
+    store_sums<KeyRows>(keys, partial);
+    store_sums<KeyRows>(values, partial + NH * HS);
 }
 
-// Each kernel for any GPU, and in the code for Hopper (sm_90a) another with wgmma and TMA. Maps describe qkv and dy.
+// Each kernel for any GPU and, in the code for Hopper (sm_90a), with wgmma and TMA. map and dy_map describe qkv and dy.
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 #define ON_HOPPER(...) __VA_ARGS__
 #else
@@ -1044,62 +1053,29 @@ __device__ void flash_backward_kv(const CUtensorMap* map, const CUtensorMap* dy_
         body<true>(__VA_ARGS__); \
     })
 
-FLASH_KERNEL(attention, 2, FlashThreads, flash_forward, (const __grid_constant__ CUtensorMap map, const floatX* qkv,
-    floatX* y, float* lse, int T, int NH), &map, qkv, y, lse, T, NH)
-
-FLASH_KERNEL(attention_backward_q, 2, FlashThreads, flash_backward_q, (const __grid_constant__ CUtensorMap map,
-    const __grid_constant__ CUtensorMap dy_map, const floatX* dy, const floatX* qkv, const floatX* y, const float* lse,
-    float2* statistics, floatX* dqkv, float* partial, int T, int NH),
+FLASH_KERNEL(attention, 2, FlashThreads, flash_forward,
+    (MAP map, const floatX* qkv, floatX* y, float* lse, int T, int NH), &map, qkv, y, lse, T, NH)
+FLASH_KERNEL(attention_backward_q, 2, FlashThreads, flash_backward_q,
+    (MAP map, MAP dy_map, const floatX* dy, const floatX* qkv, const floatX* y, const float* lse, float2* statistics,
+    floatX* dqkv, float* partial, int T, int NH),
     &map, &dy_map, dy, qkv, y, lse, statistics, dqkv, partial, T, NH)
+FLASH_KERNEL(attention_backward_kv, 1, 2 * HopperKeyRows, flash_backward_kv,
+    (MAP map, MAP dy_map, const floatX* dy, const floatX* qkv, float2* statistics, floatX* dqkv, float* partial, int T,
+    int NH), &map, &dy_map, dy, qkv, statistics, dqkv, partial, T, NH)
 
-FLASH_KERNEL(attention_backward_kv, 1, 2 * KeyRows<true>, flash_backward_kv, (const __grid_constant__ CUtensorMap map,
-    const __grid_constant__ CUtensorMap dy_map, const floatX* dy, const floatX* qkv, float2* statistics, floatX* dqkv,
-    float* partial, int T, int NH), &map, &dy_map, dy, qkv, statistics, dqkv, partial, T, NH)
-
-// ---- Products for Hopper, with what comes after them
+// ---- Products for Hopper, each with an epilogue
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-// c (M, N) = a·b + bias with a (M, K) and b (N, K) or, not transposed, (K, N). Blocks take tiles of c, 128 x 192; two
-// of them, a cluster, take the next two, one below the other, that none has taken, and share the tiles of b: so nothing
-// waits for blocks that begin late, because NCCL has their place. Two warpgroups multiply 64 rows each and leave the
-// result in shared memory; for each 64 of its columns another warp stores it, and does what else there is to do while
-// the next tile is multiplied. A last warp has TMA fill a ring of tiles of a and b.
+// c (M, N) = a·b + bias, where a is (M, K) and b is (N, K) or, if not transposed, (K, N). c is cut into tiles of 128 x
+// 192. A cluster of two blocks takes the next two tiles, one below the other, when it is ready: none waits for blocks
+// that start late because NCCL has their place. The two blocks share tiles of b. In each block, the last warp has TMA
+// fill a ring of stages, each with a tile of a and of b; two warpgroups multiply 64 rows each and leave the result in
+// shared memory; and six warps store it, 64 columns each, while the next tile is multiplied.
 constexpr int ProductRows = 128, ProductColumns = 192, Depth = 64, Stages = 4, Chunks = ProductColumns / 64;
 constexpr int WidestBand = 16; // of tiles
 constexpr int StageBytes = (ProductRows + ProductColumns) * Depth * 2;
-constexpr int Turns = 2 * Stages; // more than the loader is ahead of those who store
-constexpr int Storers = 8, Loader = Storers + 2 * Chunks, ProductThreads = (Loader + 1) * Warp; // the warps that begin
-
-// What comes after: c += residual; gelu = GELU(c); c *= GELU'(gelu), and partial (M/64, N) = c's sums of every 64 rows;
-// c = e^(c - of_rows - ClassShift) in the first V columns, else 0, and partial (N/64, M) = its sums of 64 columns each;
-// c *= of_rows.
-enum class Then { Nothing, AddResidual, Gelu, GeluBackward, Exponentials, ScaleRows };
-// These leave room for logits from 47 below the target's to 117 above; there the exponents of two end, so that a row's
-// sum is finite.
-constexpr float ClassShift = 40, LargestClass = 112;
-
-__device__ uint32_t cluster_rank() {
-    uint32_t rank;
-    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-    return rank;
-}
-
-__device__ void cluster_sync() {
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-
-__device__ void mbarrier_arrive_at(uint32_t barrier, uint32_t rank) {
-    asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
-        "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(barrier), "r"(rank) : "memory");
-}
-
-// Writes a number into a block's shared memory and has it count at that block's barrier.
-__device__ void send(int x, uint32_t to, uint32_t barrier, uint32_t rank) {
-    asm volatile("{\n.reg .b32 there, signal;\nmapa.shared::cluster.u32 there, %1, %3;\n"
-        "mapa.shared::cluster.u32 signal, %2, %3;\n"
-        "st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [there], %0, [signal];\n}"
-        ::"r"(x), "r"(to), "r"(barrier), "r"(rank) : "memory");
-}
+constexpr int Turns = 2 * Stages; // more than the loader can be ahead of the storers
+constexpr int Multipliers = 8, Storers = 2 * Chunks, ProductThreads = (Multipliers + Storers + 1) * Warp; // warps
 
 // True in one lane of the warp.
 __device__ bool elect() {
@@ -1108,26 +1084,14 @@ __device__ bool elect() {
     return elected;
 }
 
-// Copies 32 rows of 64 columns, to both blocks of the cluster or this one.
-__device__ void load_box(uint32_t to, const CUtensorMap* map, int column, int row, uint32_t barrier, bool both) {
-    if (both)
-        asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
-            "[%0], [%1, {%2, %3}], [%4], %5;"
-            ::"r"(to), "l"(map), "r"(column), "r"(row), "r"(barrier), "h"((uint16_t)3) : "memory");
-    else
-        asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
-            "[%0], [%1, {%2, %3}], [%4];" ::"r"(to), "l"(map), "r"(column), "r"(row), "r"(barrier) : "memory");
+// Products in bf16.
+__device__ Eight operator*(Eight a, Eight b) {
+    for (int i = 0; i < Width; i += 2)
+        *(__nv_bfloat162*)(a.x + i) = __hmul2(*(__nv_bfloat162*)(a.x + i), *(__nv_bfloat162*)(b.x + i));
+    return a;
 }
 
-// Stores 32 rows of 64 columns, the first to leave the L2.
-__device__ void store_box(const CUtensorMap* map, int column, int row, uint32_t from) {
-    uint64_t policy;
-    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group.L2::cache_hint [%0, {%1, %2}], [%3], %4;"
-        ::"l"(map), "r"(column), "r"(row), "r"(from), "l"(policy) : "memory");
-}
-
-typedef float ProductSums[ProductColumns / 8][4]; // as Accumulators
+typedef float ProductSums[ProductColumns / 8][4]; // (16, 192) of a warp, laid out like Accumulators
 
 #define ALL_PRODUCT_ROWS ALL_ROWS, ROW(8), ROW(9), ROW(10), ROW(11), ROW(12), ROW(13), ROW(14), ROW(15), ROW(16), \
     ROW(17), ROW(18), ROW(19), ROW(20), ROW(21), ROW(22), ROW(23)
@@ -1135,8 +1099,7 @@ typedef float ProductSums[ProductColumns / 8][4]; // as Accumulators
 // c += a·b for 16 of the depth.
 template <bool Transposed>
 __device__ void wgmma(ProductSums& c, uint64_t a, uint64_t b) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n192k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, "
-        "%11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+    asm volatile("wgmma.mma_async.sync.aligned.m64n192k16.f32.bf16.bf16 {" REGISTERS_32 ", "
         "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, "
         "%52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, %64, %65, %66, %67, %68, %69, %70, %71, "
         "%72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, "
@@ -1148,292 +1111,382 @@ __device__ void wgmma_wait(ProductSums& c) {
     asm volatile("wgmma.wait_group.sync.aligned 0;" : ALL_PRODUCT_ROWS :: "memory");
 }
 
-// Products in bf16.
-__device__ Eight operator*(Eight a, Eight b) {
-    for (int i = 0; i < Width; i += 2)
-        *(__nv_bfloat162*)(a.x + i) = __hmul2(*(__nv_bfloat162*)(a.x + i), *(__nv_bfloat162*)(b.x + i));
-    return a;
-}
+__shared__ uint64_t barriers[2 * Stages + 4 + Turns];
+__shared__ alignas(16) floatX biases[Turns][ProductColumns];
+__shared__ int pairs[Turns]; // of tiles, which this cluster takes in its next turns
+__device__ int pairs_taken; // by all clusters; 0 again when none is left for any cluster
 
-// GELU'(x) to some 11 bits.
-__device__ float gelu_slope_approximate(float x) {
-    constexpr float Scale = 0.7978845608f, Cubic = 0.044715f;
-    float tanh, u = x * (Scale + Scale * Cubic * (x * x)), half_du = Scale / 2 + Scale / 2 * Cubic * 3 * (x * x);
-    asm("tanh.approx.f32 %0, %1;" : "=f"(tanh) : "f"(u));
-    return 0.5f + 0.5f * tanh + (1 - tanh * tanh) * (x * half_du);
-}
+// What the roles share: the arguments, and the walk over the cluster's pairs of tiles and the stages of the ring.
+struct Tiles {
+    const CUtensorMap *a, *b, *c, *residual; // (M, K), (N, K) or (K, N), (M, N), (M, N)
+    const floatX* bias;                      // (N), or null
+    floatX* gelu;                            // (M, N)
+    const float* of_rows;                    // (M)
+    float* partial;                          // (M/64, N) or (N/64, M)
+    int M, N, K, V;
 
-// e^(x - ClassShift)
-__device__ float exponential(float x) {
-    return exp2_approximate(fminf(x * Log2E - ClassShift * Log2E, LargestClass));
-}
-
-// Pairs of tiles that clusters have come for, and zero again when the last has found none.
-__device__ int pairs_taken;
-
-template <bool Transposed, Then Then>
-__device__ void multiply(const CUtensorMap* a, const CUtensorMap* b, const CUtensorMap* c, const CUtensorMap* residual,
-    const floatX* bias, floatX* gelu, const float* of_rows, float* partial, int M, int N, int K, int V) {
-    __shared__ uint64_t barriers[2 * Stages + 4 + Turns];
-    __shared__ alignas(16) floatX biases[Turns][ProductColumns];
-    __shared__ int pairs[Turns];
-    // Barriers of the stages, of the places where the warpgroups leave their results, and of the pairs.
-    uint32_t full = shared_address(barriers), empty = full + 8 * Stages, filled = empty + 8 * Stages;
-    uint32_t free = filled + 16, known = free + 16;
-    uint32_t ring = first_tile(), places = ring + Stages * StageBytes, rank = cluster_rank();
-    int warp = uniform(threadIdx.x / Warp), lane = threadIdx.x % Warp, depths = (K + Depth - 1) / Depth;
+    int warp = uniform(threadIdx.x / Warp), lane = threadIdx.x % Warp;
+    uint32_t rank = __clusterRelativeBlockRank(); // 0 for the upper tile of a pair, 1 for the lower
+    int depths = (K + Depth - 1) / Depth;
     int down = (M + 2 * ProductRows - 1) / (2 * ProductRows), across = (N + ProductColumns - 1) / ProductColumns;
-    int all = down * across, pair_of_tiles, row, column;
-    uint32_t stage = 0, phase = 0, turn = ~0u; // of the pair among this cluster's
-    auto next_stage = [&] {
+    int all = down * across, pair, row, column; // number of pairs, the current one, its tile's first row and column
+    uint32_t stage = 0, phase = 0, turn = ~0u;  // turn counts this cluster's pairs
+    uint32_t ring = first_tile(), results = ring + Stages * StageBytes;
+
+    // A storing warp has a chunk of the tile, 64 x 64, and each thread eight columns of every fourth row.
+    uint32_t place; // of the chunk, in shared memory
+    int rows;       // left in c from the thread's first row on; 0 beyond column N
+    int64_t at;     // index of the thread's first element in (M, N)
+
+    Barriers full{shared_address(barriers)}, empty{full[Stages]}; // stages: loaded, and used
+    Barriers filled{empty[Stages]}, free{filled[2]};              // warpgroups' results: there, and stored
+    Barriers known{free[2]};                                      // turns' pairs: known
+
+    __device__ void start() {
+        if (threadIdx.x == 0) {
+            for (int i = 0; i < Stages; i++) {
+                mbarrier_init(full[i], 1);
+                mbarrier_init(empty[i], 2 * Multipliers);
+            }
+            for (int i = 0; i < 2; i++) {
+                mbarrier_init(filled[i], Multipliers / 2);
+                mbarrier_init(free[i], Chunks);
+            }
+            for (int i = 0; i < Turns; i++)
+                mbarrier_init(known[i], 1);
+            mbarrier_init_fence();
+        }
+        __cluster_barrier_arrive();
+        __cluster_barrier_wait();
+    }
+
+    __device__ void next_stage() {
         stage = (stage + 1) % Stages;
         phase ^= stage == 0;
-    };
-    auto next_pair = [&] {
+    }
+
+    __device__ bool next_pair() {
         turn++;
-        mbarrier_wait(known + 8 * (turn % Turns), turn / Turns);
-        pair_of_tiles = pairs[turn % Turns];
-        return pair_of_tiles < all;
-    };
-    // Along the tiles' row, but not farther than what of b stays in the L2 with what else passes there.
-    auto go_to_tile = [&] {
-        int first = pair_of_tiles / (down * WidestBand) * WidestBand, within = pair_of_tiles % (down * WidestBand);
+        mbarrier_wait(known[turn % Turns], turn / Turns);
+        pair = pairs[turn % Turns];
+        return pair < all;
+    }
+
+    // Goes row by row in bands, so narrow that their part of b stays in the L2.
+    __device__ void go_to_tile() {
+        int first = pair / (down * WidestBand) * WidestBand, within = pair % (down * WidestBand);
         int columns = min(WidestBand, across - first);
         row = (2 * (within / columns) + rank) * ProductRows;
         column = (first + within % columns) * ProductColumns;
-    };
-    if (threadIdx.x == 0) {
-        for (int i = 0; i < Stages; i++) {
-            mbarrier_init(full + 8 * i, 1);
-            mbarrier_init(empty + 8 * i, 2 * Storers);
-        }
-        for (int i = 0; i < 2; i++) {
-            mbarrier_init(filled + 8 * i, Storers / 2);
-            mbarrier_init(free + 8 * i, Chunks);
-        }
-        for (int i = 0; i < Turns; i++)
-            mbarrier_init(known + 8 * i, 1);
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
-    cluster_sync();
-    if (warp == Loader) {
-        int taken;
-        auto take_pair = [&] {
-            if (rank == 0)
-                taken = atomicAdd(&pairs_taken, 1);
-        };
-        auto tell_pair = [&](uint32_t turn) {
-            uint32_t barrier = known + 8 * (turn % Turns);
-            mbarrier_expect(barrier, sizeof(int));
-            for (int i = 0; rank == 0 && i < 2; i++)
-                send(taken, shared_address(pairs + turn % Turns), barrier, i);
-            if (rank == 0 && taken == all + (int)gridDim.x / 2 - 1)
-                pairs_taken = 0;
-        };
+
+    __device__ Eight& chunk(int i) const { return ::at<Eight>(swizzled(place, 4 * i + lane / 8, lane % 8)); }
+};
+
+// An epilogue is what happens to a product. This one only stores c; the others override some of its steps.
+struct Store {
+    static constexpr bool HasResidual = false;
+
+    // Steps of a multiplying warp: before a tile, of which it has rows from first on; and when it has x (2, 4), in the
+    // layout of Accumulators, and is going to write it to shared memory.
+    __device__ void begin(Tiles& tiles, int first) { }
+    __device__ void change(float* x, uint32_t to) { }
+
+    // Steps of a storing warp: when it knows its chunk; while that is multiplied; when it is there; when TMA stores it.
+    __device__ void fetch(const Tiles& tiles) { }
+    __device__ void prepare(const Tiles& tiles, uint32_t free) { }
+    __device__ void change_chunk(const Tiles& tiles) { }
+    __device__ void finish(const Tiles& tiles) { }
+};
+
+// c += residual (M, N), which TMA loads into the place of the result.
+struct AddResidual : Store {
+    static constexpr bool HasResidual = true;
+
+    __device__ void prepare(const Tiles& tiles, uint32_t free) {
         if (elect()) {
-            take_pair();
-            tell_pair(0);
-        }
-        while (next_pair()) {
-            go_to_tile();
-            for (int k = 0; k < depths; k++, next_stage()) {
-                uint32_t rows = ring + stage * StageBytes, columns = rows + ProductRows * 128;
-                uint32_t barrier = full + 8 * stage;
-                mbarrier_wait(empty + 8 * stage, phase ^ 1);
-                if (elect()) {
-                    if (k == 0)
-                        take_pair();
-                    int bytes = k == 0 && bias != nullptr ? min(ProductColumns, N - column) * 2 : 0;
-                    mbarrier_expect(barrier, StageBytes + bytes);
-                    if (bytes > 0)
-                        bulk_load(shared_address(biases[turn % Turns]), bias + column, bytes, barrier);
-                    for (int i = 0; i < ProductRows; i += 32)
-                        load_box(rows + i * 128, a, k * Depth, row + i, barrier, false);
-                    // Half of b's tile, for both.
-                    for (int i = 0; i < ProductColumns / 2; i += 32) {
-                        int half = rank * (Transposed ? ProductColumns / 2 : Depth / 2);
-                        uint32_t to = columns + ((Transposed ? i : 2 * i) + half) * 128;
-                        if (Transposed)
-                            load_box(to, b, k * Depth, column + half + i, barrier, true);
-                        else
-                            load_box(to, b, column + 2 * i, k * Depth + half, barrier, true);
-                    }
-                    if (k == 0)
-                        tell_pair(turn + 1);
-                }
-                __syncwarp();
-            }
-        }
-    } else if (warp >= Storers) {
-        int warpgroup = (warp - Storers) / Chunks, part = (warp - Storers) % Chunks, rows;
-        constexpr bool Changes = Then == Then::GeluBackward || Then == Then::Exponentials; // the tile in its place
-        uint32_t place = places + (warp - Storers) * TileBytes;
-        int64_t at; // of this thread's elements of the tile: eight columns of every fourth row
-        Eight slopes[16]; // GELU's, or what they are computed from
-        free += 8 * warpgroup;
-        filled += 8 * warpgroup;
-        auto in_place = [&](int i) -> Eight& {
-            return *(Eight*)__cvta_shared_to_generic(chunk(place, 4 * i + lane / 8, lane % 8));
-        };
-        auto go_to_chunk = [&] {
-            go_to_tile();
-            row += warpgroup * 64;
-            column += part * 64;
-            rows = column + lane % 8 * Width < N ? M - row - lane / 8 : 0;
-            at = (int64_t)(row + lane / 8) * N + column + lane % 8 * Width;
-            for (int i = 0; Then == Then::GeluBackward && i < 16; i++)
-                *(uint4*)&slopes[i] = 4 * i < rows ? __ldcs((const uint4*)(gelu + at + 4 * i * N)) : uint4{};
-        };
-        for (next_pair(), go_to_chunk(); pair_of_tiles < all;) {
-            if (Then == Then::AddResidual && elect()) {
-                mbarrier_expect(free, TileBytes);
-                load_box(place, residual, column, row, free, false);
-                load_box(place + TileBytes / 2, residual, column, row + 32, free, false);
-            }
-            for (int i = 0; Then == Then::GeluBackward && i < 16; i++)
-                store(slopes[i].x, map(load(slopes[i].x), gelu_slope_approximate));
-            mbarrier_wait(filled, turn);
-#pragma unroll (Then == Then::Exponentials ? 4 : 16)
-            for (int i = 0; Changes && i < 16; i++) {
-                Eight& x = in_place(i);
-                if (Then == Then::GeluBackward) {
-                    x = slopes[i] = x * slopes[i];
-                } else {
-                    Pack e = map(load(x.x), exponential);
-                    if (int inside = V - column - lane % 8 * Width; inside < Width)
-                        fill(e, inside, 0);
-                    store(x.x, e);
-                    float total = sum_lanes<1, 2, 4>(sum(e));
-                    if (4 * i < rows && lane % 8 == 0)
-                        partial[(int64_t)(column / 64) * M + row + 4 * i + lane / 8] = total;
-                }
-            }
-            if (Changes)
-                asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-            __syncwarp();
-            if (elect()) {
-                store_box(c, column, row, place);
-                store_box(c, column, row + 32, place + TileBytes / 2);
-                asm volatile("cp.async.bulk.commit_group;" ::: "memory");
-            }
-            if (Then == Then::Gelu) {
-#pragma unroll 4
-                for (int i = 0; i < 16; i++) {
-                    Eight x = in_place(i);
-                    store(x.x, map(load(x.x), gelu_of));
-                    if (4 * i < rows)
-                        __stcs((uint4*)(gelu + at + 4 * i * N), *(uint4*)&x);
-                }
-            } else if (Then == Then::GeluBackward) {
-                Pack sums = {};
-                for (int i = 0; i < 16; i++)
-                    sums = sums + load(slopes[i].x);
-                sums = map(sums, sum_lanes<8, 16>);
-                if (lane < 8 && rows > 0)
-                    store(partial + (int64_t)(row / 64) * N + column + lane * Width, sums);
-            }
-            next_pair();
-            go_to_chunk();
-            __syncwarp();
-            if (elect()) {
-                asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
-                if (Then != Then::AddResidual)
-                    mbarrier_arrive(free);
-            }
-            __syncwarp();
-        }
-    } else {
-        int warpgroup = warp / 4;
-        while (next_pair()) {
-            ProductSums sums = {};
-            float of_row[2];
-            if (Then == Then::Exponentials || Then == Then::ScaleRows) {
-                go_to_tile();
-                for (int i = 0; i < 2; i++)
-                    of_row[i] = of_rows[min(row + warpgroup * 64 + row_of(2 * i), M - 1)];
-            }
-            if (Transposed && bias != nullptr) {
-                mbarrier_wait(full + 8 * stage, phase); // brings the biases, too
-                for (int j = 0; j < ProductColumns / 8; j++) {
-                    uint32_t both = *(const uint32_t*)(biases[turn % Turns] + j * 8 + lane % 4 * 2);
-                    sums[j][0] = sums[j][2] = __uint_as_float(both << 16);
-                    sums[j][1] = sums[j][3] = __uint_as_float(both & 0xffff0000);
-                }
-            }
-            for (int k = 0; k < depths; k++, next_stage()) {
-                uint32_t rows = (ring & 0x3ffff) + stage * StageBytes, columns = rows + ProductRows * 128;
-                mbarrier_wait(full + 8 * stage, phase);
-                wgmma_fence();
-#pragma unroll
-                for (int i = 0; i < Depth / 16; i++) {
-                    uint64_t left = descriptor(rows + warpgroup * TileBytes, i * 32);
-                    uint64_t right = descriptor(columns, Transposed ? i * 32 : i * 16 * 128);
-                    if (!Transposed) // the second 64 columns of b are so many bytes after the first
-                        right += (uint64_t)((Depth * 128 >> 4) - 1) << 16;
-                    wgmma<Transposed>(sums, left, right);
-                }
-                wgmma_commit();
-                wgmma_wait(sums);
-                if (lane < 2)
-                    mbarrier_arrive_at(empty + 8 * stage, lane);
-            }
-            mbarrier_wait(free + 8 * warpgroup, Then == Then::AddResidual ? turn : turn + 1);
-#pragma unroll
-            for (int j = 0; j < ProductColumns / 8; j += 2) {
-                uint32_t to = places + (warpgroup * Chunks + j / 8) * TileBytes, there[4], result[4];
-                to = chunk(to, warp % 4 * 16 + lane % 16, j % 8 + lane / 16);
-                if (Then == Then::AddResidual)
-                    ldmatrix(there, to);
-                for (int i = 0; i < 4; i++) {
-                    float low = sums[j + i / 2][i % 2 * 2], high = sums[j + i / 2][i % 2 * 2 + 1];
-                    if (Then == Then::AddResidual) {
-                        low += __uint_as_float(there[i] << 16);
-                        high += __uint_as_float(there[i] & 0xffff0000);
-                    } else if (Then == Then::Exponentials) {
-                        low -= of_row[i % 2];
-                        high -= of_row[i % 2];
-                    } else if (Then == Then::ScaleRows) {
-                        low *= of_row[i % 2];
-                        high *= of_row[i % 2];
-                    }
-                    result[i] = pair(low, high);
-                }
-                asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};"
-                    ::"r"(to), "r"(result[0]), "r"(result[1]), "r"(result[2]), "r"(result[3]) : "memory");
-            }
-            asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-            __syncwarp();
-            if (elect())
-                mbarrier_arrive(filled + 8 * warpgroup);
+            mbarrier_expect(free, TileBytes);
+            load_box(tiles.place, tiles.residual, tiles.column, tiles.row, free);
+            load_box(tiles.place + TileBytes / 2, tiles.residual, tiles.column, tiles.row + 32, free);
         }
     }
-    cluster_sync();
+
+    __device__ void change(float* x, uint32_t to) {
+        uint32_t there[4];
+        ldmatrix(there, to);
+        for (int i = 0; i < 8; i += 2) {
+            x[i] += unpair(there[i / 2]).x;
+            x[i + 1] += unpair(there[i / 2]).y;
+        }
+    }
+};
+
+// gelu (M, N) = GELU(c)
+struct Gelu : Store {
+    __device__ void finish(const Tiles& tiles) {
+#pragma unroll 4
+        for (int i = 0; i < 16; i++) {
+            Eight x = tiles.chunk(i);
+            store(x.x, map(load(x.x), gelu_of));
+            if (4 * i < tiles.rows)
+                __stcs((uint4*)(tiles.gelu + tiles.at + 4 * i * tiles.N), *(uint4*)&x);
+        }
+    }
+};
+
+// c *= GELU'(gelu (M, N)); partial (M/64, N) = the sums of c over 64 rows each.
+struct GeluBackward : Store {
+    Eight slopes[16]; // GELU's arguments, then its slopes, then the thread's part of c
+
+    __device__ void fetch(const Tiles& tiles) {
+        for (int i = 0; i < 16; i++)
+            *(uint4*)&slopes[i] = 4 * i < tiles.rows ? __ldcs((uint4*)(tiles.gelu + tiles.at + 4 * i * tiles.N))
+                : uint4{};
+    }
+
+    __device__ void prepare(const Tiles& tiles, uint32_t free) {
+        for (int i = 0; i < 16; i++)
+            store(slopes[i].x, map(load(slopes[i].x), gelu_slope_approximate));
+    }
+
+    __device__ void change_chunk(const Tiles& tiles) {
+#pragma unroll
+        for (int i = 0; i < 16; i++) {
+            Eight& x = tiles.chunk(i);
+            x = slopes[i] = x * slopes[i];
+        }
+        store_box_fence();
+    }
+
+    __device__ void finish(const Tiles& tiles) {
+        Pack sums = {};
+        for (int i = 0; i < 16; i++)
+            sums = sums + load(slopes[i].x);
+        sums = map(sums, sum_lanes<8, 16>);
+        if (tiles.lane < 8 && tiles.rows > 0)
+            store(tiles.partial + (int64_t)(tiles.row / 64) * tiles.N + tiles.column + tiles.lane * Width, sums);
+    }
+};
+
+// c *= of_rows (M)
+struct ScaleRows : Store {
+    float of_row[2]; // of the thread's upper and lower row
+
+    __device__ void begin(Tiles& tiles, int first) {
+        tiles.go_to_tile();
+        for (int i = 0; i < 2; i++)
+            of_row[i] = tiles.of_rows[min(tiles.row + first + row_of(2 * i), tiles.M - 1)];
+    }
+
+    __device__ void change(float* x, uint32_t to) {
+        for (int i = 0; i < 8; i++)
+            x[i] *= of_row[i / 2 % 2];
+    }
+};
+
+// For logits from 47 below the target's, where e underflows, to 117 above, where it is clamped to keep sums finite.
+constexpr float ClassShift = 40, LargestClass = 112;
+
+// c = e^(c − of_rows (M) − ClassShift) in the first V columns, else 0; partial (N/64, M) = its sums of 64 columns each.
+struct Exponentials : ScaleRows {
+    __device__ void change(float* x, uint32_t to) {
+        for (int i = 0; i < 8; i++)
+            x[i] -= of_row[i / 2 % 2];
+    }
+
+    __device__ void change_chunk(const Tiles& tiles) {
+#pragma unroll 4
+        for (int i = 0; i < 16; i++) {
+            Eight& x = tiles.chunk(i);
+            Pack e = map(load(x.x), [](float x) {
+                return exp2_approximate(fminf(x * Log2E - ClassShift * Log2E, LargestClass));
+            });
+            if (int inside = tiles.V - tiles.column - tiles.lane % 8 * Width; inside < Width)
+                fill(e, inside, 0);
+            store(x.x, e);
+            float total = sum_lanes<1, 2, 4>(sum(e));
+            if (4 * i < tiles.rows && tiles.lane % 8 == 0)
+                tiles.partial[(int64_t)(tiles.column / 64) * tiles.M + tiles.row + 4 * i + tiles.lane / 8] = total;
+        }
+        store_box_fence();
+    }
+};
+
+// The last warp: fills the ring, takes pairs of tiles and tells both blocks of the cluster.
+template <bool Transposed>
+__device__ void load_tiles(Tiles& tiles) {
+    int taken;
+    auto take_pair = [&] {
+        if (tiles.rank == 0)
+            taken = atomicAdd(&pairs_taken, 1);
+    };
+    auto tell_pair = [&](uint32_t turn) {
+        uint32_t barrier = tiles.known[turn % Turns];
+        mbarrier_expect(barrier, sizeof(int));
+        for (int i = 0; tiles.rank == 0 && i < 2; i++)
+            send(taken, shared_address(pairs + turn % Turns), barrier, i);
+        if (tiles.rank == 0 && taken == tiles.all + (int)gridDim.x / 2 - 1)
+            pairs_taken = 0;
+    };
+    auto load_stage = [&](int k, uint32_t rows, uint32_t barrier) {
+        int bytes = tiles.bias != nullptr && k == 0 ? min(ProductColumns, tiles.N - tiles.column) * 2 : 0;
+        mbarrier_expect(barrier, StageBytes + bytes);
+        if (bytes > 0)
+            load_bytes(shared_address(biases[tiles.turn % Turns]), tiles.bias + tiles.column, bytes, barrier);
+        for (int i = 0; i < ProductRows; i += 32)
+            load_box(rows + i * 128, tiles.a, k * Depth, tiles.row + i, barrier);
+        uint32_t columns = rows + ProductRows * 128;
+        // Each block loads half of b's tile for both.
+        for (int i = 0; i < ProductColumns / 2; i += 32) {
+            int half = tiles.rank * (Transposed ? ProductColumns / 2 : Depth / 2);
+            uint32_t to = columns + ((Transposed ? i : 2 * i) + half) * 128;
+            int column = Transposed ? k * Depth : tiles.column + 2 * i;
+            load_box_to_both(to, tiles.b, column, Transposed ? tiles.column + half + i : k * Depth + half, barrier);
+        }
+    };
+    if (elect()) {
+        take_pair();
+        tell_pair(0);
+    }
+    while (tiles.next_pair()) {
+        tiles.go_to_tile();
+        for (int k = 0; k < tiles.depths; k++, tiles.next_stage()) {
+            mbarrier_wait(tiles.empty[tiles.stage], tiles.phase ^ 1);
+            if (elect()) {
+                if (k == 0)
+                    take_pair();
+                load_stage(k, tiles.ring + tiles.stage * StageBytes, tiles.full[tiles.stage]);
+                if (k == 0)
+                    tell_pair(tiles.turn + 1);
+            }
+            __syncwarp();
+        }
+    }
 }
 
-#define PRODUCT_KERNEL(name, transposed, then) \
-    KERNEL __cluster_dims__(2) __launch_bounds__(ProductThreads, 1) name(const __grid_constant__ CUtensorMap a, \
-        const __grid_constant__ CUtensorMap b, const __grid_constant__ CUtensorMap c, \
-        const __grid_constant__ CUtensorMap residual, const floatX* bias, floatX* gelu, const float* of_rows, \
-        float* partial, int M, int N, int K, int V) { \
-        multiply<transposed, then>(&a, &b, &c, &residual, bias, gelu, of_rows, partial, M, N, K, V); \
+// The first two warpgroups: multiply 64 rows each, and leave the result in shared memory.
+template <bool Transposed, typename Epilogue>
+__device__ void multiply_tiles(Tiles& tiles) {
+    int warp = tiles.warp, warpgroup = warp / 4, lane = tiles.lane;
+    while (tiles.next_pair()) {
+        ProductSums sums = {};
+        Epilogue epilogue;
+        epilogue.begin(tiles, warpgroup * 64);
+        if (Transposed && tiles.bias != nullptr) {
+            mbarrier_wait(tiles.full[tiles.stage], tiles.phase); // the biases come with the first stage
+            for (int j = 0; j < ProductColumns / 8; j++) {
+                float2 both = unpair(*(const uint32_t*)(biases[tiles.turn % Turns] + j * 8 + lane % 4 * 2));
+                sums[j][0] = sums[j][2] = both.x;
+                sums[j][1] = sums[j][3] = both.y;
+            }
+        }
+        for (int k = 0; k < tiles.depths; k++, tiles.next_stage()) {
+            uint32_t rows = (tiles.ring & 0x3ffff) + tiles.stage * StageBytes, columns = rows + ProductRows * 128;
+            mbarrier_wait(tiles.full[tiles.stage], tiles.phase);
+            wgmma_fence();
+#pragma unroll
+            for (int i = 0; i < Depth / 16; i++) {
+                uint64_t left = descriptor(rows + warpgroup * TileBytes, i * 32);
+                uint64_t right = descriptor(columns, Transposed ? i * 32 : i * 16 * 128);
+                if (!Transposed) // distance between 64 columns of b and the next
+                    right += (uint64_t)((Depth * 128 >> 4) - 1) << 16;
+                wgmma<Transposed>(sums, left, right);
+            }
+            wgmma_commit();
+            wgmma_wait(sums);
+            if (lane < 2)
+                mbarrier_arrive_at(tiles.empty[tiles.stage], lane);
+        }
+        mbarrier_wait(tiles.free[warpgroup], Epilogue::HasResidual ? tiles.turn : tiles.turn + 1);
+#pragma unroll
+        for (int j = 0; j < ProductColumns / 8; j += 2) {
+            uint32_t to = tiles.results + (warpgroup * Chunks + j / 8) * TileBytes, result[4];
+            to = swizzled(to, warp % 4 * 16 + lane % 16, j % 8 + lane / 16);
+            float* x = sums[j]; // and sums[j + 1]
+            epilogue.change(x, to);
+            for (int i = 0; i < 4; i++)
+                result[i] = pair(x[2 * i], x[2 * i + 1]);
+            stmatrix(to, result);
+        }
+        store_box_fence();
+        __syncwarp();
+        if (elect())
+            mbarrier_arrive(tiles.filled[warpgroup]);
+    }
+}
+
+// The other six warps: each stores a chunk of a warpgroup's result.
+template <typename Epilogue>
+__device__ void store_tiles(Tiles& tiles) {
+    int warpgroup = (tiles.warp - Multipliers) / Chunks, part = (tiles.warp - Multipliers) % Chunks;
+    uint32_t free = tiles.free[warpgroup], filled = tiles.filled[warpgroup];
+    tiles.place = tiles.results + (tiles.warp - Multipliers) * TileBytes;
+    Epilogue epilogue;
+    auto next_chunk = [&] {
+        tiles.next_pair();
+        tiles.go_to_tile();
+        tiles.row += warpgroup * 64;
+        tiles.column += part * 64;
+        tiles.rows = tiles.column + tiles.lane % 8 * Width < tiles.N ? tiles.M - tiles.row - tiles.lane / 8 : 0;
+        tiles.at = (int64_t)(tiles.row + tiles.lane / 8) * tiles.N + tiles.column + tiles.lane % 8 * Width;
+        epilogue.fetch(tiles);
+    };
+    for (next_chunk(); tiles.pair < tiles.all;) {
+        epilogue.prepare(tiles, free);
+        mbarrier_wait(filled, tiles.turn);
+        epilogue.change_chunk(tiles);
+        __syncwarp();
+        if (elect()) {
+            store_box(tiles.c, tiles.column, tiles.row, tiles.place);
+            store_box(tiles.c, tiles.column, tiles.row + 32, tiles.place + TileBytes / 2);
+            store_box_commit();
+        }
+        epilogue.finish(tiles);
+        next_chunk();
+        __syncwarp();
+        if (elect()) {
+            store_box_wait();
+            if (!Epilogue::HasResidual)
+                mbarrier_arrive(free);
+        }
+        __syncwarp();
+    }
+}
+
+template <bool Transposed, typename Epilogue>
+__device__ void multiply(Tiles tiles) {
+    tiles.start();
+    if (tiles.warp == Multipliers + Storers)
+        load_tiles<Transposed>(tiles);
+    else if (tiles.warp >= Multipliers)
+        store_tiles<Epilogue>(tiles);
+    else
+        multiply_tiles<Transposed, Epilogue>(tiles);
+    __cluster_barrier_arrive();
+    __cluster_barrier_wait();
+}
+
+#define PRODUCT_KERNEL(name, transposed, epilogue) \
+    KERNEL __cluster_dims__(2) __launch_bounds__(ProductThreads, 1) name(MAP a, MAP b, MAP c, MAP residual, \
+        const floatX* bias, floatX* gelu, const float* of_rows, float* partial, int M, int N, int K, int V) { \
+        multiply<transposed, epilogue>({&a, &b, &c, &residual, bias, gelu, of_rows, partial, M, N, K, V}); \
     }
 
-PRODUCT_KERNEL(linear, true, Then::Nothing)
-PRODUCT_KERNEL(linear_residual, true, Then::AddResidual)
-PRODUCT_KERNEL(linear_gelu, true, Then::Gelu)
-PRODUCT_KERNEL(linear_backward, false, Then::Nothing)
-PRODUCT_KERNEL(linear_gelu_backward, false, Then::GeluBackward)
-PRODUCT_KERNEL(linear_exponentials, true, Then::Exponentials)
-PRODUCT_KERNEL(linear_backward_scaled, false, Then::ScaleRows)
+PRODUCT_KERNEL(linear, true, Store)
+PRODUCT_KERNEL(linear_residual, true, AddResidual)
+PRODUCT_KERNEL(linear_gelu, true, Gelu)
+PRODUCT_KERNEL(linear_backward, false, Store)
+PRODUCT_KERNEL(linear_gelu_backward, false, GeluBackward)
+PRODUCT_KERNEL(linear_exponentials, true, Exponentials)
+PRODUCT_KERNEL(linear_backward_scaled, false, ScaleRows)
 
-// ---- Classifier for Hopper, inside of the products before and after it
+// ---- Classifier for Hopper, as part of the products before and after it
 
-// The first leaves e = e^(logit - t - ClassShift), where t is the logit of the row's target. No maximum is needed: the
-// loss is ln Σ e + ClassShift, so that losses up to 115 do not overflow, and logits farther above the target's count as
-// if they were there. The softmax's division is left to the products that follow: dlogits is factor = scale/Σ e times
-// e, from which at the target Σ e is taken.
+// The softmax needs no pass of its own. The product with wte leaves e = e^(logit − target's logit − ClassShift), so the
+// loss is ln Σ e + ClassShift: losses up to 115 do not overflow, and logits farther above the target's count as if they
+// were there. dlogits is factor·e, less scale at the target, where factor = scale/Σ e is applied by the next products.
 
-// of_rows (rows) = the logit of each row's target; a warp a row.
+// of_rows (rows) = each row's logit of its target, from x (rows, C), w (V, C) and targets (rows). One warp per row.
 KERNEL target_logits(const floatX* x, const floatX* w, const int* targets, float* of_rows, int rows, int C) {
     int64_t row = (int64_t)blockIdx.x * (blockDim.x / Warp) + threadIdx.x / Warp;
     if (row >= rows)
@@ -1446,8 +1499,9 @@ KERNEL target_logits(const floatX* x, const floatX* w, const int* targets, float
         of_rows[row] = own;
 }
 
-// losses (rows); e at the targets; of_rows = factor; scaled (rows, C) = x·factor. A block for 32 rows, whose sums of 64
-// columns each, partial (chunks, rows), are added up by eight threads a row.
+// losses (rows); of_rows (rows) = factor; scaled (rows, C) = x (rows, C) · factor; e (rows, Vp) −= Σ e at the targets
+// (rows). partial (chunks, rows) has the sums of e over 64 columns each, which eight threads per row add up. One block
+// per 32 rows.
 KERNEL normalize_classes(const float* partial, int chunks, const int* targets, floatX* e, const floatX* x,
     floatX* scaled, float* of_rows, float* losses, float scale, int rows, int Vp, int C) {
     constexpr int Parts = 8;
@@ -1470,10 +1524,8 @@ KERNEL normalize_classes(const float* partial, int chunks, const int* targets, f
     __syncthreads();
     for (int i = part; i < Warp && first + i < rows; i += Parts) {
         for (int c = lane * Width; c < C; c += Warp * Width) {
-            Pack value = load(x + (int64_t)(first + i) * C + c);
-            for (int j = 0; j < Width; j++)
-                value.x[j] *= factors[i];
-            store(scaled + (int64_t)(first + i) * C + c, value);
+            int64_t at = (int64_t)(first + i) * C + c;
+            store(scaled + at, map(load(x + at), [&](float x) { return x * factors[i]; }));
         }
     }
 }
@@ -1483,9 +1535,10 @@ KERNEL normalize_classes(const float* partial, int chunks, const int* targets, f
 // ---- Classifier
 
 constexpr int ClassifyThreads = 512;
-constexpr float Lowest = -1e30f; // stands for no logit yet, where −∞ would give ∞ − ∞
+constexpr float Lowest = -1e30f; // stands for −∞, which would lead to ∞ − ∞
 
-// A block a row, which waits in shared memory between its two passes if it fits there (keeps).
+// losses (rows) of logits (rows, Vp), of which V columns count, for targets (rows). Unless scale is 0, logits become
+// scale times their gradients. One block per row, which stays in shared memory if it fits there (keeps).
 KERNEL __launch_bounds__(ClassifyThreads) classify(floatX* logits, const int* targets, float* losses, float scale,
     int V, int Vp, int keeps) {
     __shared__ float maxima[ClassifyThreads / Warp], sums[ClassifyThreads / Warp];
@@ -1494,8 +1547,8 @@ KERNEL __launch_bounds__(ClassifyThreads) classify(floatX* logits, const int* ta
     float own_max = Lowest, own = 0, picked = row[target];
     for (int c = threadIdx.x * Width; keeps && c < V; c += ClassifyThreads * Width)
         cp_async(shared_address(kept + c), row + c, true);
-    // Each thread reads again what it copied itself.
-    asm volatile("cp.async.wait_all;" ::: "memory");
+    cp_async_commit();
+    cp_async_wait(); // a thread reads only what it copied
     for (int c = threadIdx.x * Width; c < V; c += ClassifyThreads * Width) {
         Pack x = load(kept + c);
         if (c + Width > V)
@@ -1541,7 +1594,7 @@ KERNEL __launch_bounds__(ClassifyThreads) classify(floatX* logits, const int* ta
 
 constexpr int NormThreads = 256;
 
-// partial (blocks): what each block adds to Σ x².
+// partial (blocks) = each block's part of Σ x² over x (count).
 KERNEL __launch_bounds__(NormThreads) sum_of_squares(const float* x, int64_t count, double* partial) {
     __shared__ double sums[NormThreads];
     int64_t thread = (int64_t)blockIdx.x * NormThreads + threadIdx.x, threads = (int64_t)gridDim.x * NormThreads;
@@ -1562,13 +1615,14 @@ KERNEL __launch_bounds__(NormThreads) sum_of_squares(const float* x, int64_t cou
         partial[blockIdx.x] = sums[0];
 }
 
+// Part of a tensor: w, master, dw, m and v (count). first is its index among all parameters; decays is 0 or 1.
 struct AdamWPart {
     int64_t first, count, decays;
     floatX* w;
     float *master, *dw, *m, *v;
 };
 
-// A well mixed number for each counter and seed (the finalizer of MurmurHash3, twice).
+// 32 random bits for each counter and seed: the finalizer of MurmurHash3, twice.
 __device__ uint32_t random_bits(uint32_t counter, uint32_t seed) {
     uint32_t x = counter;
     for (int round = 0; round < 2; round++) {
@@ -1580,16 +1634,14 @@ __device__ uint32_t random_bits(uint32_t counter, uint32_t seed) {
     return x;
 }
 
-// x in bf16: rounded up or down with the probability that keeps the mean, by 16 random bits.
+// Rounds x to bf16, up or down with probabilities that keep the mean, by 16 random bits.
 __device__ float round_stochastically(float x, uint32_t random) {
     return __uint_as_float((__float_as_uint(x) + (random & 0xffff)) & 0xffff0000);
 }
 
-// The next eight elements of so many, or those that are left; a rank's part may begin anywhere in a tensor.
+// Eight elements, or the first count. They need no alignment, for a rank's part may begin anywhere in a tensor.
 template <typename T>
-__device__ bool are_whole(const T* at, int64_t count) {
-    return count >= Width && (uintptr_t)at % 16 == 0;
-}
+__device__ bool are_whole(const T* at, int64_t count) { return count >= Width && (uintptr_t)at % 16 == 0; }
 
 template <typename T>
 __device__ Pack load_some(const T* from, int64_t count) {
@@ -1613,7 +1665,7 @@ __device__ void store_some(T* to, int64_t count, Pack pack) {
     }
 }
 
-// Every part in one launch: y is the part. The gradient is zero afterwards.
+// Updates all parts, one per y, and clears dw.
 KERNEL adamw(const AdamWPart* parts, float learning_rate, float weight_decay, float gradient_scale, float beta1,
     float beta2, float epsilon, float correction1, float correction2, uint32_t seed) {
     AdamWPart part = parts[blockIdx.y];
