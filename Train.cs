@@ -34,9 +34,6 @@ public sealed record TrainOptions(
         ("--skip-outliers", SkipOutliers), ("--seed", Seed), ("--zero", Zero), ("--precision", Precision),
     ];
 
-    /// <summary>Passes over B·T tokens of each rank whose gradients make one update.</summary>
-    public int MicroSteps(int ranks) => TotalBatch / (ranks * B * T);
-
     /// <summary>The learning rate of the update that follows <paramref name="step"/> others.</summary>
     public float LearningRateAt(int step) {
         if (step < Warmup)
@@ -93,7 +90,7 @@ public sealed class Trainer : IDisposable {
         firstStep = last ?? 0;
         var (file, config) = last == null ? Open(options.Init ?? options.DefaultInit) : Resume();
         TrainOptions.CheckSizes(config, options.B, options.T, options.TotalBatch, ranks.Size);
-        microSteps = options.MicroSteps(ranks.Size);
+        microSteps = options.TotalBatch / (ranks.Size * options.B * options.T);
         train = new TokenLoader(options.TrainData, options.B, options.T, config.V,
             options.Shuffle && !options.Overfit, options.Seed, ranks.Rank, ranks.Size);
         val = new TokenShards(options.ValData, config.V);
@@ -289,21 +286,24 @@ public sealed class Trainer : IDisposable {
     }
 }
 
-/// <summary>AdamW over a model's parameters, with its moments. If the model is cut into parts (ZeRO-1: Rajbhandari et
-/// al., 2020), a rank updates its own and gathers the others'.</summary>
+/// <summary>AdamW over a model's parameters, with its moments. Under ZeRO-1 (Rajbhandari et al., 2020) a rank updates its
+/// part of the weights, and gathers the others'.</summary>
 public sealed class Optimizer {
     readonly Model model;
     readonly ICollective ranks;
-    readonly AdamWPart[] parts;
+    readonly (AdamWPart[] Parts, Tensor[] Gathered)[] groups;
 
     public Optimizer(Model model, ICollective? collective = null) {
         (this.model, ranks, M, V) = (model, collective ?? new Alone(), model.AllocateParts(), model.AllocateParts());
-        parts = [.. model.Master.Cuts.Select((cut, i) => {
-            var whole = model.Weights.Tensors[cut.Tensor];
-            return new AdamWPart(cut.Index, model.Config.Parameters[cut.Tensor].IsMatrix,
-                cut.Count == whole.Count ? whole : whole.Flat(cut.First, (int)cut.Count), model.Master.Tensors[i],
-                model.GradientParts!.Tensors[i], M.Tensors[i], V.Tensors[i]);
-        })];
+        // Under ZeRO-1 a few tensors make a group, so that it is gathered while the next one is updated.
+        var tensors = model.IsCut ? 4 : 16;
+        groups = [.. model.Master.Cuts.Index().GroupBy(part => part.Item.Tensor / tensors).Select(group => (
+            group.Select(part => PartOf(part.Index, part.Item)).ToArray(),
+            model.IsCut ? group.Select(part => model.Weights.Tensors[part.Item.Tensor][part.Item.Layer]).ToArray() : []))];
+
+        AdamWPart PartOf(int i, Cut cut) => new(cut.Index, model.Config.Parameters[cut.Tensor].IsMatrix,
+            model.WeightParts.Tensors[i], model.Master.Tensors[i], model.GradientParts!.Tensors[i], M.Tensors[i],
+            V.Tensors[i]);
     }
 
     /// <summary>The first and the second moments.</summary>
@@ -313,22 +313,16 @@ public sealed class Optimizer {
     /// <summary>Seed of the next update's stochastic rounding.</summary>
     public uint RoundingSeed { get; set; } = 42;
 
-    /// <summary>Sums a layer's gradients over ranks, or those outside of layers for −1; the norm waits.</summary>
+    /// <summary>Sums a layer's gradients over ranks, or those outside of layers for −1; the norm waits for it.</summary>
     public void Reduce(int layer) {
-        var (arrays, sums) = (new List<Tensor>(), new List<Tensor>());
-        foreach (var (i, cut) in model.Master.Cuts.Index()) {
-            var whole = model.Gradients!.Tensors[cut.Tensor];
-            var isInLayers = cut.Tensor is >= 2 and < 14;
-            var own = Math.Max(0, layer);
-            if (isInLayers == layer >= 0 && (!model.IsCut || cut.First / (whole.Count / whole.Depth) == own)) {
-                arrays.Add(whole[own]);
-                sums.Add(model.GradientParts!.Tensors[i]);
-            }
-        }
+        var l = Math.Max(0, layer);
+        var parts = model.Master.Cuts.Index().Where(part => (part.Item.Tensor is >= 2 and < 14) == layer >= 0 &&
+            (part.Item.Layer == l || !model.IsCut)).ToArray();
+        Tensor[] arrays = [.. parts.Select(part => model.Gradients!.Tensors[part.Item.Tensor][l])];
         if (model.IsCut)
-            ranks.ReduceScatter(CollectionsMarshal.AsSpan(arrays), CollectionsMarshal.AsSpan(sums));
+            ranks.ReduceScatter(arrays, [.. parts.Select(part => model.GradientParts!.Tensors[part.Index])]);
         else
-            ranks.AllReduce(CollectionsMarshal.AsSpan(arrays));
+            ranks.AllReduce(arrays);
     }
 
     /// <summary>The norm of all gradients together.</summary>
@@ -343,20 +337,12 @@ public sealed class Optimizer {
         const float clip = 1;
         var scale = norm > clip ? clip / norm : 1;
         var step = new AdamWStep(number, rate, decay, scale, 0.9f, 0.95f, 1e-8f, RoundingSeed++);
-        if (model.IsCut)
-            UpdateParts(step);
-        else
+        foreach (var (parts, gathered) in groups) {
             model.Device.AdamW(parts, step);
-    }
-
-    /// <summary>Updates a few tensors at a time, so that they are gathered while the next are updated.</summary>
-    void UpdateParts(AdamWStep step) {
-        const int together = 4;
-        foreach (var (group, tensors) in model.Weights.Tensors.Chunk(together).Index()) {
-            model.Device.AdamW([.. parts.Where((_, i) => model.Master.Cuts[i].Tensor / together == group)], step);
-            ranks.AllGather([.. tensors.SelectMany(x => Enumerable.Range(0, x.Depth), (x, layer) => x[layer])]);
+            ranks.AllGather(gathered);
         }
-        model.Device.Clear(model.Gradients!.All);
+        if (model.IsCut)
+            model.Device.Clear(model.Gradients!.All); // AdamW has cleared the parts alone
         ranks.Join();
     }
 
