@@ -2,8 +2,7 @@ using System.Runtime.InteropServices;
 
 namespace Gpt2;
 
-/// <summary>The shape of one of the 16 parameter tensors, (Layers, Rows, Columns), and its name in llm.c. Outside of
-/// layers there is one layer; a vector has one row.</summary>
+/// <summary>A parameter tensor's name in llm.c, and shape: one layer outside of layers, one row for vectors.</summary>
 public readonly record struct ParameterShape(string Name, int Layers, int Rows, int Columns) {
     /// <summary>Matrices are drawn at random and decayed; vectors are neither.</summary>
     public bool IsMatrix => Rows > 1;
@@ -20,8 +19,8 @@ public readonly record struct Cut(int Tensor, int Layer, long First, long Count,
         (n * rank / ranks, n * (rank + 1) / ranks - n * rank / ranks);
 }
 
-/// <summary>The sizes of a GPT-2 model: sequences of at most MaxT tokens, a vocabulary of V tokens (padded to Vp rows in
-/// memory), L layers, NH heads, C channels.</summary>
+/// <summary>The sizes of a GPT-2 model: sequences of up to MaxT tokens, a vocabulary of V (Vp rows in memory, the last
+/// ones padding), L layers, NH heads, C channels.</summary>
 public sealed record Config(int MaxT, int V, int Vp, int L, int NH, int C) {
     const int ModelMagic = 20240326;
 
@@ -37,8 +36,7 @@ public sealed record Config(int MaxT, int V, int Vp, int L, int NH, int C) {
         new("lnfw", 1, 1, C), new("lnfb", 1, 1, C),
     ];
 
-    /// <summary>A rank's part of every layer of every tensor, in the order of checkpoints; for one rank, the 16 whole
-    /// tensors.</summary>
+    /// <summary>A rank's part of every layer's tensors, in checkpoints' order; one rank has whole tensors.</summary>
     public IEnumerable<Cut> Cuts(int rank, int ranks) {
         var index = 0L;
         foreach (var (i, shape) in Parameters.Index()) {
@@ -87,10 +85,8 @@ public sealed record Config(int MaxT, int V, int Vp, int L, int NH, int C) {
     }
 
     /// <summary>The header of a checkpoint of this model.</summary>
-    public int[] Header(DataType type) {
-        int[] fields = [ModelMagic, type == DataType.Fp32 ? 3 : 5, MaxT, V, L, NH, C, Vp];
-        return [.. fields, .. new int[BinaryFile.HeaderLength - fields.Length]];
-    }
+    public int[] Header(DataType type) =>
+        [ModelMagic, type == DataType.Fp32 ? 3 : 5, MaxT, V, L, NH, C, Vp, .. new int[BinaryFile.HeaderLength - 8]];
 }
 
 /// <summary>All parameters, or a rank's part of them, in one array: weights, gradients or moments.</summary>
@@ -98,7 +94,7 @@ public sealed class Parameters {
     /// <summary>Lays out the tensors from an address on, or as parts of <paramref name="whole"/>.</summary>
     public Parameters(
         Config config, DataType type, nint address, int rank = 0, int ranks = 1, Parameters? whole = null) {
-        // Whole tensors, rows of C elements, follow each other. Parts begin at a multiple of 8 elements, as kernels want.
+        // Whole tensors follow each other, in rows of C elements; a part begins at a multiple of 8, as kernels want it.
         var (shapes, group, groups) = (config.Parameters, ranks == 1 ? config.C : 8, 0);
         Cuts = [.. config.Cuts(rank, ranks)];
         Tensors = [.. Cuts.Select(cut => {
@@ -115,7 +111,7 @@ public sealed class Parameters {
     /// <summary>What each tensor is of the model's parameters.</summary>
     public Cut[] Cuts { get; }
 
-    /// <summary>The tensors in the order of checkpoints: 16 of (layers, rows, columns), or a rank's flat parts.</summary>
+    /// <summary>The tensors in the order of checkpoints: 16 whole ones, or a rank's flat parts.</summary>
     public Tensor[] Tensors { get; }
 
     /// <summary>The whole array.</summary>
@@ -144,8 +140,8 @@ public readonly record struct LayerParameters(
 /// layer's with every layer's keys and values for the rows already generated.</summary>
 public enum Purpose { Train, Evaluate, Generate }
 
-/// <summary>The activations of a forward pass over (B, T) tokens and the buffers of its backward pass, laid out from an
-/// address on; laid out from 0, it tells how much memory that takes.</summary>
+/// <summary>The activations of a forward pass over (B, T) tokens, and the buffers of its backward pass, in one piece of
+/// memory; laid out at address 0, they tell its size.</summary>
 public sealed class Activations {
     public readonly Tensor Encoded, Final, DResidual, DBranch; // (B, T, C)
     public readonly Tensor DQkv, DFch; // (B, T, 3C), (B, T, 4C)
@@ -154,11 +150,8 @@ public sealed class Activations {
     public readonly Layer[] Layers;
     public readonly long Bytes;
 
-    /// <summary>Rows whose logits are held at a time: the largest activation but for this.</summary>
-    const int LogitRows = 1 << 14;
-
-    /// <param name="context">Rows of queries, keys and values: T unless earlier rows are to be attended to.</param>
-    /// <param name="recompute">1: GELU's output is computed anew in the backward pass; 2: layer norms' too.</param>
+    /// <param name="context">Rows of queries, keys and values: T, or more for rows that came before.</param>
+    /// <param name="recompute">What the backward pass computes again: 1 for GELU, 2 for layer norms too.</param>
     public Activations(Config config, DataType type, int B, int T, int context, Purpose purpose, int recompute,
         nint address) {
         var (C, L, NH, start) = (config.C, config.L, config.NH, address);
@@ -178,24 +171,25 @@ public sealed class Activations {
         for (var l = 0; l < L; l++) {
             // What is not kept for the backward pass lies where the first layer has it.
             bool Kept(int level) => l == 0 || recompute < level;
-            Layers[l] = l > 0 && purpose != Purpose.Train ? Layers[0] with { Qkv = qkv[l] } : new Layer(
-                Kept(2) ? New(C) : Layers[0].Ln1, Fp32(T, 2), qkv[l], New(C), Fp32(NH, T), New(C),
-                Kept(2) ? New(C) : Layers[0].Ln2, Fp32(T, 2), New(4 * C), Kept(1) ? New(4 * C) : Layers[0].FchGelu,
-                New(C));
+            var residual = l == 0 ? Encoded : Layers[l - 1].Residual3;
+            Layers[l] = l > 0 && purpose != Purpose.Train ? Layers[0] with { Residual1 = residual, Qkv = qkv[l] }
+                : new Layer(residual, Kept(2) ? New(C) : Layers[0].Ln1, Fp32(T, 2), qkv[l], New(C), Fp32(NH, T), New(C),
+                    Kept(2) ? New(C) : Layers[0].Ln2, Fp32(T, 2), New(4 * C),
+                    Kept(1) ? New(4 * C) : Layers[0].FchGelu, New(C));
         }
         if (purpose == Purpose.Train)
             (DResidual, DBranch) = (New(C), New(C));
-        // The logits and, once those are done with, the gradients inside a block have one place.
-        var place = address;
+        // The logits, at most so many rows at a time, share memory with what the backward pass needs after them.
+        const int logitRows = 1 << 14;
+        Logits = new(address, 1, purpose == Purpose.Generate ? 1 : Math.Min(B * T, logitRows), config.Vp, type);
         if (purpose == Purpose.Train)
             (DQkv, DFch) = (New(3 * C), New(4 * C));
-        (var end, address) = (address, place);
-        Logits = Place(new(0, 1, purpose == Purpose.Generate ? 1 : Math.Min(B * T, LogitRows), config.Vp, type));
-        Bytes = Math.Max(address, end) - start;
+        Bytes = Math.Max(address, Logits.Address + (nint)Logits.Bytes) - start;
     }
 
     /// <summary>One layer's activations, in the order of their computation.</summary>
     public sealed record Layer(
+        Tensor Residual1, // (B, T, C)
         Tensor Ln1, Tensor Ln1Statistics, // (B, T, C), (B, T, 2) fp32
         Tensor Qkv, // (B, context, 3C)
         Tensor Atty, Tensor Lse, // (B, T, C), (B, NH, T) fp32
@@ -208,7 +202,7 @@ public sealed class Activations {
 /// <summary>GPT-2 (Radford et al., 2019) on a device: its parameters, forward and backward pass.</summary>
 public sealed class Model {
     readonly Activations activations;
-    readonly Activations? cache;
+    readonly nint cache; // memory for the activations of generation
     readonly Purpose purpose;
     readonly int recompute, rank, ranks;
 
@@ -226,9 +220,8 @@ public sealed class Model {
         Master = purpose == Purpose.Train && device.Precision == DataType.Bf16 ? AllocateParts() : WeightParts;
         Gradients = purpose == Purpose.Train ? Allocate(DataType.Fp32) : null;
         GradientParts = IsCut ? AllocateParts() : Gradients;
-        Activations Place(Func<nint, Activations> layout) => layout(device.Allocate(layout(0).Bytes));
-        activations = Place(address => Layout(B, recompute, address));
-        cache = purpose == Purpose.Evaluate ? null : Place(address => Cache(config.MaxT, address));
+        activations = Layout(B, recompute, device.Allocate(Layout(B, recompute, 0).Bytes));
+        cache = purpose == Purpose.Evaluate ? 0 : device.Allocate(Cache(config.MaxT, 0).Bytes);
         (Tokens, Targets, Losses) = (new int[B * T], new int[B * T], new float[B * T]);
     }
 
@@ -253,8 +246,7 @@ public sealed class Model {
     /// <summary>True under ZeRO-1: this rank updates a part of the parameters.</summary>
     public bool IsCut => ranks > 1;
 
-    /// <summary>Called in the backward pass when a layer's gradients are complete, and at its end with −1 for those
-    /// outside of layers.</summary>
+    /// <summary>Called when the gradients of a layer are complete, or with −1 those outside of layers.</summary>
     public Action<int>? Completed { get; set; }
 
     /// <summary>The batch: tokens and the one after each, (B, T).</summary>
@@ -324,21 +316,19 @@ public sealed class Model {
     /// <param name="start">Position of the first token: the context before it is in the keys and values.</param>
     void ForwardBlocks(ReadOnlySpan<int> tokens, Activations a, int start) {
         Device.Embed(tokens, Weights.Wte, Weights.Wpe, start, a.Encoded);
-        var residual = a.Encoded;
         for (var l = 0; l < Config.L; l++) {
             var (w, x) = (Weights[l], a.Layers[l]);
             var (rows, context) = a.Encoded.Depth > 1 ? (x.Qkv, x.Qkv)
                 : (x.Qkv.Slice(start, a.Encoded.Rows), x.Qkv.Slice(0, start + a.Encoded.Rows));
-            Device.LayerNorm(residual, w.Ln1w, w.Ln1b, x.Ln1, x.Ln1Statistics);
+            Device.LayerNorm(x.Residual1, w.Ln1w, w.Ln1b, x.Ln1, x.Ln1Statistics);
             Device.Linear(x.Ln1, w.Qkvw, w.Qkvb, rows);
             Device.Attention(context, start, Config.NH, x.Atty, x.Lse);
-            Device.LinearResidual(x.Atty, w.Attprojw, w.Attprojb, residual, x.Residual2);
+            Device.LinearResidual(x.Atty, w.Attprojw, w.Attprojb, x.Residual1, x.Residual2);
             Device.LayerNorm(x.Residual2, w.Ln2w, w.Ln2b, x.Ln2, x.Ln2Statistics);
             Device.LinearGelu(x.Ln2, w.Fcw, w.Fcb, x.Fch, x.FchGelu);
             Device.LinearResidual(x.FchGelu, w.Fcprojw, w.Fcprojb, x.Residual2, x.Residual3);
-            residual = x.Residual3;
         }
-        Device.LayerNorm(residual, Weights.Lnfw, Weights.Lnfb, a.Final, a.FinalStatistics);
+        Device.LayerNorm(a.Layers[^1].Residual3, Weights.Lnfw, Weights.Lnfb, a.Final, a.FinalStatistics);
     }
 
     /// <summary>The logits (rows, Vp) of a forward pass are computed in so many parts, which share memory.</summary>
@@ -357,8 +347,7 @@ public sealed class Model {
         return x.Slice(part * size, Math.Min(size, x.AllRows - part * size));
     }
 
-    /// <summary>Computes the losses of the last forward pass and, unless the scale is 0, the classifier's backward
-    /// pass.</summary>
+    /// <summary>Computes the losses of the last forward pass and, unless scaled by 0, their gradients there.</summary>
     /// <param name="gradientScale">Weight of one position's loss in the gradients.</param>
     public void Loss(float gradientScale = 0) {
         for (var (part, a) = (0, activations); part < LogitParts; part++) {
@@ -388,31 +377,30 @@ public sealed class Model {
 
     /// <summary>Adds the gradients of the last <see cref="Loss"/> to <see cref="Gradients"/>.</summary>
     public void Backward() {
-        var (a, g, dresidual) = (activations, Gradients!, activations.DResidual);
-        Device.Clear(dresidual);
-        Device.LayerNormBackward(a.DBranch, a.Layers[^1].Residual3, Weights.Lnfw, a.FinalStatistics, dresidual, g.Lnfw,
+        // dx is the gradient of the residual stream, dy that of what a branch takes from it.
+        var (a, g, dx, dy) = (activations, Gradients!, activations.DResidual, activations.DBranch);
+        Device.Clear(dx);
+        Device.LayerNormBackward(dy, a.Layers[^1].Residual3, Weights.Lnfw, a.FinalStatistics, dx, g.Lnfw,
             g.Lnfb, g[Config.L - 1].Fcprojb);
         for (var l = Config.L - 1; l >= 0; l--) {
             var (w, dw, x) = (Weights[l], g[l], a.Layers[l]);
-            var (residual, dbias) = l > 0 ? (a.Layers[l - 1].Residual3, g[l - 1].Fcprojb) : (a.Encoded, default);
             if (recompute >= 1)
                 Device.Gelu(x.Fch, x.FchGelu);
-            Device.LinearGeluBackward(dresidual, x.FchGelu, x.Fch, w.Fcprojw, a.DFch, dw.Fcprojw, dw.Fcb);
+            Device.LinearGeluBackward(dx, x.FchGelu, x.Fch, w.Fcprojw, a.DFch, dw.Fcprojw, dw.Fcb);
             if (recompute >= 2)
                 Device.LayerNorm(x.Residual2, w.Ln2w, w.Ln2b, x.Ln2, x.Ln2Statistics);
-            Device.LinearBackward(a.DFch, x.Ln2, w.Fcw, a.DBranch, dw.Fcw);
-            Device.LayerNormBackward(
-                a.DBranch, x.Residual2, w.Ln2w, x.Ln2Statistics, dresidual, dw.Ln2w, dw.Ln2b, dw.Attprojb);
-            Device.LinearBackward(dresidual, x.Atty, w.Attprojw, a.DBranch, dw.Attprojw);
-            Device.AttentionBackward(a.DBranch, x.Qkv, x.Atty, x.Lse, Config.NH, a.DQkv, dw.Qkvb);
+            Device.LinearBackward(a.DFch, x.Ln2, w.Fcw, dy, dw.Fcw);
+            Device.LayerNormBackward(dy, x.Residual2, w.Ln2w, x.Ln2Statistics, dx, dw.Ln2w, dw.Ln2b, dw.Attprojb);
+            Device.LinearBackward(dx, x.Atty, w.Attprojw, dy, dw.Attprojw);
+            Device.AttentionBackward(dy, x.Qkv, x.Atty, x.Lse, Config.NH, a.DQkv, dw.Qkvb);
             if (recompute >= 2)
-                Device.LayerNorm(residual, w.Ln1w, w.Ln1b, x.Ln1, x.Ln1Statistics);
-            Device.LinearBackward(a.DQkv, x.Ln1, w.Qkvw, a.DBranch, dw.Qkvw);
-            Device.LayerNormBackward(
-                a.DBranch, residual, w.Ln1w, x.Ln1Statistics, dresidual, dw.Ln1w, dw.Ln1b, dbias);
+                Device.LayerNorm(x.Residual1, w.Ln1w, w.Ln1b, x.Ln1, x.Ln1Statistics);
+            Device.LinearBackward(a.DQkv, x.Ln1, w.Qkvw, dy, dw.Qkvw);
+            var dbias = l > 0 ? g[l - 1].Fcprojb : default;
+            Device.LayerNormBackward(dy, x.Residual1, w.Ln1w, x.Ln1Statistics, dx, dw.Ln1w, dw.Ln1b, dbias);
             Completed?.Invoke(l);
         }
-        Device.EmbedBackward(Tokens, dresidual, g.Wte, g.Wpe);
+        Device.EmbedBackward(Tokens, dx, g.Wte, g.Wpe);
         Completed?.Invoke(-1);
     }
 
@@ -423,7 +411,7 @@ public sealed class Model {
         var logits = new float[Config.V];
         var tokens = prompt;
         for (var start = 0; start + tokens.Length <= Config.MaxT; ) {
-            var a = Cache(tokens.Length, cache!.Layers[0].Qkv.Address);
+            var a = Cache(tokens.Length, cache);
             ForwardBlocks(tokens, a, start);
             Device.Linear(a.Final.Slice(tokens.Length - 1, 1), Weights.Wte, default, a.Logits);
             Device.Read(a.Logits.Flat(0, Config.V), logits);
@@ -461,8 +449,7 @@ public sealed class Model {
         writing.Wait();
     }
 
-    /// <summary>Reads the weights of an opened checkpoint of this model, fp32 or bf16, and closes it; without one,
-    /// draws them from a seed.</summary>
+    /// <summary>Reads the weights from a checkpoint of this model, and closes it, or draws them from a seed.</summary>
     public void Load(BinaryFile? file, uint seed = 0) {
         using var closed = file;
         if (file == null)
@@ -521,10 +508,8 @@ public sealed class Model {
     }
 }
 
-/// <summary>Picks the next token from logits.</summary>
-/// <param name="temperature">0 always picks the likeliest.</param>
-/// <param name="topK">How many of the likeliest tokens to choose from; 0 for all.</param>
-/// <param name="topP">Chooses from the likeliest tokens of this probability together (Holtzman et al., 2020).</param>
+/// <summary>Picks the next token from logits: the likeliest for temperature 0; otherwise a random one of the topK likeliest
+/// (0 for all), and of those the likeliest that have probability topP together (Holtzman et al., 2020).</summary>
 public sealed class Sampler(float temperature, int topK, float topP, uint seed) {
     readonly Mt19937 random = new(seed);
 
