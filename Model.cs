@@ -331,31 +331,27 @@ public sealed class Model {
         Device.LayerNorm(a.Layers[^1].Residual3, Weights.Lnfw, Weights.Lnfb, a.Final, a.FinalStatistics);
     }
 
-    /// <summary>The logits (rows, Vp) of a forward pass are computed in so many parts, which share memory.</summary>
+    /// <summary>Logits are computed for a part of all positions at a time; the number of parts.</summary>
     public int LogitParts => (B * T + activations.Logits.Rows - 1) / activations.Logits.Rows;
 
-    /// <summary>Computes the logits of one part of the rows.</summary>
+    /// <summary>The logits (rows, Vp) of one part of the positions, valid until the next are computed.</summary>
     public Tensor Logits(int part) {
-        var rows = RowsOf(activations.Final, part);
-        var logits = activations.Logits.Slice(0, rows.Rows);
-        Device.Linear(rows, Weights.Wte, default, logits);
+        var (first, size) = (part * activations.Logits.Rows, activations.Logits.Rows);
+        var logits = activations.Logits.Slice(0, Math.Min(size, B * T - first));
+        Device.Linear(activations.Final.Slice(first, logits.Rows), Weights.Wte, default, logits);
         return logits;
     }
 
-    Tensor RowsOf(Tensor x, int part) {
-        var size = activations.Logits.Rows;
-        return x.Slice(part * size, Math.Min(size, x.AllRows - part * size));
-    }
-
-    /// <summary>Computes the losses of the last forward pass and, unless scaled by 0, their gradients there.</summary>
+    /// <summary>Computes the losses of the last forward pass and, for a scale other than 0, the classifier's gradients.
+    /// </summary>
     /// <param name="gradientScale">Weight of one position's loss in the gradients.</param>
     public void Loss(float gradientScale = 0) {
-        for (var (part, a) = (0, activations); part < LogitParts; part++) {
-            var (x, losses) = (RowsOf(a.Final, part), RowsOf(a.Losses, part));
-            var targets = Targets.AsSpan(part * a.Logits.Rows, losses.Rows);
-            var (dx, dw) = gradientScale == 0 ? default : (RowsOf(a.DBranch, part), Gradients!.Wte);
-            Device.LinearClassify(x, Weights.Wte, targets, Config.V, a.Logits.Slice(0, losses.Rows), losses,
-                gradientScale, dx, dw);
+        var a = activations;
+        for (var first = 0; first < B * T; first += a.Logits.Rows) {
+            var count = Math.Min(a.Logits.Rows, B * T - first);
+            var (dx, dw) = gradientScale == 0 ? default : (a.DBranch.Slice(first, count), Gradients!.Wte);
+            Device.LinearClassify(a.Final.Slice(first, count), Weights.Wte, Targets.AsSpan(first, count), Config.V,
+                a.Logits.Slice(0, count), a.Losses.Slice(first, count), gradientScale, dx, dw);
         }
     }
 
@@ -434,8 +430,7 @@ public sealed class Model {
             // The padded rows of wte stay zero.
             var count = l >= shape.Layers ? 0 : (shape.Name == "wte" ? Config.V : shape.Rows) * shape.Columns;
             for (var done = 0; done < count;) {
-                var left = count - done;
-                var values = buffers[turn ^= 1].AsMemory(0, left <= most ? left : chunk);
+                var values = buffers[turn ^= 1].AsMemory(0, count - done <= most ? count - done : chunk);
                 if (shape.IsMatrix)
                     random.Normal(values, shape.Name.EndsWith("projw") ? 0.02f / MathF.Sqrt(2 * Config.L) : 0.02f);
                 else
@@ -508,8 +503,8 @@ public sealed class Model {
     }
 }
 
-/// <summary>Picks the next token from logits: the likeliest for temperature 0; otherwise a random one of the topK likeliest
-/// (0 for all), and of those the likeliest that have probability topP together (Holtzman et al., 2020).</summary>
+/// <summary>Picks the next token: the likeliest for temperature 0, or else a random one of the topK likeliest (0 for all)
+/// and, of those, of the likeliest with probability topP together (Holtzman et al., 2020).</summary>
 public sealed class Sampler(float temperature, int topK, float topP, uint seed) {
     readonly Mt19937 random = new(seed);
 

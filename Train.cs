@@ -279,17 +279,16 @@ public sealed class Trainer : IDisposable {
 public sealed class Optimizer {
     readonly Model model;
     readonly ICollective ranks;
-    readonly (AdamWPart[] Parts, Tensor[] Gathered)[] groups;
+    readonly AdamWPart[] parts;
+    readonly Tensor[] layers; // the layer's whole tensor for each part
 
     public Optimizer(Model model, ICollective? collective = null) {
         (this.model, ranks, M, V) = (model, collective ?? new Alone(), model.AllocateParts(), model.AllocateParts());
-        var parts = model.Master.Cuts.Select((cut, i) => (cut.Tensor,
-            Part: new AdamWPart(cut.Index, model.Config.Parameters[cut.Tensor].IsMatrix, model.WeightParts.Tensors[i],
-                model.Master.Tensors[i], model.GradientParts!.Tensors[i], M.Tensors[i], V.Tensors[i]),
-            Whole: model.Weights.Tensors[cut.Tensor][cut.Layer]));
-        // Under ZeRO-1 few tensors at a time are updated, so that they are gathered while the next ones are.
-        groups = [.. parts.GroupBy(part => model.IsCut ? part.Tensor / 4 : 0).Select(group => (
-            group.Select(each => each.Part).ToArray(), model.IsCut ? group.Select(each => each.Whole).ToArray() : []))];
+        var cuts = model.Master.Cuts;
+        layers = [.. cuts.Select(cut => model.Weights.Tensors[cut.Tensor][cut.Layer])];
+        parts = [.. cuts.Select((cut, i) => new AdamWPart(cut.Index, model.Config.Parameters[cut.Tensor].IsMatrix,
+            model.WeightParts.Tensors[i], model.Master.Tensors[i], model.GradientParts!.Tensors[i], M.Tensors[i],
+            V.Tensors[i]))];
     }
 
     /// <summary>The first and the second moments.</summary>
@@ -301,12 +300,12 @@ public sealed class Optimizer {
 
     /// <summary>Sums a layer's gradients over ranks, for −1 those outside of layers; the norm waits for it.</summary>
     public void Reduce(int layer) {
-        var l = Math.Max(0, layer);
-        var parts = model.Master.Cuts.Index().Where(part => (part.Item.Tensor is >= 2 and < 14) == layer >= 0 &&
-            (part.Item.Layer == l || !model.IsCut)).ToArray();
-        Tensor[] arrays = [.. parts.Select(part => model.Gradients!.Tensors[part.Item.Tensor][l])];
+        var (cuts, l) = (model.Master.Cuts, Math.Max(0, layer));
+        int[] own = [.. Enumerable.Range(0, cuts.Length).Where(i => (cuts[i].Layer == l || !model.IsCut) &&
+            (cuts[i].Tensor is >= 2 and < 14) == layer >= 0)];
+        Tensor[] arrays = [.. own.Select(i => model.Gradients!.Tensors[cuts[i].Tensor][l])];
         if (model.IsCut)
-            ranks.ReduceScatter(arrays, [.. parts.Select(part => model.GradientParts!.Tensors[part.Index])]);
+            ranks.ReduceScatter(arrays, [.. own.Select(i => model.GradientParts!.Tensors[i])]);
         else
             ranks.AllReduce(arrays);
     }
@@ -323,9 +322,12 @@ public sealed class Optimizer {
         const float clip = 1;
         var scale = norm > clip ? clip / norm : 1;
         var step = new AdamWStep(number, rate, decay, scale, 0.9f, 0.95f, 1e-8f, RoundingSeed++);
-        foreach (var (parts, gathered) in groups) {
-            model.Device.AdamW(parts, step);
-            ranks.AllGather(gathered);
+        // Under ZeRO-1 a quarter of the parts at a time, which is gathered while the next one is updated.
+        var count = model.IsCut ? parts.Length / 4 : parts.Length;
+        for (var first = 0; first < parts.Length; first += count) {
+            model.Device.AdamW(parts.AsSpan(first, count), step);
+            if (model.IsCut)
+                ranks.AllGather(layers.AsSpan(first, count));
         }
         if (model.IsCut)
             model.Device.Clear(model.Gradients!.All); // AdamW has cleared the parts alone
@@ -461,10 +463,8 @@ public sealed class Checkpoints(string folder) {
         // State files left over from a killed run with more ranks.
         foreach (var stale in Files.Glob(StatePath(step, null)).Except(files))
             File.Delete(stale);
-        Files.Write(DonePath(step), to => {
-            foreach (var file in files)
-                to.Write(Encoding.UTF8.GetBytes(Files.Describe(file) + "\n"));
-        });
+        var list = string.Concat(files.Select(file => Files.Describe(file) + "\n"));
+        Files.Write(DonePath(step), to => to.Write(Encoding.UTF8.GetBytes(list)));
         // Newer checkpoints are those that this run could not go on from.
         var kept = Complete.Where(other => other <= step).TakeLast(keep);
         foreach (var old in Steps("*").Except(kept)) {
@@ -515,11 +515,9 @@ public sealed partial class RunLog {
         this.folder = folder;
         // A run that starts anew validates anew too.
         var lines = File.Exists(LogPath) && firstStep > 0 ? File.ReadAllLines(LogPath) : [];
-        Files.Write(LogPath, to => {
-            foreach (var line in lines.Where(line => Line().Match(line) is { Success: true } match &&
-                int.Parse(match.Groups[1].Value) < firstStep + (match.Groups[2].Value == "trl" ? 0 : 1)))
-                to.Write(Encoding.UTF8.GetBytes(Add(line)));
-        });
+        var kept = lines.Where(line => Line().Match(line) is { Success: true } match &&
+            int.Parse(match.Groups[1].Value) < firstStep + (match.Groups[2].Value == "trl" ? 0 : 1)).Select(Add);
+        Files.Write(LogPath, to => to.Write(Encoding.UTF8.GetBytes(string.Concat(kept))));
     }
 
     string LogPath => Path.Combine(folder, "main.log");
