@@ -108,7 +108,7 @@ public sealed class Parameters {
         All = whole?.All ?? new Tensor(address, 1, groups, group, type);
     }
 
-    /// <summary>What each tensor is of the model's parameters.</summary>
+    /// <summary>What part of the model's parameters each tensor holds.</summary>
     public Cut[] Cuts { get; }
 
     /// <summary>The tensors in the order of checkpoints: 16 whole ones, or a rank's flat parts.</summary>
@@ -129,15 +129,12 @@ public sealed class Parameters {
 
 /// <summary>One layer's parameters, or their gradients.</summary>
 public readonly record struct LayerParameters(
-    Tensor Ln1w, Tensor Ln1b, // (C), (C)
-    Tensor Qkvw, Tensor Qkvb, // (3C, C), (3C)
-    Tensor Attprojw, Tensor Attprojb, // (C, C), (C)
-    Tensor Ln2w, Tensor Ln2b, // (C), (C)
-    Tensor Fcw, Tensor Fcb, // (4C, C), (4C)
-    Tensor Fcprojw, Tensor Fcprojb); // (C, 4C), (C)
+    Tensor Ln1w, Tensor Ln1b, Tensor Qkvw, Tensor Qkvb, // (C), (C), (3C, C), (3C)
+    Tensor Attprojw, Tensor Attprojb, Tensor Ln2w, Tensor Ln2b, // (C, C), (C), (C), (C)
+    Tensor Fcw, Tensor Fcb, Tensor Fcprojw, Tensor Fcprojb); // (4C, C), (4C), (C, 4C), (C)
 
-/// <summary>What activations are kept for: all layers' for the backward pass, one layer's for a loss alone, or one
-/// layer's with every layer's keys and values for the rows already generated.</summary>
+/// <summary>Which activations are kept: all layers' for the backward pass of Train, one layer's for the loss of Evaluate,
+/// one layer's and all keys and values for Generate.</summary>
 public enum Purpose { Train, Evaluate, Generate }
 
 /// <summary>The activations of a forward pass over (B, T) tokens, and the buffers of its backward pass, in one piece of
@@ -145,7 +142,7 @@ public enum Purpose { Train, Evaluate, Generate }
 public sealed class Activations {
     public readonly Tensor Encoded, Final, DResidual, DBranch; // (B, T, C)
     public readonly Tensor DQkv, DFch; // (B, T, 3C), (B, T, 4C)
-    public readonly Tensor FinalStatistics, Losses; // (B, T, 2), (B, T, 1), fp32
+    public readonly Tensor FinalStatistics, Losses; // (B, T, 2), (B, T, 1), both in fp32
     public readonly Tensor Logits; // (rows, Vp)
     public readonly Layer[] Layers;
     public readonly long Bytes;
@@ -189,14 +186,10 @@ public sealed class Activations {
 
     /// <summary>One layer's activations, in the order of their computation.</summary>
     public sealed record Layer(
-        Tensor Residual1, // (B, T, C)
-        Tensor Ln1, Tensor Ln1Statistics, // (B, T, C), (B, T, 2) fp32
-        Tensor Qkv, // (B, context, 3C)
-        Tensor Atty, Tensor Lse, // (B, T, C), (B, NH, T) fp32
-        Tensor Residual2, // (B, T, C), after attention
-        Tensor Ln2, Tensor Ln2Statistics, // (B, T, C), (B, T, 2) fp32
-        Tensor Fch, Tensor FchGelu, // (B, T, 4C), before and after GELU
-        Tensor Residual3); // (B, T, C), after the MLP
+        Tensor Residual1, Tensor Ln1, Tensor Ln1Statistics, // (B, T, C), (B, T, C), (B, T, 2) in fp32
+        Tensor Qkv, Tensor Atty, Tensor Lse, // (B, context, 3C), (B, T, C), (B, NH, T) in fp32
+        Tensor Residual2, Tensor Ln2, Tensor Ln2Statistics, // (B, T, C), (B, T, C), (B, T, 2) in fp32
+        Tensor Fch, Tensor FchGelu, Tensor Residual3); // (B, T, 4C), (B, T, 4C), (B, T, C)
 }
 
 /// <summary>GPT-2 (Radford et al., 2019) on a device: its parameters, forward and backward pass.</summary>
@@ -331,7 +324,7 @@ public sealed class Model {
         Device.LayerNorm(a.Layers[^1].Residual3, Weights.Lnfw, Weights.Lnfb, a.Final, a.FinalStatistics);
     }
 
-    /// <summary>Logits are computed for a part of all positions at a time; the number of parts.</summary>
+    /// <summary>The number of parts in which the logits of all positions are computed.</summary>
     public int LogitParts => (B * T + activations.Logits.Rows - 1) / activations.Logits.Rows;
 
     /// <summary>The logits (rows, Vp) of one part of the positions, valid until the next are computed.</summary>
@@ -355,7 +348,7 @@ public sealed class Model {
         }
     }
 
-    /// <summary>The mean of the last losses, which it reads into <see cref="Losses"/>.</summary>
+    /// <summary>Reads the last losses into <see cref="Losses"/>, and returns their mean.</summary>
     public double MeanLoss() {
         Device.Read(activations.Losses, Losses);
         var sum = 0.0;
@@ -503,12 +496,12 @@ public sealed class Model {
     }
 }
 
-/// <summary>Picks the next token: the likeliest for temperature 0, or else a random one of the topK likeliest (0 for all)
-/// and, of those, of the likeliest with probability topP together (Holtzman et al., 2020).</summary>
+/// <summary>Picks the next token: the likeliest for temperature 0, else a random one of the topK likeliest (0 for all) and
+/// of the likeliest of those with probability topP together (Holtzman et al., 2020).</summary>
 public sealed class Sampler(float temperature, int topK, float topP, uint seed) {
     readonly Mt19937 random = new(seed);
 
-    /// <summary>A token's index; the logits are overwritten.</summary>
+    /// <summary>The index of the token picked; overwrites the logits.</summary>
     public int Next(float[] logits) {
         var max = logits.Max();
         if (Numbers.NotFinite(logits) is { } value)

@@ -11,7 +11,7 @@ using static Gpt2.Gpt2Exception;
 
 namespace Gpt2;
 
-/// <summary>How the learning rate goes down after its warm-up.</summary>
+/// <summary>How the learning rate decays after its warm-up.</summary>
 public enum Schedule { Cosine, Linear, Constant, Wsd }
 
 /// <summary>The options of `gpt2 train`, as its help explains them. Without Init a new run starts from DefaultInit;
@@ -120,17 +120,14 @@ public sealed class Trainer : IDisposable {
     /// <summary>The step of the newest whole checkpoint, or null if there is none at all. Rank 0 decides.</summary>
     /// <exception cref="Gpt2Exception">There are checkpoints, but none is whole.</exception>
     int? NewestWhole() {
-        var (step, fault) = (-1, (string?)null);
-        foreach (var candidate in ranks.Rank == 0 ? checkpoints.Complete.Reverse() : []) {
-            if (fault != null)
-                log.ZLogInformation($"{fault}; trying the checkpoint of step {candidate}");
-            (step, fault) = (candidate, checkpoints.FaultOf(candidate));
-            if (fault == null)
-                break;
+        var candidates = new Stack<int>(ranks.Rank == 0 ? checkpoints.Complete : []);
+        while (candidates.TryPeek(out var newest) && checkpoints.FaultOf(newest) is { } fault) {
+            candidates.Pop();
+            if (candidates.Count == 0)
+                throw new Gpt2Exception(fault);
+            log.ZLogInformation($"{fault}; trying the checkpoint of step {candidates.Peek()}");
         }
-        if (fault != null)
-            throw new Gpt2Exception(fault);
-        step = (int)ranks.Sum(step + 1) - 1;
+        var step = (int)ranks.Sum(candidates.TryPeek(out var whole) ? whole + 1 : 0) - 1;
         if (step < 0)
             log.ZLogInformation($"{options.Out}: no complete checkpoint to resume, starting from step 0");
         return step < 0 ? null : step;
@@ -224,7 +221,7 @@ public sealed class Trainer : IDisposable {
                 checkpoints.ModelPath(last) : "there is no checkpoint yet"));
     }
 
-    /// <summary>One update: the mean loss, the gradient's norm before clipping, whether they stood out.</summary>
+    /// <summary>Makes an update, unless the mean loss or the gradient's norm (before clipping) is an outlier.</summary>
     (double Loss, float Norm, bool Skipped) Step(int step) {
         if (options.Overfit)
             train.Reset();
@@ -317,7 +314,7 @@ public sealed class Optimizer {
         return (float)Math.Sqrt(model.IsCut ? ranks.Sum(squares) : squares);
     }
 
-    /// <summary>Clips the gradients from the given norm to 1, and makes an update; the first has number 1.</summary>
+    /// <summary>Clips the gradients, whose norm is given, to norm 1, and makes an update. The first is number 1.</summary>
     public void Update(int number, float rate, float decay, float norm) {
         const float clip = 1;
         var scale = norm > clip ? clip / norm : 1;
@@ -341,7 +338,7 @@ public sealed class Optimizer {
     }
 }
 
-/// <summary>The checkpoints in an output folder: a model and a state file each, complete once DONE is there.</summary>
+/// <summary>The checkpoints in a run's folder: a model and state files each, complete once DONE is there.</summary>
 public sealed class Checkpoints(string folder) {
     const int Magic = 20240527;
     const int SampleTokens = 40; // where a state's header has them; llm.c leaves 0 there
@@ -373,7 +370,7 @@ public sealed class Checkpoints(string folder) {
         file.SetLength(0);
         file.Write(Encoding.UTF8.GetBytes($"{Environment.ProcessId}\n"));
         file.Flush();
-        return last == Last || last != null ? file
+        return last != null || Last == null ? file
             : throw new Gpt2Exception($"{folder}: expected no run yet, found one that has ended since this one began");
     }
 
@@ -389,12 +386,12 @@ public sealed class Checkpoints(string folder) {
 
     string SettingsPath => Path.Combine(folder, "settings.txt");
 
-    /// <summary>The settings of the run in a folder as words of a command line; none if it has no checkpoint.</summary>
+    /// <summary>A run's settings as words of a command line; none if its folder has no checkpoint.</summary>
     public static IEnumerable<string> SettingsOf(string folder) =>
         new Checkpoints(folder) is { Last: not null } run && File.Exists(run.SettingsPath)
             ? File.ReadLines(run.SettingsPath).SelectMany(line => line.Split(' ', 2)) : [];
 
-    /// <summary>A model's file: a folder stands for its last complete checkpoint.</summary>
+    /// <summary>The path of a model: that of the last complete checkpoint if it is a folder.</summary>
     public static string ModelOf(string path) => !Directory.Exists(path) ? path
         : new Checkpoints(path) is { Last: { } last } run ? run.ModelPath(last)
         : throw new Gpt2Exception($"{path}: expected a folder with a complete checkpoint (DONE_...), found none");
@@ -409,7 +406,7 @@ public sealed class Checkpoints(string folder) {
             @"model_(?<step>\d{8})\.bin|state_(?<step>\d{8})_\d{5}\.bin)$"))
         .Where(match => match.Success).Select(match => int.Parse(match.Groups["step"].Value)).Distinct().Order()];
 
-    /// <summary>What is wrong with a checkpoint, or null: DONE must list all its files, or none as llm.c's.</summary>
+    /// <summary>What is wrong with a checkpoint, or null. DONE lists all its files, or as llm.c's, none.</summary>
     public string? FaultOf(int step) {
         try {
             var listed = File.ReadAllLines(DonePath(step));
@@ -504,7 +501,7 @@ public sealed class Checkpoints(string folder) {
     }
 }
 
-/// <summary>main.log in the output folder, and loss.svg, its picture.</summary>
+/// <summary>A run's main.log, and loss.svg, its picture.</summary>
 public sealed partial class RunLog {
     readonly string folder;
     readonly List<(int Step, double Loss)> train = [], validation = [];
@@ -607,7 +604,7 @@ public static class Evaluation {
         return ranks.Sum(sum) / rows.Length / T;
     }
 
-    /// <summary>The share of questions whose right completion has the lowest mean loss a token.</summary>
+    /// <summary>The share of questions whose right completion has the lowest mean loss per token.</summary>
     public static double Accuracy(Model model, MultipleChoice[] questions, ICollective ranks) {
         var (T, scores) = (model.T, new Queue<double>());
         var own = questions.Where((_, i) => i % ranks.Size == ranks.Rank).ToArray();
@@ -686,8 +683,8 @@ public static class Verification {
 
 /// <summary>Training steps timed, as a whole and by operation.</summary>
 public static class Benchmark {
-    /// <summary>Prints the median time of a training step on random tokens, then of each of its operations beside what
-    /// the device does at best, as measured now: a large product or a large copy.</summary>
+    /// <summary>Prints the median time of a training step on random tokens and of each of its operations, compared with
+    /// what the device reaches now in a large product or a large copy.</summary>
     public static void Run(string init, int B, int T, int totalBatch, int steps, int recompute, IDevice device,
         TextWriter output) {
         var (file, config) = Trainer.Open(init);
@@ -741,15 +738,15 @@ public static class Benchmark {
     static double Median(double[] values) => values.Order().ElementAt(values.Length / 2);
 }
 
-/// <summary>Lines on a terminal: none is wider than it, and each is written over the live line before it.</summary>
+/// <summary>Lines that fit into the terminal, and overwrite the live line before them.</summary>
 static class Terminal {
-    /// <summary>True where a line may be written over. mpirun gives a terminal to its processes' standard output alone,
-    /// and copies that to wherever its own goes.</summary>
+    /// <summary>True if lines can be overwritten. Standard output alone may be a terminal that mpirun gives to its
+    /// processes, while its own goes elsewhere.</summary>
     public static bool IsLive => !Console.IsOutputRedirected && !Console.IsErrorRedirected &&
         Environment.GetEnvironmentVariable("TERM") != "dumb" &&
         string.IsNullOrEmpty(Environment.GetEnvironmentVariable("NO_COLOR"));
 
-    /// <summary>A line of fields between bars, without the last ones if it would be wider than the terminal.</summary>
+    /// <summary>A line of fields between bars, without the last ones if the terminal is too narrow.</summary>
     public static string Over(string line) {
         var width = Console.IsOutputRedirected || Console.WindowWidth <= 0 ? int.MaxValue : Console.WindowWidth;
         while (line.Length >= width && line.LastIndexOf(" | ") is > 0 and var bar)
