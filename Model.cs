@@ -133,8 +133,8 @@ public readonly record struct LayerParameters(
     Tensor Attprojw, Tensor Attprojb, Tensor Ln2w, Tensor Ln2b, // (C, C), (C), (C), (C)
     Tensor Fcw, Tensor Fcb, Tensor Fcprojw, Tensor Fcprojb); // (4C, C), (4C), (C, 4C), (C)
 
-/// <summary>Which activations are kept: all layers' for the backward pass of Train, one layer's for the loss of Evaluate,
-/// one layer's and all keys and values for Generate.</summary>
+/// <summary>Which activations are kept: all layers' for a backward pass, one layer's for a loss alone, or one layer's and
+/// all keys and values for the rows that follow.</summary>
 public enum Purpose { Train, Evaluate, Generate }
 
 /// <summary>The activations of a forward pass over (B, T) tokens, and the buffers of its backward pass, in one piece of
@@ -162,8 +162,7 @@ public sealed class Activations {
         Tensor Fp32(int rows, int columns) => Place(new(0, B, rows, columns));
         // Queries, keys and values come first: generation lays out one row over the memory of a longer prompt.
         var qkv = Enumerable.Range(0, L).Select(_ => Place(new(0, B, context, 3 * C, type))).ToArray();
-        (Encoded, Final) = (New(C), New(C));
-        (FinalStatistics, Losses) = (Fp32(T, 2), Fp32(T, 1));
+        (Encoded, Final, FinalStatistics, Losses) = (New(C), New(C), Fp32(T, 2), Fp32(T, 1));
         Layers = new Layer[L];
         for (var l = 0; l < L; l++) {
             // What is not kept for the backward pass lies where the first layer has it.
@@ -397,8 +396,7 @@ public sealed class Model {
 
     /// <summary>Continues a prompt, one token at a time, until the context is full.</summary>
     public IEnumerable<int> Generate(int[] prompt, Sampler sampler) {
-        var logits = new float[Config.V];
-        var tokens = prompt;
+        var (tokens, logits) = (prompt, new float[Config.V]);
         for (var start = 0; start + tokens.Length <= Config.MaxT; ) {
             var a = Cache(tokens.Length, cache);
             ForwardBlocks(tokens, a, start);
@@ -496,8 +494,8 @@ public sealed class Model {
     }
 }
 
-/// <summary>Picks the next token: the likeliest for temperature 0, else a random one of the topK likeliest (0 for all) and
-/// of the likeliest of those with probability topP together (Holtzman et al., 2020).</summary>
+/// <summary>Picks the next token: the likeliest for temperature 0, or else at random from the topK likeliest (0 for all),
+/// and of these from the likeliest with probability topP together (Holtzman et al., 2020).</summary>
 public sealed class Sampler(float temperature, int topK, float topP, uint seed) {
     readonly Mt19937 random = new(seed);
 

@@ -314,7 +314,7 @@ public sealed class Optimizer {
         return (float)Math.Sqrt(model.IsCut ? ranks.Sum(squares) : squares);
     }
 
-    /// <summary>Clips the gradients, whose norm is given, to norm 1, and makes an update. The first is number 1.</summary>
+    /// <summary>Clips the gradients, whose norm is given, to norm 1, and makes update 1, 2 or later.</summary>
     public void Update(int number, float rate, float decay, float norm) {
         const float clip = 1;
         var scale = norm > clip ? clip / norm : 1;
