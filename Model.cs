@@ -133,8 +133,8 @@ public readonly record struct LayerParameters(
     Tensor Attprojw, Tensor Attprojb, Tensor Ln2w, Tensor Ln2b, // (C, C), (C), (C), (C)
     Tensor Fcw, Tensor Fcb, Tensor Fcprojw, Tensor Fcprojb); // (4C, C), (4C), (C, 4C), (C)
 
-/// <summary>Which activations are kept: all layers' for a backward pass, one layer's for a loss alone, or one layer's and
-/// all keys and values for the rows that follow.</summary>
+/// <summary>Which activations are kept: all layers' for a backward pass, one layer's for a loss, or one layer's and all
+/// keys and values for the rows that follow.</summary>
 public enum Purpose { Train, Evaluate, Generate }
 
 /// <summary>The activations of a forward pass over (B, T) tokens, and the buffers of its backward pass, in one piece of
@@ -494,8 +494,8 @@ public sealed class Model {
     }
 }
 
-/// <summary>Picks the next token: the likeliest for temperature 0, or else at random from the topK likeliest (0 for all),
-/// and of these from the likeliest with probability topP together (Holtzman et al., 2020).</summary>
+/// <summary>Picks the next token: the likeliest for temperature 0, or a random one of the topK likeliest (0 for all) and,
+/// of these, of the likeliest with probability topP together (Holtzman et al., 2020).</summary>
 public sealed class Sampler(float temperature, int topK, float topP, uint seed) {
     readonly Mt19937 random = new(seed);
 

@@ -275,13 +275,13 @@ public sealed class Trainer : IDisposable {
 /// its part of the weights and gathers the others'.</summary>
 public sealed class Optimizer {
     readonly Model model;
-    readonly ICollective ranks;
+    readonly ICollective ranks, owners; // all ranks, and those of them that update the other parts
     readonly AdamWPart[] parts;
     readonly Tensor[] layers; // the layer's whole tensor for each part
 
     public Optimizer(Model model, ICollective? collective = null) {
         (this.model, ranks, M, V) = (model, collective ?? new Alone(), model.AllocateParts(), model.AllocateParts());
-        var cuts = model.Master.Cuts;
+        (owners, var cuts) = (model.IsCut ? ranks : new Alone(), model.Master.Cuts);
         layers = [.. cuts.Select(cut => model.Weights.Tensors[cut.Tensor][cut.Layer])];
         parts = [.. cuts.Select((cut, i) => new AdamWPart(cut.Index, model.Config.Parameters[cut.Tensor].IsMatrix,
             model.WeightParts.Tensors[i], model.Master.Tensors[i], model.GradientParts!.Tensors[i], M.Tensors[i],
@@ -310,8 +310,7 @@ public sealed class Optimizer {
     /// <summary>The norm of all gradients together.</summary>
     public float GradientNorm() {
         ranks.Join();
-        var squares = model.Device.SumOfSquares(model.GradientParts!.All);
-        return (float)Math.Sqrt(model.IsCut ? ranks.Sum(squares) : squares);
+        return (float)Math.Sqrt(owners.Sum(model.Device.SumOfSquares(model.GradientParts!.All)));
     }
 
     /// <summary>Clips the gradients, whose norm is given, to norm 1, and makes update 1, 2 or later.</summary>
@@ -320,11 +319,10 @@ public sealed class Optimizer {
         var scale = norm > clip ? clip / norm : 1;
         var step = new AdamWStep(number, rate, decay, scale, 0.9f, 0.95f, 1e-8f, RoundingSeed++);
         // Under ZeRO-1 a quarter of the parts at a time, which is gathered while the next one is updated.
-        var count = model.IsCut ? parts.Length / 4 : parts.Length;
+        var count = parts.Length / (model.IsCut ? 4 : 1);
         for (var first = 0; first < parts.Length; first += count) {
             model.Device.AdamW(parts.AsSpan(first, count), step);
-            if (model.IsCut)
-                ranks.AllGather(layers.AsSpan(first, count));
+            owners.AllGather(layers.AsSpan(first, count));
         }
         if (model.IsCut)
             model.Device.Clear(model.Gradients!.All); // AdamW has cleared the parts alone
