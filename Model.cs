@@ -494,8 +494,8 @@ public sealed class Model {
     }
 }
 
-/// <summary>Picks the next token: the likeliest for temperature 0, or a random one of the topK likeliest (0 for all) and,
-/// of these, of the likeliest with probability topP together (Holtzman et al., 2020).</summary>
+/// <summary>Picks the next token: the likeliest for temperature 0, or a random one of the topK likeliest (0 for all)
+/// and, of these, of the likeliest with probability topP together (Holtzman et al., 2020).</summary>
 public sealed class Sampler(float temperature, int topK, float topP, uint seed) {
     readonly Mt19937 random = new(seed);
 
