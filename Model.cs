@@ -2,8 +2,7 @@ using System.Runtime.InteropServices;
 
 namespace Gpt2;
 
-/// <summary>One of the 16 parameter tensors: its name in llm.c, its layers (1 where it is not per layer), and the shape
-/// of each layer's part; vectors have one row.</summary>
+/// <summary>A parameter tensor's name in llm.c, and shape: one layer outside of layers, one row for vectors.</summary>
 public readonly record struct ParameterShape(string Name, int Layers, int Rows, int Columns) {
     /// <summary>Matrices are drawn at random and decayed; vectors are neither.</summary>
     public bool IsMatrix => Rows > 1;
@@ -12,20 +11,16 @@ public readonly record struct ParameterShape(string Name, int Layers, int Rows, 
     public long Count => (long)Layers * Rows * Columns;
 }
 
-/// <summary>Elements [First, First + Count) of a parameter tensor; the first's index is that among all.</summary>
-public readonly record struct Cut(int Tensor, long First, long Count, long Index) {
-    /// <summary>A rank's part of n elements: [rank·n/ranks, (rank + 1)·n/ranks), as llm.c's states have it.</summary>
+/// <summary>A rank's part of one layer of a parameter tensor, or a whole tensor: elements [First, First + Count) of the
+/// tensor. Index is the position of the first one among all parameters.</summary>
+public readonly record struct Cut(int Tensor, int Layer, long First, long Count, long Index) {
+    /// <summary>A rank's part of n elements: [rank·n/ranks, (rank + 1)·n/ranks), as in llm.c's states.</summary>
     public static (long First, long Count) Of(long n, int rank, int ranks) =>
         (n * rank / ranks, n * (rank + 1) / ranks - n * rank / ranks);
 }
 
-/// <summary>The sizes of a GPT-2 model.</summary>
-/// <param name="MaxT">Longest sequence.</param>
-/// <param name="V">Vocabulary.</param>
-/// <param name="Vp">Vocabulary as padded in memory.</param>
-/// <param name="L">Layers.</param>
-/// <param name="NH">Heads.</param>
-/// <param name="C">Channels.</param>
+/// <summary>The sizes of a GPT-2 model: sequences of up to MaxT tokens, a vocabulary of V (Vp rows in memory, the last
+/// ones padding), L layers, NH heads, C channels.</summary>
 public sealed record Config(int MaxT, int V, int Vp, int L, int NH, int C) {
     const int ModelMagic = 20240326;
 
@@ -41,17 +36,15 @@ public sealed record Config(int MaxT, int V, int Vp, int L, int NH, int C) {
         new("lnfw", 1, 1, C), new("lnfb", 1, 1, C),
     ];
 
-    /// <summary>A rank's part of the parameters, in the order of checkpoints: its part of every tensor's every layer;
-    /// all 16 tensors as they are for one rank.</summary>
+    /// <summary>A rank's part of every layer's tensors, in checkpoints' order; one rank has whole tensors.</summary>
     public IEnumerable<Cut> Cuts(int rank, int ranks) {
         var index = 0L;
         foreach (var (i, shape) in Parameters.Index()) {
             var layers = ranks == 1 ? 1 : shape.Layers;
             var n = shape.Count / layers;
-            for (var l = 0; l < layers; l++, index += n) {
-                var (first, count) = Cut.Of(n, rank, ranks);
-                yield return new(i, l * n + first, count, index + first);
-            }
+            var (first, count) = Cut.Of(n, rank, ranks);
+            for (var l = 0; l < layers; l++, index += n)
+                yield return new(i, l, l * n + first, count, index + first);
         }
     }
 
@@ -92,40 +85,36 @@ public sealed record Config(int MaxT, int V, int Vp, int L, int NH, int C) {
     }
 
     /// <summary>The header of a checkpoint of this model.</summary>
-    public int[] Header(DataType type) {
-        int[] fields = [ModelMagic, type == DataType.Fp32 ? 3 : 5, MaxT, V, L, NH, C, Vp];
-        return [.. fields, .. new int[BinaryFile.HeaderLength - fields.Length]];
-    }
+    public int[] Header(DataType type) =>
+        [ModelMagic, type == DataType.Fp32 ? 3 : 5, MaxT, V, L, NH, C, Vp, .. new int[BinaryFile.HeaderLength - 8]];
 }
 
-/// <summary>All 16 parameter tensors, or their gradients or moments, or a rank's part of them, in one array.</summary>
+/// <summary>All parameters, or a rank's part of them, in one array: weights, gradients or moments.</summary>
 public sealed class Parameters {
-    /// <param name="whole">Whose memory holds the part, if it has none of its own; then All is the whole.</param>
+    /// <summary>Lays out the tensors from an address on, or as parts of <paramref name="whole"/>.</summary>
     public Parameters(
         Config config, DataType type, nint address, int rank = 0, int ranks = 1, Parameters? whole = null) {
-        // Kernels take eight elements at a time, so each part begins at such a group.
-        var (start, group, columns) = ranks == 1 ? (address, 1, config.C) : (address, 8, 8);
+        // Whole tensors follow each other, in rows of C elements; a part begins at a multiple of 8, as kernels want it.
+        var (shapes, group, groups) = (config.Parameters, ranks == 1 ? config.C : 8, 0);
         Cuts = [.. config.Cuts(rank, ranks)];
         Tensors = [.. Cuts.Select(cut => {
             if (whole != null)
                 return whole.Tensors[cut.Tensor].Flat(cut.First, (int)cut.Count);
-            var shape = config.Parameters[cut.Tensor];
-            var tensor = ranks == 1 ? new Tensor(address, shape.Layers, shape.Rows, shape.Columns, type)
-                : new Tensor(address, 1, 1, (int)cut.Count, type);
-            address += (nint)((tensor.Count + group - 1) / group * group * tensor.ElementSize);
-            return tensor;
+            var (shape, start) = (shapes[cut.Tensor], address + (nint)groups * group * Tensor.SizeOf(type));
+            groups += (int)((cut.Count + group - 1) / group);
+            return ranks == 1 ? new Tensor(start, shape.Layers, shape.Rows, shape.Columns, type)
+                : new Tensor(start, 1, 1, (int)cut.Count, type);
         })];
-        var rows = (int)((address - start) / (columns * Tensor.SizeOf(type)));
-        All = whole?.All ?? new Tensor(start, 1, rows, columns, type);
+        All = whole?.All ?? new Tensor(address, 1, groups, group, type);
     }
 
-    /// <summary>What the tensors are of all parameters.</summary>
+    /// <summary>What part of the model's parameters each tensor holds.</summary>
     public Cut[] Cuts { get; }
 
-    /// <summary>The tensors in the order of checkpoints, (layers, rows, columns), or flat parts of layers'.</summary>
+    /// <summary>The tensors in the order of checkpoints: 16 whole ones, or a rank's flat parts.</summary>
     public Tensor[] Tensors { get; }
 
-    /// <summary>Everything as one array.</summary>
+    /// <summary>The whole array.</summary>
     public Tensor All { get; }
 
     public Tensor Wte => Tensors[0];
@@ -139,25 +128,27 @@ public sealed class Parameters {
 }
 
 /// <summary>One layer's parameters, or their gradients.</summary>
-public readonly record struct LayerParameters(Tensor Ln1w, Tensor Ln1b, Tensor Qkvw, Tensor Qkvb, Tensor Attprojw,
-    Tensor Attprojb, Tensor Ln2w, Tensor Ln2b, Tensor Fcw, Tensor Fcb, Tensor Fcprojw, Tensor Fcprojb);
+public readonly record struct LayerParameters(
+    Tensor Ln1w, Tensor Ln1b, Tensor Qkvw, Tensor Qkvb, // (C), (C), (3C, C), (3C)
+    Tensor Attprojw, Tensor Attprojb, Tensor Ln2w, Tensor Ln2b, // (C, C), (C), (C), (C)
+    Tensor Fcw, Tensor Fcb, Tensor Fcprojw, Tensor Fcprojb); // (4C, C), (4C), (C, 4C), (C)
 
-/// <summary>What activations are kept for: all layers' for the backward pass, one layer's for a loss alone, or one
-/// layer's with every layer's keys and values for the rows already generated.</summary>
+/// <summary>Which activations are kept: all layers' for a backward pass, one layer's for a loss, or one layer's and all
+/// keys and values for the rows that follow.</summary>
 public enum Purpose { Train, Evaluate, Generate }
 
-/// <summary>The activations of a forward pass over (B, T) tokens and the buffers of its backward pass, laid out from an
-/// address on; laid out from 0, it tells how much memory that takes.</summary>
+/// <summary>The activations of a forward pass over (B, T) tokens, and the buffers of its backward pass, in one piece of
+/// memory; laid out at address 0, they tell its size.</summary>
 public sealed class Activations {
-    public readonly Tensor Encoded, Final, FinalStatistics, Logits, Losses, DResidual, DBranch, DQkv, DFch;
+    public readonly Tensor Encoded, Final, DResidual, DBranch; // (B, T, C)
+    public readonly Tensor DQkv, DFch; // (B, T, 3C), (B, T, 4C)
+    public readonly Tensor FinalStatistics, Losses; // (B, T, 2), (B, T, 1), both in fp32
+    public readonly Tensor Logits; // (rows, Vp)
     public readonly Layer[] Layers;
     public readonly long Bytes;
 
-    /// <summary>Rows whose logits are held at a time: the largest activation but for this.</summary>
-    const int LogitRows = 1 << 14;
-
-    /// <param name="context">Rows of queries, keys and values: T unless earlier rows are to be attended to.</param>
-    /// <param name="recompute">1: GELU's output is computed anew in the backward pass; 2: layer norms' too.</param>
+    /// <param name="context">Rows of queries, keys and values: T, or more for rows that came before.</param>
+    /// <param name="recompute">What the backward pass computes again: 1 for GELU, 2 for layer norms too.</param>
     public Activations(Config config, DataType type, int B, int T, int context, Purpose purpose, int recompute,
         nint address) {
         var (C, L, NH, start) = (config.C, config.L, config.NH, address);
@@ -171,58 +162,58 @@ public sealed class Activations {
         Tensor Fp32(int rows, int columns) => Place(new(0, B, rows, columns));
         // Queries, keys and values come first: generation lays out one row over the memory of a longer prompt.
         var qkv = Enumerable.Range(0, L).Select(_ => Place(new(0, B, context, 3 * C, type))).ToArray();
-        (Encoded, Final) = (New(C), New(C));
-        (FinalStatistics, Losses) = (Fp32(T, 2), Fp32(T, 1));
+        (Encoded, Final, FinalStatistics, Losses) = (New(C), New(C), Fp32(T, 2), Fp32(T, 1));
         Layers = new Layer[L];
         for (var l = 0; l < L; l++) {
             // What is not kept for the backward pass lies where the first layer has it.
             bool Kept(int level) => l == 0 || recompute < level;
-            Layers[l] = l > 0 && purpose != Purpose.Train ? Layers[0] with { Qkv = qkv[l] } : new Layer(
-                Kept(2) ? New(C) : Layers[0].Ln1, Fp32(T, 2), qkv[l], New(C), Fp32(NH, T), New(C),
-                Kept(2) ? New(C) : Layers[0].Ln2, Fp32(T, 2), New(4 * C), Kept(1) ? New(4 * C) : Layers[0].FchGelu,
-                New(C));
+            var residual = l == 0 ? Encoded : Layers[l - 1].Residual3;
+            Layers[l] = l > 0 && purpose != Purpose.Train ? Layers[0] with { Residual1 = residual, Qkv = qkv[l] }
+                : new Layer(residual, Kept(2) ? New(C) : Layers[0].Ln1, Fp32(T, 2), qkv[l], New(C), Fp32(NH, T), New(C),
+                    Kept(2) ? New(C) : Layers[0].Ln2, Fp32(T, 2), New(4 * C),
+                    Kept(1) ? New(4 * C) : Layers[0].FchGelu, New(C));
         }
         if (purpose == Purpose.Train)
             (DResidual, DBranch) = (New(C), New(C));
-        // The logits and, once those are done with, the gradients inside a block have one place.
-        var place = address;
+        // The logits, at most so many rows at a time, share memory with what the backward pass needs after them.
+        const int logitRows = 1 << 14;
+        Logits = new(address, 1, purpose == Purpose.Generate ? 1 : Math.Min(B * T, logitRows), config.Vp, type);
         if (purpose == Purpose.Train)
             (DQkv, DFch) = (New(3 * C), New(4 * C));
-        (var end, address) = (address, place);
-        Logits = Place(new(0, 1, purpose == Purpose.Generate ? 1 : Math.Min(B * T, LogitRows), config.Vp, type));
-        Bytes = Math.Max(address, end) - start;
+        Bytes = Math.Max(address, Logits.Address + (nint)Logits.Bytes) - start;
     }
 
-    /// <summary>One layer's activations in the order of their computation; Residual2 and Residual3 are the residual
-    /// stream after attention and after the MLP, Fch the input of GELU.</summary>
-    public sealed record Layer(Tensor Ln1, Tensor Ln1Statistics, Tensor Qkv, Tensor Atty, Tensor Lse, Tensor Residual2,
-        Tensor Ln2, Tensor Ln2Statistics, Tensor Fch, Tensor FchGelu, Tensor Residual3);
+    /// <summary>One layer's activations, in the order of their computation.</summary>
+    public sealed record Layer(
+        Tensor Residual1, Tensor Ln1, Tensor Ln1Statistics, // (B, T, C), (B, T, C), (B, T, 2) in fp32
+        Tensor Qkv, Tensor Atty, Tensor Lse, // (B, context, 3C), (B, T, C), (B, NH, T) in fp32
+        Tensor Residual2, Tensor Ln2, Tensor Ln2Statistics, // (B, T, C), (B, T, C), (B, T, 2) in fp32
+        Tensor Fch, Tensor FchGelu, Tensor Residual3); // (B, T, 4C), (B, T, 4C), (B, T, C)
 }
 
 /// <summary>GPT-2 (Radford et al., 2019) on a device: its parameters, forward and backward pass.</summary>
 public sealed class Model {
     readonly Activations activations;
-    readonly Activations? cache;
+    readonly nint cache; // memory for the activations of generation
+    readonly Purpose purpose;
     readonly int recompute, rank, ranks;
 
-    /// <summary>Allocates a model for batches of (B, T) tokens, whose weights are all zero.</summary>
-    /// <param name="rank">Of so many ranks, the one whose part of the parameters this process updates.</param>
+    /// <summary>Allocates a model for batches of (B, T) tokens, with all weights zero.</summary>
+    /// <param name="rank">Which of <paramref name="ranks"/> parts of the parameters this process updates.</param>
     /// <exception cref="Gpt2Exception">The device has too little memory.</exception>
     public Model(Config config, IDevice device, int B, int T, Purpose purpose, int recompute = 0, int rank = 0,
         int ranks = 1) {
-        (Config, Device, this.B, this.T, this.recompute) = (config, device, B, T, recompute);
+        (Config, Device, this.B, this.T, this.purpose, this.recompute) = (config, device, B, T, purpose, recompute);
         (this.rank, this.ranks) = (rank, ranks);
-        Memory = Plan(B, purpose, recompute);
-        CheckMemory(purpose);
+        Memory = Plan(B, recompute);
+        CheckMemory();
         Weights = Allocate(device.Precision);
+        WeightParts = IsCut ? new Parameters(config, device.Precision, 0, rank, ranks, Weights) : Weights;
+        Master = purpose == Purpose.Train && device.Precision == DataType.Bf16 ? AllocateParts() : WeightParts;
         Gradients = purpose == Purpose.Train ? Allocate(DataType.Fp32) : null;
-        GradientParts = ranks == 1 ? Gradients : AllocateParts();
-        Master = purpose != Purpose.Train || device.Precision == DataType.Fp32 && ranks == 1 ? Weights
-            : device.Precision == DataType.Bf16 ? AllocateParts()
-            : new Parameters(config, DataType.Fp32, 0, rank, ranks, Weights);
-        Activations Place(Func<nint, Activations> layout) => layout(device.Allocate(layout(0).Bytes));
-        activations = Place(address => Layout(B, purpose, recompute, address));
-        cache = purpose == Purpose.Evaluate ? null : Place(address => Cache(config.MaxT, address));
+        GradientParts = IsCut ? AllocateParts() : Gradients;
+        activations = Layout(B, recompute, device.Allocate(Layout(B, recompute, 0).Bytes));
+        cache = purpose == Purpose.Evaluate ? 0 : device.Allocate(Cache(config.MaxT, 0).Bytes);
         (Tokens, Targets, Losses) = (new int[B * T], new int[B * T], new float[B * T]);
     }
 
@@ -230,29 +221,31 @@ public sealed class Model {
     public IDevice Device { get; }
     public int B { get; }
     public int T { get; }
-    public Parameters Weights { get; }
 
-    /// <summary>The weights in fp32 that this rank updates: the weights themselves unless those are bf16.</summary>
+    /// <summary>The weights, and the part of them that this rank updates, in the same memory.</summary>
+    public Parameters Weights { get; }
+    public Parameters WeightParts { get; }
+
+    /// <summary>That part in fp32: the same unless weights are bf16.</summary>
     public Parameters Master { get; }
 
-    /// <summary>Sums of the gradients of every backward pass since the last update; only in training.</summary>
+    /// <summary>In training, the sum of the gradients of all backward passes since the last update.</summary>
     public Parameters? Gradients { get; }
 
-    /// <summary>Their sums over ranks for the part that this rank updates; for one rank, themselves.</summary>
+    /// <summary>Their sum over ranks, for the part that this rank updates; for one rank, the same.</summary>
     public Parameters? GradientParts { get; }
 
-    /// <summary>Whether this process updates a part of the parameters, and other ranks the rest.</summary>
+    /// <summary>True under ZeRO-1: this rank updates a part of the parameters.</summary>
     public bool IsCut => ranks > 1;
 
-    /// <summary>Called in the backward pass when a layer's gradients are complete, and with −1 in the end for those
-    /// outside of layers.</summary>
+    /// <summary>Called when the gradients of a layer are complete, or with −1 those outside of layers.</summary>
     public Action<int>? Completed { get; set; }
 
     /// <summary>The batch: tokens and the one after each, (B, T).</summary>
     public int[] Tokens { get; }
     public int[] Targets { get; }
 
-    /// <summary>Each position's cross-entropy, (B, T), at the last <see cref="MeanLoss"/>.</summary>
+    /// <summary>The cross-entropy at each position, (B, T), as <see cref="MeanLoss"/> last read it.</summary>
     public float[] Losses { get; }
 
     /// <summary>What takes how many bytes, the optimizer's moments included.</summary>
@@ -260,22 +253,23 @@ public sealed class Model {
 
     // ---- Memory
 
-    (string Name, long Bytes)[] Plan(int B, Purpose purpose, int recompute) {
+    (string Name, long Bytes)[] Plan(int B, int recompute) {
         var (type, training) = (Device.Precision, purpose == Purpose.Train ? 1 : 0);
         var (whole, part) = (Config.ParameterCount, new Parameters(Config, DataType.Fp32, 0, rank, ranks).All.Bytes);
-        (string, long)[] all = [
+        (string Name, long Bytes)[] all = [
             ("parameters", whole * Tensor.SizeOf(type)),
             ("master weights", training * (type == DataType.Fp32 ? 0 : part)),
-            ("gradients", training * (whole * sizeof(float) + (ranks == 1 ? 0 : part))),
-            ("moments", training * 2 * part), ("activations", Layout(B, purpose, recompute, 0).Bytes),
+            ("gradients", training * (whole * sizeof(float) + (IsCut ? part : 0))),
+            ("moments", training * 2 * part), ("activations", Layout(B, recompute, 0).Bytes),
             ("keys and values", purpose == Purpose.Evaluate ? 0 : Cache(Config.MaxT, 0).Bytes),
         ];
-        return [.. all.Where(part => part.Item2 > 0)];
+        return [.. all.Where(each => each.Bytes > 0)];
     }
 
-    /// <summary>Requires the plan to fit, or says what would.</summary>
-    void CheckMemory(Purpose purpose) {
-        var (available, total) = (Device.FreeMemory, Memory.Sum(part => part.Bytes));
+    /// <summary>Requires the plan to fit into memory; if it does not, the error says what would.</summary>
+    void CheckMemory() {
+        long Total(int batch, int level) => Plan(batch, level).Sum(each => each.Bytes);
+        var (available, total) = (Device.FreeMemory, Total(B, recompute));
         if (total <= available)
             return;
         var (fits, largest, levels) = (new List<string>(), 0, purpose == Purpose.Train ? 2 : recompute);
@@ -283,8 +277,7 @@ public sealed class Model {
             // A higher level fits at least what a lower one does, so the search goes on from there.
             for (var more = 1 << 30; more > 0; more /= 2) {
                 var batch = Math.Min(largest + more, B);
-                if (Plan(batch, purpose, level).Sum(part => part.Bytes) <= available)
-                    largest = batch;
+                largest = Total(batch, level) <= available ? batch : largest;
             }
             if (largest > 0)
                 fits.Add($"--batch {largest}{(level > recompute ? $" with --recompute {level}" : "")}");
@@ -294,14 +287,14 @@ public sealed class Model {
             (fits.Count > 0 ? $"; {string.Join(", or ", fits)} fits" : ""));
     }
 
-    Activations Layout(int B, Purpose purpose, int recompute, nint address) =>
+    Activations Layout(int B, int recompute, nint address) =>
         new(Config, Device.Precision, B, T, T, purpose, recompute, address);
 
-    /// <summary>The activations of generating, with room for the keys and values of a full context.</summary>
+    /// <summary>The activations of generation, with the keys and values of a full context.</summary>
     Activations Cache(int T, nint address) =>
         new(Config, Device.Precision, 1, T, Config.MaxT, Purpose.Generate, 0, address);
 
-    /// <summary>Memory of the device for a number in fp32 for each parameter that this rank updates.</summary>
+    /// <summary>Allocates an fp32 number for each parameter that this rank updates.</summary>
     public Parameters AllocateParts() => Allocate(DataType.Fp32, rank, ranks);
 
     Parameters Allocate(DataType type, int rank = 0, int ranks = 1) => new(Config, type,
@@ -312,58 +305,49 @@ public sealed class Model {
     /// <summary>Computes the activations of the batch, up to the last layer norm.</summary>
     public void Forward() => ForwardBlocks(Tokens, activations, 0);
 
+    /// <param name="start">Position of the first token: the context before it is in the keys and values.</param>
     void ForwardBlocks(ReadOnlySpan<int> tokens, Activations a, int start) {
         Device.Embed(tokens, Weights.Wte, Weights.Wpe, start, a.Encoded);
-        Device.LayerNorm(a.Encoded, Weights[0].Ln1w, Weights[0].Ln1b, a.Layers[0].Ln1, a.Layers[0].Ln1Statistics);
-        var residual = a.Encoded;
         for (var l = 0; l < Config.L; l++) {
             var (w, x) = (Weights[l], a.Layers[l]);
             var (rows, context) = a.Encoded.Depth > 1 ? (x.Qkv, x.Qkv)
                 : (x.Qkv.Slice(start, a.Encoded.Rows), x.Qkv.Slice(0, start + a.Encoded.Rows));
+            Device.LayerNorm(x.Residual1, w.Ln1w, w.Ln1b, x.Ln1, x.Ln1Statistics);
             Device.Linear(x.Ln1, w.Qkvw, w.Qkvb, rows);
             Device.Attention(context, start, Config.NH, x.Atty, x.Lse);
-            Device.LinearResidual(x.Atty, w.Attprojw, w.Attprojb, residual, x.Residual2);
+            Device.LinearResidual(x.Atty, w.Attprojw, w.Attprojb, x.Residual1, x.Residual2);
             Device.LayerNorm(x.Residual2, w.Ln2w, w.Ln2b, x.Ln2, x.Ln2Statistics);
             Device.LinearGelu(x.Ln2, w.Fcw, w.Fcb, x.Fch, x.FchGelu);
             Device.LinearResidual(x.FchGelu, w.Fcprojw, w.Fcprojb, x.Residual2, x.Residual3);
-            var (lnw, lnb, ln, statistics) = l + 1 < Config.L
-                ? (Weights[l + 1].Ln1w, Weights[l + 1].Ln1b, a.Layers[l + 1].Ln1, a.Layers[l + 1].Ln1Statistics)
-                : (Weights.Lnfw, Weights.Lnfb, a.Final, a.FinalStatistics);
-            Device.LayerNorm(x.Residual3, lnw, lnb, ln, statistics);
-            residual = x.Residual3;
         }
+        Device.LayerNorm(a.Layers[^1].Residual3, Weights.Lnfw, Weights.Lnfb, a.Final, a.FinalStatistics);
     }
 
-    /// <summary>The logits (rows, Vp) of a forward pass are computed in so many parts, which share memory.</summary>
+    /// <summary>The number of parts in which the logits of all positions are computed.</summary>
     public int LogitParts => (B * T + activations.Logits.Rows - 1) / activations.Logits.Rows;
 
-    /// <summary>Computes the logits of one part of the rows.</summary>
+    /// <summary>The logits (rows, Vp) of one part of the positions, valid until the next are computed.</summary>
     public Tensor Logits(int part) {
-        var rows = RowsOf(activations.Final, part);
-        var logits = activations.Logits.Slice(0, rows.Rows);
-        Device.Linear(rows, Weights.Wte, default, logits);
+        var (first, size) = (part * activations.Logits.Rows, activations.Logits.Rows);
+        var logits = activations.Logits.Slice(0, Math.Min(size, B * T - first));
+        Device.Linear(activations.Final.Slice(first, logits.Rows), Weights.Wte, default, logits);
         return logits;
     }
 
-    Tensor RowsOf(Tensor x, int part) {
-        var size = activations.Logits.Rows;
-        return x.Slice(part * size, Math.Min(size, x.AllRows - part * size));
-    }
-
-    /// <summary>Computes the losses of the last forward pass and, where they count for something in the gradients, the
-    /// classifier's part of the backward pass.</summary>
-    /// <param name="gradientScale">What one position's loss counts for in the gradients.</param>
+    /// <summary>Computes the losses of the last forward pass and, for a scale other than 0, the classifier's gradients.
+    /// </summary>
+    /// <param name="gradientScale">Weight of one position's loss in the gradients.</param>
     public void Loss(float gradientScale = 0) {
-        for (var (part, a) = (0, activations); part < LogitParts; part++) {
-            var (x, losses) = (RowsOf(a.Final, part), RowsOf(a.Losses, part));
-            var targets = Targets.AsSpan(part * a.Logits.Rows, losses.Rows);
-            var (dx, dw) = gradientScale == 0 ? default : (RowsOf(a.DBranch, part), Gradients!.Wte);
-            Device.LinearClassify(x, Weights.Wte, targets, Config.V, a.Logits.Slice(0, losses.Rows), losses,
-                gradientScale, dx, dw);
+        var a = activations;
+        for (var first = 0; first < B * T; first += a.Logits.Rows) {
+            var count = Math.Min(a.Logits.Rows, B * T - first);
+            var (dx, dw) = gradientScale == 0 ? default : (a.DBranch.Slice(first, count), Gradients!.Wte);
+            Device.LinearClassify(a.Final.Slice(first, count), Weights.Wte, Targets.AsSpan(first, count), Config.V,
+                a.Logits.Slice(0, count), a.Losses.Slice(first, count), gradientScale, dx, dw);
         }
     }
 
-    /// <summary>The mean of the last losses, which arrive in <see cref="Losses"/>.</summary>
+    /// <summary>Reads the last losses into <see cref="Losses"/>, and returns their mean.</summary>
     public double MeanLoss() {
         Device.Read(activations.Losses, Losses);
         var sum = 0.0;
@@ -372,34 +356,39 @@ public sealed class Model {
         return sum / Losses.Length;
     }
 
+    /// <summary>The mean loss of the batch, without gradients.</summary>
+    public double Evaluate() {
+        Forward();
+        Loss();
+        return MeanLoss();
+    }
+
     /// <summary>Adds the gradients of the last <see cref="Loss"/> to <see cref="Gradients"/>.</summary>
     public void Backward() {
-        var (a, g) = (activations, Gradients!);
-        var last = a.Layers[^1].Residual3;
-        Device.Clear(a.DResidual);
-        Device.LayerNormBackward(
-            a.DBranch, last, Weights.Lnfw, a.FinalStatistics, a.DResidual, g.Lnfw, g.Lnfb, g[Config.L - 1].Fcprojb);
+        // dx is the gradient of the residual stream, dy that of what a branch takes from it.
+        var (a, g, dx, dy) = (activations, Gradients!, activations.DResidual, activations.DBranch);
+        Device.Clear(dx);
+        Device.LayerNormBackward(dy, a.Layers[^1].Residual3, Weights.Lnfw, a.FinalStatistics, dx, g.Lnfw,
+            g.Lnfb, g[Config.L - 1].Fcprojb);
         for (var l = Config.L - 1; l >= 0; l--) {
             var (w, dw, x) = (Weights[l], g[l], a.Layers[l]);
-            var (residual, dbias) = l > 0 ? (a.Layers[l - 1].Residual3, g[l - 1].Fcprojb) : (a.Encoded, default);
             if (recompute >= 1)
                 Device.Gelu(x.Fch, x.FchGelu);
-            Device.LinearGeluBackward(a.DResidual, x.FchGelu, x.Fch, w.Fcprojw, a.DFch, dw.Fcprojw, dw.Fcb);
+            Device.LinearGeluBackward(dx, x.FchGelu, x.Fch, w.Fcprojw, a.DFch, dw.Fcprojw, dw.Fcb);
             if (recompute >= 2)
                 Device.LayerNorm(x.Residual2, w.Ln2w, w.Ln2b, x.Ln2, x.Ln2Statistics);
-            Device.LinearBackward(a.DFch, x.Ln2, w.Fcw, a.DBranch, dw.Fcw);
-            Device.LayerNormBackward(
-                a.DBranch, x.Residual2, w.Ln2w, x.Ln2Statistics, a.DResidual, dw.Ln2w, dw.Ln2b, dw.Attprojb);
-            Device.LinearBackward(a.DResidual, x.Atty, w.Attprojw, a.DBranch, dw.Attprojw);
-            Device.AttentionBackward(a.DBranch, x.Qkv, x.Atty, x.Lse, Config.NH, a.DQkv, dw.Qkvb);
+            Device.LinearBackward(a.DFch, x.Ln2, w.Fcw, dy, dw.Fcw);
+            Device.LayerNormBackward(dy, x.Residual2, w.Ln2w, x.Ln2Statistics, dx, dw.Ln2w, dw.Ln2b, dw.Attprojb);
+            Device.LinearBackward(dx, x.Atty, w.Attprojw, dy, dw.Attprojw);
+            Device.AttentionBackward(dy, x.Qkv, x.Atty, x.Lse, Config.NH, a.DQkv, dw.Qkvb);
             if (recompute >= 2)
-                Device.LayerNorm(residual, w.Ln1w, w.Ln1b, x.Ln1, x.Ln1Statistics);
-            Device.LinearBackward(a.DQkv, x.Ln1, w.Qkvw, a.DBranch, dw.Qkvw);
-            Device.LayerNormBackward(
-                a.DBranch, residual, w.Ln1w, x.Ln1Statistics, a.DResidual, dw.Ln1w, dw.Ln1b, dbias);
+                Device.LayerNorm(x.Residual1, w.Ln1w, w.Ln1b, x.Ln1, x.Ln1Statistics);
+            Device.LinearBackward(a.DQkv, x.Ln1, w.Qkvw, dy, dw.Qkvw);
+            var dbias = l > 0 ? g[l - 1].Fcprojb : default;
+            Device.LayerNormBackward(dy, x.Residual1, w.Ln1w, x.Ln1Statistics, dx, dw.Ln1w, dw.Ln1b, dbias);
             Completed?.Invoke(l);
         }
-        Device.EmbedBackward(Tokens, a.DResidual, g.Wte, g.Wpe);
+        Device.EmbedBackward(Tokens, dx, g.Wte, g.Wpe);
         Completed?.Invoke(-1);
     }
 
@@ -407,10 +396,9 @@ public sealed class Model {
 
     /// <summary>Continues a prompt, one token at a time, until the context is full.</summary>
     public IEnumerable<int> Generate(int[] prompt, Sampler sampler) {
-        var logits = new float[Config.V];
-        var tokens = prompt;
+        var (tokens, logits) = (prompt, new float[Config.V]);
         for (var start = 0; start + tokens.Length <= Config.MaxT; ) {
-            var a = Cache(tokens.Length, cache!.Layers[0].Qkv.Address);
+            var a = Cache(tokens.Length, cache);
             ForwardBlocks(tokens, a, start);
             Device.Linear(a.Final.Slice(tokens.Length - 1, 1), Weights.Wte, default, a.Logits);
             Device.Read(a.Logits.Flat(0, Config.V), logits);
@@ -427,30 +415,27 @@ public sealed class Model {
     void Initialize(uint seed) {
         const int chunk = Tensor.ChunkSize, most = chunk + Mt19937.Group; // so that the last part is not too small
         var (random, shapes, writing, turn) = (new Mt19937(seed), Config.Parameters, Task.CompletedTask, 0);
-        // Memory that was never touched before takes longer than the numbers that go there.
-        float[][] buffers = [new float[most], new float[most]];
+        float[][] buffers = [new float[most], new float[most]]; // one is written while the other is filled
         var layers = Enumerable.Range(0, Config.L);
         foreach (var (l, (i, shape)) in layers.SelectMany(_ => shapes.Index(), ValueTuple.Create)) {
             // The padded rows of wte stay zero.
             var count = l >= shape.Layers ? 0 : (shape.Name == "wte" ? Config.V : shape.Rows) * shape.Columns;
             for (var done = 0; done < count;) {
-                var left = count - done;
-                var values = buffers[turn ^= 1].AsMemory(0, left <= most ? left : chunk);
+                var values = buffers[turn ^= 1].AsMemory(0, count - done <= most ? count - done : chunk);
                 if (shape.IsMatrix)
                     random.Normal(values, shape.Name.EndsWith("projw") ? 0.02f / MathF.Sqrt(2 * Config.L) : 0.02f);
                 else
                     values.Span.Fill(shape.Name is "ln1w" or "ln2w" or "lnfw" ? 1 : 0);
                 var first = (long)l * shape.Rows * shape.Columns + done;
                 writing.Wait();
-                writing = Task.Run(() => Set([Weights, Master], i, first, values.Span)); // while the next are drawn
+                writing = Task.Run(() => Set([Weights, Master], i, first, values.Span));
                 done += values.Length;
             }
         }
         writing.Wait();
     }
 
-    /// <summary>Reads the weights of an opened checkpoint of this model, fp32 or bf16, and closes it; without one,
-    /// draws them from a seed.</summary>
+    /// <summary>Reads the weights from a checkpoint of this model, and closes it, or draws them from a seed.</summary>
     public void Load(BinaryFile? file, uint seed = 0) {
         using var closed = file;
         if (file == null)
@@ -459,12 +444,12 @@ public sealed class Model {
             Read(file, 0, 1, Weights, Master);
     }
 
-    /// <summary>Reads a rank's part of all parameters from a file; each holder keeps what it has memory for.</summary>
+    /// <summary>Reads a rank's part of all parameters into those that hold any of it.</summary>
     public void Read(BinaryFile file, int rank, int ranks, params Parameters[] holders) {
         var buffer = new float[Tensor.ChunkSize];
         foreach (var cut in Config.Cuts(rank, ranks)) {
-            for (long done = 0; done < cut.Count; done += Tensor.ChunkSize) {
-                var values = buffer.AsSpan(0, (int)Math.Min(Tensor.ChunkSize, cut.Count - done));
+            for (long done = 0; done < cut.Count; done += buffer.Length) {
+                var values = buffer.AsSpan(0, (int)Math.Min(buffer.Length, cut.Count - done));
                 if (file.Header[1] == 5)
                     file.ReadBFloat16(values);
                 else
@@ -476,7 +461,7 @@ public sealed class Model {
         }
     }
 
-    /// <summary>Writes a tensor's values, from an element on, to the memory of every holder of any of them.</summary>
+    /// <summary>Sets a tensor's elements from <paramref name="first"/> on, in all that hold any of them.</summary>
     void Set(Parameters[] holders, int tensor, long first, ReadOnlySpan<float> values) {
         foreach (var (cut, held) in holders.Distinct().SelectMany(holder => holder.Cuts.Zip(holder.Tensors))) {
             var begin = Math.Max(cut.First, first);
@@ -492,7 +477,7 @@ public sealed class Model {
         Write(to, Weights);
     }
 
-    /// <summary>Writes all 16 tensors, or the parts of them.</summary>
+    /// <summary>Writes parameters, or a rank's part of them, in their type.</summary>
     public void Write(Stream to, Parameters from) {
         var (buffer, halves) = (new float[Tensor.ChunkSize], new ushort[Tensor.ChunkSize]);
         foreach (var part in from.Tensors.SelectMany(tensor => tensor.Chunks())) {
@@ -501,24 +486,20 @@ public sealed class Model {
             if (Numbers.NotFinite(values) is { } value)
                 throw new Gpt2Exception($"checkpoint: expected finite weights and moments, found {value}; " +
                     "nothing was saved");
-            if (part.Type == DataType.Bf16) {
+            if (part.Type == DataType.Bf16)
                 BFloat16.Round(values, halves);
-                to.Write(MemoryMarshal.AsBytes(halves.AsSpan(0, values.Length)));
-            } else {
-                to.Write(MemoryMarshal.AsBytes(values));
-            }
+            to.Write(part.Type == DataType.Bf16 ? MemoryMarshal.AsBytes(halves.AsSpan(0, values.Length))
+                : MemoryMarshal.AsBytes(values));
         }
     }
 }
 
-/// <summary>Picks the next token from logits.</summary>
-/// <param name="temperature">0 always picks the likeliest.</param>
-/// <param name="topK">How many of the likeliest tokens to choose from; 0 for all.</param>
-/// <param name="topP">Chooses from the likeliest tokens of this probability together (Holtzman et al., 2020).</param>
+/// <summary>Picks the next token: the likeliest for temperature 0, or a random one of the topK likeliest (0 for all)
+/// and, of these, of the likeliest with probability topP together (Holtzman et al., 2020).</summary>
 public sealed class Sampler(float temperature, int topK, float topP, uint seed) {
     readonly Mt19937 random = new(seed);
 
-    /// <summary>A token's index; the logits are overwritten.</summary>
+    /// <summary>The index of the token picked; overwrites the logits.</summary>
     public int Next(float[] logits) {
         var max = logits.Max();
         if (Numbers.NotFinite(logits) is { } value)

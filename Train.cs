@@ -11,19 +11,18 @@ using static Gpt2.Gpt2Exception;
 
 namespace Gpt2;
 
-/// <summary>How the learning rate goes down after its warm-up.</summary>
+/// <summary>How the learning rate decays after its warm-up.</summary>
 public enum Schedule { Cosine, Linear, Constant, Wsd }
 
-/// <summary>What `gpt2 train` was asked to do, as its help explains. Without Init, the checkpoint's model is taken or
-/// DefaultInit; ValBatches 0 validates on the first rows; SkipOutliers 0 skips none.</summary>
+/// <summary>The options of `gpt2 train`, as its help explains them. Without Init a new run starts from DefaultInit;
+/// ValBatches 0 validates on the first rows; SkipOutliers 0 skips none.</summary>
 public sealed record TrainOptions(
     string TrainData, string ValData, string? Init, string Out, int B, int T, int TotalBatch, int MaxSteps,
     float LearningRate, int Warmup, float FinalFraction, float WeightDecay, Schedule Schedule, int ValEvery,
     int ValBatches, int SampleEvery, int GenTokens, int CheckpointEvery, int Keep, bool Resume, int Recompute,
     bool Overfit, bool Shuffle, uint Seed, float SkipOutliers = 0, string DefaultInit = "d6", int Zero = 1,
     DataType? Precision = null) {
-    /// <summary>The options that make a run what it is. Its folder keeps them, and a resumed run takes up those that
-    /// are not given again.</summary>
+    /// <summary>The options that a run's folder keeps, and --resume takes up unless they are given again.</summary>
     public IEnumerable<(string Option, object? Value)> Settings => [
         ("--train-data", TrainData), ("--val-data", ValData), ("--batch", B), ("--seq", T),
         ("--total-batch", TotalBatch), ("--max-steps", MaxSteps), ("--lr", LearningRate), ("--warmup", Warmup),
@@ -33,9 +32,6 @@ public sealed record TrainOptions(
         ("--recompute", Recompute), ("--overfit", Overfit), ("--no-shuffle", !Shuffle),
         ("--skip-outliers", SkipOutliers), ("--seed", Seed), ("--zero", Zero), ("--precision", Precision),
     ];
-
-    /// <summary>Passes over B·T tokens of each rank whose gradients make one update.</summary>
-    public int MicroSteps(int ranks) => TotalBatch / (ranks * B * T);
 
     /// <summary>The learning rate of the update that follows <paramref name="step"/> others.</summary>
     public float LearningRateAt(int step) {
@@ -53,17 +49,16 @@ public sealed record TrainOptions(
         };
     }
 
-    /// <exception cref="Gpt2Exception">Batch or sequence do not fit the model.</exception>
+    /// <exception cref="Gpt2Exception">The batch or the sequence does not fit.</exception>
     public static void CheckSizes(Config config, int B, int T, int totalBatch, int ranks = 1) {
         Require(T <= config.MaxT, "--seq", $"1 to {config.MaxT}, the model's longest sequence", T);
-        var whole = totalBatch > 0 && totalBatch % ((long)ranks * B * T) == 0;
-        var each = ranks == 1 ? "" : $" on each of {ranks} ranks";
-        Require(whole, "--total-batch", $"a multiple of --batch {B} x --seq {T}{each}", totalBatch);
+        Require(totalBatch > 0 && totalBatch % ((long)ranks * B * T) == 0, "--total-batch",
+            $"a multiple of --batch {B} x --seq {T}{(ranks == 1 ? "" : $" on each of {ranks} ranks")}", totalBatch);
     }
 }
 
 /// <summary>The training loop: accumulation, clipping, AdamW, validation, samples, checkpoints and logs. Each rank runs
-/// it; the first prints, logs and samples.</summary>
+/// it, but only rank 0 has an output and a log.</summary>
 public sealed class Trainer : IDisposable {
     readonly TrainOptions options;
     readonly ICollective ranks;
@@ -79,21 +74,25 @@ public sealed class Trainer : IDisposable {
     readonly RunLog? runLog;
     readonly int firstStep, microSteps;
 
-    /// <summary>Opens the data, takes up a checkpoint or makes a new model, and says so.</summary>
-    /// <param name="output">Takes the step lines and samples.</param>
+    /// <summary>Opens the data, and the checkpoint or a new model.</summary>
+    /// <param name="output">For step lines and samples.</param>
     public Trainer(
         TrainOptions options, IDevice device, TextWriter output, ILogger log, ICollective? collective = null) {
-        ranks = collective ?? new Alone();
-        (this.options, this.output, this.log) = (options, output, log);
+        (this.options, this.output, this.log, ranks) = (options, output, log, collective ?? new Alone());
         checkpoints = new Checkpoints(options.Out);
         if (!options.Resume && checkpoints.HasRun)
             throw new Gpt2Exception(
                 $"{options.Out}: expected --resume or no run yet, found one of {checkpoints.Last ?? 0} steps");
         var last = options.Resume ? NewestWhole() : null;
         firstStep = last ?? 0;
-        var (file, config) = last == null ? Open(options.Init ?? options.DefaultInit) : Resume();
+        var own = last == null ? null : checkpoints.ModelPath(firstStep);
+        var (file, config) = Open(own ?? options.Init ?? options.DefaultInit);
+        var (init, asked) = own == null || options.Init == null ? (null, config) : Open(options.Init);
+        init?.Dispose();
+        if (asked != config)
+            throw file!.Fail($"--init's model ({asked.Summary})", config.Summary);
         TrainOptions.CheckSizes(config, options.B, options.T, options.TotalBatch, ranks.Size);
-        microSteps = options.MicroSteps(ranks.Size);
+        microSteps = options.TotalBatch / (ranks.Size * options.B * options.T);
         train = new TokenLoader(options.TrainData, options.B, options.T, config.V,
             options.Shuffle && !options.Overfit, options.Seed, ranks.Rank, ranks.Size);
         val = new TokenShards(options.ValData, config.V);
@@ -108,7 +107,7 @@ public sealed class Trainer : IDisposable {
             $"a multiple of the {train.SampleTokens} tokens of this run's samples", options.TotalBatch);
         if (ranks.Rank == 0)
             runLock = checkpoints.Lock(last);
-        ranks.Sum(0); // every rank has read the checkpoint, and has looked for a run
+        ranks.Sum([]); // until every rank has read the checkpoint and looked for a run
         if (ranks.Rank > 0)
             return;
         runLog = new RunLog(options.Out, firstStep);
@@ -118,36 +117,23 @@ public sealed class Trainer : IDisposable {
             log.ZLogInformation($"changed {changed}");
     }
 
-    /// <summary>The step of the newest checkpoint that is whole, or null. Rank 0 decides, and says what is wrong with
-    /// newer ones.</summary>
-    /// <exception cref="Gpt2Exception">There are checkpoints, and none is whole.</exception>
+    /// <summary>The step of the newest whole checkpoint, or null if there is none at all. Rank 0 decides.</summary>
+    /// <exception cref="Gpt2Exception">There are checkpoints, but none is whole.</exception>
     int? NewestWhole() {
-        var (step, fault) = (-1, (string?)null);
-        foreach (var candidate in ranks.Rank == 0 ? checkpoints.Complete.Reverse() : []) {
-            if (fault != null)
-                log.ZLogInformation($"{fault}; trying the checkpoint of step {candidate}");
-            (step, fault) = (candidate, checkpoints.FaultOf(candidate));
-            if (fault == null)
-                break;
+        var candidates = new Stack<int>(ranks.Rank == 0 ? checkpoints.Complete : []);
+        while (candidates.TryPeek(out var newest) && checkpoints.FaultOf(newest) is { } fault) {
+            candidates.Pop();
+            if (candidates.Count == 0)
+                throw new Gpt2Exception(fault);
+            log.ZLogInformation($"{fault}; trying the checkpoint of step {candidates.Peek()}");
         }
-        if (fault != null)
-            throw new Gpt2Exception(fault);
-        step = (int)ranks.Sum(step + 1) - 1;
+        var step = (int)ranks.Sum(candidates.TryPeek(out var whole) ? whole + 1 : 0) - 1;
         if (step < 0)
             log.ZLogInformation($"{options.Out}: no complete checkpoint to resume, starting from step 0");
         return step < 0 ? null : step;
     }
 
-    (BinaryFile? File, Config Config) Resume() {
-        var (file, config) = Config.Open(checkpoints.ModelPath(firstStep));
-        if (options.Init == null)
-            return (file, config);
-        var (init, asked) = Open(options.Init);
-        init?.Dispose();
-        return asked == config ? (file, config) : throw file.Fail($"--init's model ({asked.Summary})", config.Summary);
-    }
-
-    /// <summary>The model that a descriptor or a file's path stands for; the file is null for a descriptor.</summary>
+    /// <summary>The model that a path or a descriptor stands for; the file is null for a descriptor.</summary>
     public static (BinaryFile? File, Config Config) Open(string init) {
         if (Config.Of(init) is { } config)
             return (null, config);
@@ -216,19 +202,15 @@ public sealed class Trainer : IDisposable {
                     $"{speed:F0} tok/s | {left:d\\.hh\\:mm\\:ss} left"));
             }
         }
-        if (ranks.Rank > 0)
-            return;
         if (stop)
             log.ZLogInformation($"stopped by a signal; --resume goes on from here");
         else if (firstStep >= options.MaxSteps)
             log.ZLogInformation($"nothing to do: {firstStep} steps are done, and --max-steps is {options.MaxSteps}");
     }
 
-    /// <summary>Writes a checkpoint if the loss is still finite: a useless one takes no good one's place.</summary>
+    /// <summary>Writes a checkpoint if the loss is finite, so that a useless one takes no good one's place.</summary>
     void Save(int step) {
-        model.Forward();
-        model.Loss();
-        CheckFinite(step, ranks.Sum(model.MeanLoss()), "loss after the update", "nothing was saved");
+        CheckFinite(step, ranks.Sum(model.Evaluate()), "loss after the update", "nothing was saved");
         checkpoints.Save(step, model, optimizer, train, options.Keep, ranks);
     }
 
@@ -239,7 +221,7 @@ public sealed class Trainer : IDisposable {
                 checkpoints.ModelPath(last) : "there is no checkpoint yet"));
     }
 
-    /// <summary>One update: the mean loss, the gradient's norm before clipping, whether they stood out.</summary>
+    /// <summary>Makes an update, unless the mean loss or the gradient's norm (before clipping) is an outlier.</summary>
     (double Loss, float Norm, bool Skipped) Step(int step) {
         if (options.Overfit)
             train.Reset();
@@ -289,21 +271,21 @@ public sealed class Trainer : IDisposable {
     }
 }
 
-/// <summary>AdamW over a model's parameters, with its moments. If the model is cut into parts (ZeRO-1: Rajbhandari et
-/// al., 2020), a rank updates its own and gathers the others'.</summary>
+/// <summary>AdamW over a model's parameters, and its moments. Under ZeRO-1 (Rajbhandari et al., 2020) each rank updates
+/// its part of the weights and gathers the others'.</summary>
 public sealed class Optimizer {
     readonly Model model;
-    readonly ICollective ranks;
+    readonly ICollective ranks, owners; // all ranks, and those of them that update the other parts
     readonly AdamWPart[] parts;
+    readonly Tensor[] layers; // the layer's whole tensor for each part
 
     public Optimizer(Model model, ICollective? collective = null) {
         (this.model, ranks, M, V) = (model, collective ?? new Alone(), model.AllocateParts(), model.AllocateParts());
-        parts = [.. model.Master.Cuts.Select((cut, i) => {
-            var whole = model.Weights.Tensors[cut.Tensor];
-            return new AdamWPart(cut.Index, model.Config.Parameters[cut.Tensor].IsMatrix,
-                cut.Count == whole.Count ? whole : whole.Flat(cut.First, (int)cut.Count), model.Master.Tensors[i],
-                model.GradientParts!.Tensors[i], M.Tensors[i], V.Tensors[i]);
-        })];
+        (owners, var cuts) = (model.IsCut ? ranks : new Alone(), model.Master.Cuts);
+        layers = [.. cuts.Select(cut => model.Weights.Tensors[cut.Tensor][cut.Layer])];
+        parts = [.. cuts.Select((cut, i) => new AdamWPart(cut.Index, model.Config.Parameters[cut.Tensor].IsMatrix,
+            model.WeightParts.Tensors[i], model.Master.Tensors[i], model.GradientParts!.Tensors[i], M.Tensors[i],
+            V.Tensors[i]))];
     }
 
     /// <summary>The first and the second moments.</summary>
@@ -313,50 +295,37 @@ public sealed class Optimizer {
     /// <summary>Seed of the next update's stochastic rounding.</summary>
     public uint RoundingSeed { get; set; } = 42;
 
-    /// <summary>Sums a layer's gradients over ranks, or those outside of layers for −1; the norm waits.</summary>
+    /// <summary>Sums a layer's gradients over ranks, for −1 those outside of layers; the norm waits for it.</summary>
     public void Reduce(int layer) {
-        var (arrays, sums) = (new List<Tensor>(), new List<Tensor>());
-        foreach (var (i, cut) in model.Master.Cuts.Index()) {
-            var whole = model.Gradients!.Tensors[cut.Tensor];
-            var isInLayers = cut.Tensor is >= 2 and < 14;
-            var own = Math.Max(0, layer);
-            if (isInLayers == layer >= 0 && (!model.IsCut || cut.First / (whole.Count / whole.Depth) == own)) {
-                arrays.Add(whole[own]);
-                sums.Add(model.GradientParts!.Tensors[i]);
-            }
-        }
+        var (cuts, l) = (model.Master.Cuts, Math.Max(0, layer));
+        int[] own = [.. Enumerable.Range(0, cuts.Length).Where(i => (cuts[i].Layer == l || !model.IsCut) &&
+            (cuts[i].Tensor is >= 2 and < 14) == layer >= 0)];
+        Tensor[] arrays = [.. own.Select(i => model.Gradients!.Tensors[cuts[i].Tensor][l])];
         if (model.IsCut)
-            ranks.ReduceScatter(CollectionsMarshal.AsSpan(arrays), CollectionsMarshal.AsSpan(sums));
+            ranks.ReduceScatter(arrays, [.. own.Select(i => model.GradientParts!.Tensors[i])]);
         else
-            ranks.AllReduce(CollectionsMarshal.AsSpan(arrays));
+            ranks.AllReduce(arrays);
     }
 
     /// <summary>The norm of all gradients together.</summary>
     public float GradientNorm() {
         ranks.Join();
-        var squares = model.Device.SumOfSquares(model.GradientParts!.All);
-        return (float)Math.Sqrt(model.IsCut ? ranks.Sum(squares) : squares);
+        return (float)Math.Sqrt(owners.Sum(model.Device.SumOfSquares(model.GradientParts!.All)));
     }
 
-    /// <summary>Clips the gradients from the given norm to 1, and makes an update; the first has number 1.</summary>
+    /// <summary>Clips the gradients, whose norm is given, to norm 1, and makes update 1, 2 or later.</summary>
     public void Update(int number, float rate, float decay, float norm) {
         const float clip = 1;
         var scale = norm > clip ? clip / norm : 1;
         var step = new AdamWStep(number, rate, decay, scale, 0.9f, 0.95f, 1e-8f, RoundingSeed++);
-        if (model.IsCut)
-            UpdateParts(step);
-        else
-            model.Device.AdamW(parts, step);
-    }
-
-    /// <summary>Updates a few tensors at a time, so that they are gathered while the next are updated.</summary>
-    void UpdateParts(AdamWStep step) {
-        const int together = 4;
-        foreach (var (group, tensors) in model.Weights.Tensors.Chunk(together).Index()) {
-            model.Device.AdamW([.. parts.Where((_, i) => model.Master.Cuts[i].Tensor / together == group)], step);
-            ranks.AllGather([.. tensors.SelectMany(x => Enumerable.Range(0, x.Depth), (x, layer) => x[layer])]);
+        // Under ZeRO-1 a quarter of the parts at a time, which is gathered while the next one is updated.
+        var count = parts.Length / (model.IsCut ? 4 : 1);
+        for (var first = 0; first < parts.Length; first += count) {
+            model.Device.AdamW(parts.AsSpan(first, count), step);
+            owners.AllGather(layers.AsSpan(first, count));
         }
-        model.Device.Clear(model.Gradients!.All);
+        if (model.IsCut)
+            model.Device.Clear(model.Gradients!.All); // AdamW has cleared the parts alone
         ranks.Join();
     }
 
@@ -367,7 +336,7 @@ public sealed class Optimizer {
     }
 }
 
-/// <summary>The checkpoints in an output folder: a model and a state file each, complete once DONE is there.</summary>
+/// <summary>The checkpoints in a run's folder: a model and state files each, complete once DONE is there.</summary>
 public sealed class Checkpoints(string folder) {
     const int Magic = 20240527;
     const int SampleTokens = 40; // where a state's header has them; llm.c leaves 0 there
@@ -382,8 +351,8 @@ public sealed class Checkpoints(string folder) {
     /// <summary>The step of the last completed checkpoint, or null.</summary>
     public int? Last => Complete.Cast<int?>().LastOrDefault();
 
-    /// <summary>Takes the folder for this run: a lock that the system drops with the process.</summary>
-    /// <param name="last">The checkpoint that this run goes on from.</param>
+    /// <summary>Takes the folder for a run that goes on from the checkpoint <paramref name="last"/>: a lock that the
+    /// system drops with the process.</summary>
     /// <exception cref="Gpt2Exception">Another run has the folder, or has had it meanwhile.</exception>
     public FileStream Lock(int? last) {
         Directory.CreateDirectory(folder);
@@ -399,12 +368,11 @@ public sealed class Checkpoints(string folder) {
         file.SetLength(0);
         file.Write(Encoding.UTF8.GetBytes($"{Environment.ProcessId}\n"));
         file.Flush();
-        return last == Last || last != null ? file
+        return last != null || Last == null ? file
             : throw new Gpt2Exception($"{folder}: expected no run yet, found one that has ended since this one began");
     }
 
-    /// <summary>Writes a run's settings into its folder, a line each.</summary>
-    /// <returns>What differs from those that were there, in words.</returns>
+    /// <summary>Writes settings.txt; the result says what differs from the one that was there.</summary>
     public string Keep(IEnumerable<(string Option, object? Value)> settings) {
         var lines = settings.Where(setting => setting.Value is not (null or false))
             .Select(setting => setting.Value is true ? setting.Option : $"{setting.Option} {setting.Value}").ToArray();
@@ -416,12 +384,12 @@ public sealed class Checkpoints(string folder) {
 
     string SettingsPath => Path.Combine(folder, "settings.txt");
 
-    /// <summary>The settings of the run in a folder as words of a command line; none if it has no checkpoint.</summary>
+    /// <summary>A run's settings as words of a command line; none if its folder has no checkpoint.</summary>
     public static IEnumerable<string> SettingsOf(string folder) =>
         new Checkpoints(folder) is { Last: not null } run && File.Exists(run.SettingsPath)
             ? File.ReadLines(run.SettingsPath).SelectMany(line => line.Split(' ', 2)) : [];
 
-    /// <summary>A model's file: a folder stands for its last complete checkpoint.</summary>
+    /// <summary>The path of a model: that of the last complete checkpoint if it is a folder.</summary>
     public static string ModelOf(string path) => !Directory.Exists(path) ? path
         : new Checkpoints(path) is { Last: { } last } run ? run.ModelPath(last)
         : throw new Gpt2Exception($"{path}: expected a folder with a complete checkpoint (DONE_...), found none");
@@ -436,14 +404,12 @@ public sealed class Checkpoints(string folder) {
             @"model_(?<step>\d{8})\.bin|state_(?<step>\d{8})_\d{5}\.bin)$"))
         .Where(match => match.Success).Select(match => int.Parse(match.Groups["step"].Value)).Distinct().Order()];
 
-    /// <summary>What is wrong with a checkpoint, or null: DONE must list each of its files, unchanged. llm.c's DONE is
-    /// empty and vouches for nothing.</summary>
+    /// <summary>What is wrong with a checkpoint, or null. DONE lists all its files, or as llm.c's, none.</summary>
     public string? FaultOf(int step) {
         try {
             var listed = File.ReadAllLines(DonePath(step));
             foreach (var line in listed) {
-                var found = Files.Describe(Path.Combine(folder, line.Split(' ')[0]));
-                if (found != line)
+                if (Files.Describe(Path.Combine(folder, line.Split(' ')[0])) is var found && found != line)
                     return $"{DonePath(step)}: expected '{line}' (name, size, hash), found '{found}'";
             }
             Config.Open(ModelPath(step)).File.Dispose();
@@ -462,8 +428,8 @@ public sealed class Checkpoints(string folder) {
 
     BinaryFile OpenState(int step, int part) => new(StatePath(step, part), "a training state", Magic, 1);
 
-    /// <summary>Writes a checkpoint: the first rank the model, each its part of the state. DONE comes last, and then
-    /// all but the newest <paramref name="keep"/> go.</summary>
+    /// <summary>Writes a checkpoint: rank 0 the model, each rank its part of the state, and DONE last; then all but the
+    /// newest <paramref name="keep"/> go.</summary>
     public void Save(int step, Model model, Optimizer optimizer, TokenLoader loader, int keep, ICollective ranks) {
         var parts = model.IsCut ? ranks.Size : 1;
         var header = new int[BinaryFile.HeaderLength];
@@ -489,26 +455,23 @@ public sealed class Checkpoints(string folder) {
         if (ranks.Rank > 0)
             return;
         string[] files = [.. FilesOf(step, parts)];
-        var list = string.Concat(files.Select(file => Files.Describe(file) + "\n"));
         // State files left over from a killed run with more ranks.
         foreach (var stale in Files.Glob(StatePath(step, null)).Except(files))
             File.Delete(stale);
+        var list = string.Concat(files.Select(file => Files.Describe(file) + "\n"));
         Files.Write(DonePath(step), to => to.Write(Encoding.UTF8.GetBytes(list)));
-        // Newer ones are those that this run could not go on from.
-        var kept = Complete.Where(other => other <= step).TakeLast(keep).ToArray();
+        // Newer checkpoints are those that this run could not go on from.
+        var kept = Complete.Where(other => other <= step).TakeLast(keep);
         foreach (var old in Steps("*").Except(kept)) {
-            // DONE first: nobody must find it without its files.
-            File.Delete(DonePath(old));
-            File.Delete(ModelPath(old));
-            foreach (var state in Files.Glob(StatePath(old, null)))
-                File.Delete(state);
+            // DONE first, so that nobody finds it without its files.
+            foreach (var path in (string[])[DonePath(old), ModelPath(old), .. Files.Glob(StatePath(old, null))])
+                File.Delete(path);
         }
     }
 
     /// <summary>Reads the moments and the loader's position of a checkpoint of any number of ranks.</summary>
     public void LoadState(int step, Model model, Optimizer optimizer, TokenLoader loader) {
-        var parts = 0;
-        for (var part = 0; part == 0 || part < parts; part++) {
+        for (var (part, parts) = (0, 1); part < parts; part++) {
             using var file = OpenState(step, part);
             var header = file.Header;
             parts = part == 0 ? header[2] : parts;
@@ -536,23 +499,20 @@ public sealed class Checkpoints(string folder) {
     }
 }
 
-/// <summary>main.log in the output folder, and loss.svg, its picture.</summary>
+/// <summary>A run's main.log, and loss.svg, its picture.</summary>
 public sealed partial class RunLog {
     readonly string folder;
     readonly List<(int Step, double Loss)> train = [], validation = [];
     readonly List<double> norms = [];
 
-    /// <summary>Goes on with the log of a run as it was before a step; what a lost part wrote is dropped.</summary>
+    /// <summary>Goes on with the log of a run as it was at a step; what was written later is dropped.</summary>
     public RunLog(string folder, int firstStep) {
         this.folder = folder;
-        var log = new StringBuilder();
         // A run that starts anew validates anew too.
-        foreach (var line in File.Exists(LogPath) && firstStep > 0 ? File.ReadAllLines(LogPath) : []) {
-            if (Line().Match(line) is { Success: true } match &&
-                int.Parse(match.Groups[1].Value) < firstStep + (match.Groups[2].Value == "trl" ? 0 : 1))
-                log.Append(Add(line)).Append('\n');
-        }
-        Files.Write(LogPath, to => to.Write(Encoding.UTF8.GetBytes(log.ToString())));
+        var lines = File.Exists(LogPath) && firstStep > 0 ? File.ReadAllLines(LogPath) : [];
+        var kept = lines.Where(line => Line().Match(line) is { Success: true } match &&
+            int.Parse(match.Groups[1].Value) < firstStep + (match.Groups[2].Value == "trl" ? 0 : 1)).Select(Add);
+        Files.Write(LogPath, to => to.Write(Encoding.UTF8.GetBytes(string.Concat(kept))));
     }
 
     string LogPath => Path.Combine(folder, "main.log");
@@ -560,19 +520,19 @@ public sealed partial class RunLog {
     [GeneratedRegex(@"^s:([0-9]{1,9}) (trl|tel|eval):(-?[0-9]+\.[0-9]{4})( lr:[0-9.]+ norm:([0-9]+\.[0-9]{2}))?$")]
     private static partial Regex Line();
 
-    /// <summary>Adds a line's loss to the curves as the line gives it, so that a resumed run draws the same.</summary>
+    /// <summary>Adds a line's loss to its curve, rounded as it is, so that a resumed run draws the same.</summary>
     string Add(string line) {
         var groups = Line().Match(line).Groups;
-        var (step, value) = (int.Parse(groups[1].Value), double.Parse(groups[3].Value));
-        if (groups[2].Value is "trl" or "tel")
-            (groups[2].Value == "trl" ? train : validation).Add((step, value));
+        var (step, loss) = (int.Parse(groups[1].Value), double.Parse(groups[3].Value));
+        if (groups[2].Value != "eval")
+            (groups[2].Value == "trl" ? train : validation).Add((step, loss));
         if (groups[5].Success)
             norms.Add(double.Parse(groups[5].Value));
-        return line;
+        return line + "\n";
     }
 
-    /// <summary>How many standard deviations a loss or norm is above the last 128 in the log, the larger of the two; 0
-    /// before there are so many. Both are rounded as the log has them.</summary>
+    /// <summary>How many standard deviations a loss or norm is above the last 128 in the log, rounded as those are: the
+    /// larger of the two, or 0 while there are fewer.</summary>
     public double Deviation(double loss, double norm) {
         const int window = 128;
         return norms.Count < window ? 0 : Math.Max(Above(double.Parse($"{loss:F4}"), train.Select(point => point.Loss)),
@@ -587,15 +547,13 @@ public sealed partial class RunLog {
 
     /// <summary>Logs an update.</summary>
     public void Train(int step, double loss, float rate, float norm) =>
-        Append($"s:{step} trl:{loss:F4} lr:{rate:F6} norm:{norm:F2}");
+        File.AppendAllText(LogPath, Add($"s:{step} trl:{loss:F4} lr:{rate:F6} norm:{norm:F2}"));
 
     /// <summary>Logs a validation after <paramref name="step"/> updates, and draws the curves.</summary>
     public void Validation(int step, double loss) {
-        Append($"s:{step} tel:{loss:F4}");
+        File.AppendAllText(LogPath, Add($"s:{step} tel:{loss:F4}"));
         Files.Write(Path.Combine(folder, "loss.svg"), to => to.Write(Encoding.UTF8.GetBytes(Draw())));
     }
-
-    void Append(string line) => File.AppendAllText(LogPath, Add(line) + "\n");
 
     /// <summary>Training and validation loss against steps.</summary>
     string Draw() {
@@ -606,82 +564,64 @@ public sealed partial class RunLog {
         var high = Math.Max(low + 1, Math.Ceiling(points.Max(point => point.Loss)));
         double X(double step) => left + (right - left) * step / lastStep;
         double Y(double loss) => bottom - (bottom - top) * (loss - low) / (high - low);
-        var svg = new StringBuilder();
-        void Add(string line) => svg.Append(line).Append('\n');
-        void Text(double x, double y, string anchor, string text, string color = "black") =>
-            Add($"""<text x="{x:F1}" y="{y:F1}" text-anchor="{anchor}" fill="{color}">{text}</text>""");
-        Add("""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 800 450" font-family="Arial" font-size="13">""");
-        Add("""<rect width="800" height="450" fill="white"/>""");
-        for (var tick = 0; tick <= ticks; tick++) {
-            var (step, loss) = ((double)lastStep * tick / ticks, low + (high - low) * tick / ticks);
-            Add($"""<path d="M{left} {Y(loss):F1}H{right}" stroke="#ddd"/>""");
-            Text(left - 8, Y(loss) + 4, "end", $"{loss:F1}");
-            Text(X(step), bottom + 20, "middle", $"{step:F0}");
+        string Text(double x, double y, string anchor, string text, string color = "black") =>
+            $"""<text x="{x:F1}" y="{y:F1}" text-anchor="{anchor}" fill="{color}">{text}</text>""";
+        string[] Tick(double step, double loss) => [
+            $"""<path d="M{left} {Y(loss):F1}H{right}" stroke="#ddd"/>""",
+            Text(left - 8, Y(loss) + 4, "end", $"{loss:F1}"), Text(X(step), bottom + 20, "middle", $"{step:F0}"),
+        ];
+        string[] Curve(string name, List<(int Step, double Loss)> curve, string color, double y) {
+            var path = string.Join(' ', curve.Select(point => $"{X(point.Step):F1},{Y(point.Loss):F1}"));
+            return [$"""<polyline points="{path}" fill="none" stroke="{color}" stroke-width="1.5"/>""",
+                Text(right - 10, y, "end", name, color)];
         }
-        Text((left + right) / 2, bottom + 42, "middle", "steps");
-        Text(left + 6, top + 14, "start", "loss");
-        Curve("training", train, "#4878b0", top + 20);
-        Curve("validation", validation, "#d05020", top + 40);
-        return svg.Append("</svg>\n").ToString();
-
-        void Curve(string name, List<(int Step, double Loss)> curve, string color, double y) {
-            var path = string.Join(' ', curve.Select(p => $"{X(p.Step):F1},{Y(p.Loss):F1}"));
-            Add($"""<polyline points="{path}" fill="none" stroke="{color}" stroke-width="1.5"/>""");
-            Text(right - 10, y, "end", name, color);
-        }
+        return string.Join('\n', [
+            """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 800 450" font-family="Arial" font-size="13">""",
+            """<rect width="800" height="450" fill="white"/>""",
+            .. Enumerable.Range(0, ticks + 1).SelectMany(tick =>
+                Tick((double)lastStep * tick / ticks, low + (high - low) * tick / ticks)),
+            Text((left + right) / 2, bottom + 42, "middle", "steps"), Text(left + 6, top + 14, "start", "loss"),
+            .. Curve("training", train, "#4878b0", top + 20), .. Curve("validation", validation, "#d05020", top + 40),
+            "</svg>\n",
+        ]);
     }
 }
 
 /// <summary>How good a model is.</summary>
 public static class Evaluation {
-    /// <summary>The mean loss over rows of T tokens. It does not depend on the batch size or the number of ranks, which
-    /// take batches in turn.</summary>
+    /// <summary>The mean loss over rows of T tokens. It does not depend on the batch size or on the number of ranks,
+    /// which take batches in turn.</summary>
     public static double Loss(Model model, TokenShards shards, (int Shard, long First)[] rows, ICollective ranks) {
         var (T, sum) = (model.T, 0.0);
         foreach (var (i, batch) in rows.Chunk(model.B).Index().Where(batch => batch.Index % ranks.Size == ranks.Rank)) {
             foreach (var (b, (shard, first)) in batch.Index())
                 shards.Read(shard, first, model.Tokens.AsSpan(b * T, T), model.Targets.AsSpan(b * T, T));
-            model.Forward();
-            model.Loss();
-            model.MeanLoss();
+            model.Evaluate();
             sum += model.Losses.Take(batch.Length * T).Sum(loss => (double)loss);
         }
         return ranks.Sum(sum) / rows.Length / T;
     }
 
-    /// <summary>The share of questions whose right completion has the lowest mean loss a token.</summary>
+    /// <summary>The share of questions whose right completion has the lowest mean loss per token.</summary>
     public static double Accuracy(Model model, MultipleChoice[] questions, ICollective ranks) {
+        var (T, scores) = (model.T, new Queue<double>());
         var own = questions.Where((_, i) => i % ranks.Size == ranks.Rank).ToArray();
-        return ranks.Sum(own.Length == 0 ? 0 : CountRight(model, own)) / questions.Length;
-    }
-
-    static int CountRight(Model model, MultipleChoice[] questions) {
-        var (B, T) = (model.B, model.T);
-        var rows = questions.SelectMany(q => q.Rows.Select(row => (Tokens: row, q.ContextLength))).ToArray();
-        var scores = new List<double>();
-        foreach (var batch in rows.Chunk(B)) {
+        foreach (var batch in own.SelectMany(q => q.Rows, (q, row) => (q.ContextLength, Tokens: row)).Chunk(model.B)) {
             Array.Clear(model.Tokens);
-            for (var b = 0; b < batch.Length; b++) {
-                for (var t = 0; t < batch[b].Tokens.Length; t++)
-                    model.Tokens[b * T + t] = batch[b].Tokens[t];
-            }
+            foreach (var (b, row) in batch.Index())
+                row.Tokens.CopyTo(model.Tokens, b * T);
             // The target of each position is the next token; only those of the completion count.
             model.Tokens.AsSpan(1).CopyTo(model.Targets);
-            model.Forward();
-            model.Loss();
-            model.MeanLoss();
-            if (!model.Losses.All(float.IsFinite))
+            if (!double.IsFinite(model.Evaluate()))
                 throw new Gpt2Exception("--hellaswag: expected finite losses, found others: the weights are too large");
-            scores.AddRange(batch.Select((row, b) => model.Losses.AsSpan(b * T, T)[(row.ContextLength - 1)..]
-                [..(row.Tokens.Length - row.ContextLength)].ToArray().Average(loss => (double)loss)));
+            foreach (var (b, (context, tokens)) in batch.Index())
+                scores.Enqueue(model.Losses.Skip(b * T + context - 1).Take(tokens.Length - context)
+                    .Average(loss => (double)loss));
         }
-        var (first, right) = (0, 0);
-        foreach (var question in questions) {
-            var own = scores.GetRange(first, question.Rows.Length);
-            right += own.IndexOf(own.Min()) == question.Label ? 1 : 0;
-            first += own.Count;
-        }
-        return right;
+        return ranks.Sum(own.Count(question => {
+            double[] ofRows = [.. question.Rows.Select(_ => scores.Dequeue())];
+            return ofRows.IndexOf(ofRows.Min()) == question.Label;
+        })) / questions.Length;
     }
 }
 
@@ -741,8 +681,8 @@ public static class Verification {
 
 /// <summary>Training steps timed, as a whole and by operation.</summary>
 public static class Benchmark {
-    /// <summary>Prints the median time of a training step on random tokens, then of each of its operations beside what
-    /// the device does at best, as measured now: a large product or a large copy.</summary>
+    /// <summary>Prints the median time of a training step on random tokens and of each of its operations, compared with
+    /// what the device reaches now in a large product or a large copy.</summary>
     public static void Run(string init, int B, int T, int totalBatch, int steps, int recompute, IDevice device,
         TextWriter output) {
         var (file, config) = Trainer.Open(init);
@@ -752,10 +692,8 @@ public static class Benchmark {
         var optimizer = new Optimizer(model);
         model.Load(file, 42);
         var random = new Random(1);
-        foreach (var tokens in (int[][])[model.Tokens, model.Targets]) {
-            foreach (ref var token in tokens.AsSpan())
-                token = random.Next(config.V);
-        }
+        for (var i = 0; i < B * T; i++)
+            (model.Tokens[i], model.Targets[i]) = (random.Next(config.V), random.Next(config.V));
         var number = 0;
         double Step() {
             var start = Stopwatch.GetTimestamp();
@@ -770,7 +708,7 @@ public static class Benchmark {
             return Stopwatch.GetElapsedTime(start).TotalSeconds;
         }
         Step(); // warms up
-        var median = Median(Enumerable.Range(0, steps).Select(_ => Step()));
+        var median = Median([.. Enumerable.Range(0, steps).Select(_ => Step())]);
         output.WriteLine($"{device.Name}, {device.Precision}; large product {ceilings.Flops / 1e12:F1} TFLOP/s, " +
             $"large copy {ceilings.Bytes / 1e9:F0} GB/s");
         output.WriteLine($"{config.Summary}; batch {B} x {T}, {totalBatch} tokens a step; " +
@@ -784,7 +722,7 @@ public static class Benchmark {
         }).ToArray();
         device.Profile = null;
         var operations = profiles[0].Select(entry => (Name: entry.Key, entry.Value.Calls, entry.Value.Flops,
-            entry.Value.Bytes, Seconds: Median(profiles.Select(profile => profile[entry.Key].Seconds)))).ToArray();
+            entry.Value.Bytes, Seconds: Median([.. profiles.Select(profile => profile[entry.Key].Seconds)]))).ToArray();
         var total = operations.Sum(operation => operation.Seconds);
         output.WriteLine($"{"operation",-40}{"calls",6}{"ms",10}{"share",8}{"",17}{"of best",8}");
         foreach (var (name, calls, flops, bytes, seconds) in operations.OrderByDescending(each => each.Seconds)) {
@@ -795,21 +733,18 @@ public static class Benchmark {
         output.WriteLine($"{"together",-46}{total * 1e3,10:F3}");
     }
 
-    static double Median(IEnumerable<double> values) {
-        double[] sorted = [.. values.Order()];
-        return sorted[sorted.Length / 2];
-    }
+    static double Median(double[] values) => values.Order().ElementAt(values.Length / 2);
 }
 
-/// <summary>Lines on a terminal: none is wider than it, and each is written over the live line before it.</summary>
+/// <summary>Lines that fit into the terminal, and overwrite the live line before them.</summary>
 static class Terminal {
-    /// <summary>True where a line may be written over. mpirun gives a terminal to its processes' standard output alone,
-    /// and copies that to wherever its own goes.</summary>
+    /// <summary>True if lines can be overwritten. Standard output alone may be a terminal that mpirun gives to its
+    /// processes, while its own goes elsewhere.</summary>
     public static bool IsLive => !Console.IsOutputRedirected && !Console.IsErrorRedirected &&
         Environment.GetEnvironmentVariable("TERM") != "dumb" &&
         string.IsNullOrEmpty(Environment.GetEnvironmentVariable("NO_COLOR"));
 
-    /// <summary>A line of fields between bars, without the last ones if it would be wider than the terminal.</summary>
+    /// <summary>A line of fields between bars, without the last ones if the terminal is too narrow.</summary>
     public static string Over(string line) {
         var width = Console.IsOutputRedirected || Console.WindowWidth <= 0 ? int.MaxValue : Console.WindowWidth;
         while (line.Length >= width && line.LastIndexOf(" | ") is > 0 and var bar)
