@@ -10,32 +10,32 @@ using static Gpt2.Simd;
 
 namespace Gpt2;
 
-/// <summary>The operations in fp32 on the CPU: the reference for other devices, the default where there is no GPU. No
-/// sum depends on how many threads share the work, so any number of them gives the same bits.</summary>
+/// <summary>The operations in fp32 on the CPU: the reference for other devices, and the default without a GPU. The order
+/// of every sum is independent of the number of threads, so any number gives the same bits.</summary>
 public sealed unsafe class Cpu(int threads = 0) : IDevice {
     readonly Workers workers = new(threads > 0 ? threads : Environment.ProcessorCount);
     readonly List<nint> allocations = [];
 
     public string Name => $"CPU, {workers.Threads} threads, {Vector<float>.Count * 32}-bit vectors";
-
+    public DataType Precision => DataType.Fp32;
+    public long Workspace => 0;
     public Profile? Profile { get; set; }
 
-    public DataType Precision => DataType.Fp32;
-
-    /// <summary>What the system has left for new processes, within what a container allows this one.</summary>
+    /// <summary>The memory available to new processes, or what the container's limit leaves if that is less.</summary>
     public long FreeMemory => Math.Min(
         GC.GetGCMemoryInfo().TotalAvailableMemoryBytes - Environment.WorkingSet,
         1024 * long.Parse( // "MemAvailable:   24251556 kB"
             File.ReadLines("/proc/meminfo").First(line => line.StartsWith("MemAvailable:")).Split(' ')[^2]));
 
-    public long Workspace => 0;
-
     public void Synchronize() { }
 
     public double PeakFlops() {
-        const int rounds = 2000, tries = 40; // until the system has put each thread on a core of its own
-        var best = Best(tries, () => For(workers.Threads, 0, static (_, _) => Product.Spin(rounds)));
-        return workers.Threads * Product.Spin(1) * (double)rounds / best;
+        const int n = 768, tries = 10; // until the system has put each thread on a core of its own
+        var rows = n * workers.Threads;
+        fixed (float* x = new float[rows * n], w = new float[n * n], y = new float[rows * n]) {
+            Matrix a = new(x, rows, n, n, 1), b = new(w, n, n, n, 1), c = new(y, rows, n, n, 1);
+            return 2.0 * rows * n * n / Best(tries, () => Multiply(a, b, c));
+        }
     }
 
     public (double Flops, double Bytes) MeasureCeilings() {
@@ -55,7 +55,7 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
     });
 
     public nint Allocate(long bytes) {
-        // The system zeroes pages as they are touched; huge ones spare the products' strided reads most TLB misses.
+        // Untouched pages cost nothing; huge ones spare the products' strided reads most TLB misses.
         const long hugePage = 2 << 20;
         const int adviseHugePages = 14;
         allocations.Add((nint)NativeMemory.AllocZeroed((nuint)(bytes + hugePage)));
@@ -214,7 +214,7 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
 
     /// <summary>c = bias + a·b, or c += a·b without a bias, in tiles that the threads take one by one.</summary>
     void Multiply(Matrix a, Matrix b, Matrix c, Tensor bias = default, [CallerMemberName] string operation = "") {
-        // Strips of columns pack b once; where a's rows must be packed too (a is transposed), squares balance the two.
+        // Full-height strips pack each part of b once. If a must be packed too (it is transposed), squares are best.
         var (rows, columns) = (a.RowStride == 1 ? 384 : c.Rows, 384);
         while (Tiles(c.Rows, rows) * Tiles(c.Columns, columns) < 4 * workers.Threads && Math.Max(rows, columns) > 96)
             (rows, columns) = columns > 96 ? (rows, columns / 2) : (rows / 2, columns);
@@ -336,6 +336,14 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
                     Store(logits + i, n, Load(logits + i, n) * (s.gradientScale / sum));
                 logits[target] -= s.gradientScale;
             });
+    }
+
+    public void LinearClassify(Tensor x, Tensor w, ReadOnlySpan<int> targets, int vocabulary, Tensor logits,
+        Tensor losses, float gradientScale, Tensor dx, Tensor dw) {
+        Linear(x, w, default, logits);
+        Classify(logits, targets, vocabulary, losses, gradientScale);
+        if (gradientScale != 0)
+            LinearBackward(logits, x, w, dx, dw);
     }
 
     // ---- Optimizer
@@ -593,25 +601,13 @@ static unsafe class Product {
             ((Vector<float>*)c)[1] += right;
         }
     }
-
-    /// <summary>Runs the tile's inner loop over data in the first-level cache, to measure its peak.</summary>
-    /// <returns>Floating-point operations done.</returns>
-    public static long Spin(int rounds) {
-        const int depth = 256, widest = 2 * WidestVector;
-        var data = stackalloc float[TileRows * depth + widest * depth + TileRows * widest];
-        new Span<float>(data, TileRows * depth + widest * depth + TileRows * widest).Clear();
-        var a = new Matrix(data, TileRows, depth, 1, TileRows);
-        for (var round = 0; round < rounds; round++)
-            AddTile(a, data + TileRows * depth, data + (TileRows + widest) * depth, widest);
-        return 2L * rounds * depth * TileRows * TileColumns;
-    }
 }
 
 /// <summary>Threads that share the indices of one job after another; the calling thread is one of them.</summary>
 sealed unsafe class Workers : IDisposable {
     readonly Barrier barrier;
     delegate*<void*, int, void> invoke;
-    void* call;
+    void* job;
     int count, next;
 
     public Workers(int threads) {
@@ -624,18 +620,16 @@ sealed unsafe class Workers : IDisposable {
 
     /// <summary>Calls body(state, i) for each i below <paramref name="count"/>, on all threads, and waits.</summary>
     public void Run<T>(int count, T state, Action<T, int> body) {
-        // The call lies on this stack, which waits for it: nothing is allocated.
-        var local = new Call<T>(state, body);
-        call = Unsafe.AsPointer(ref local);
+        var call = (state, body); // stays on this stack until all threads are done, so nothing is allocated
+        job = Unsafe.AsPointer(ref call);
         invoke = &Invoke;
         (this.count, next) = (count, 0);
         Share();
 
-        static void Invoke(void* call, int i) => Unsafe.AsRef<Call<T>>(call).Run(i);
-    }
-
-    readonly record struct Call<T>(T State, Action<T, int> Body) {
-        public void Run(int i) => Body(State, i);
+        static void Invoke(void* job, int i) {
+            ref var call = ref Unsafe.AsRef<(T State, Action<T, int> Body)>(job);
+            call.Body(call.State, i);
+        }
     }
 
     bool Share() {
@@ -643,7 +637,7 @@ sealed unsafe class Workers : IDisposable {
         if (count < 0)
             return false;
         for (var i = Interlocked.Increment(ref next) - 1; i < count; i = Interlocked.Increment(ref next) - 1)
-            invoke(call, i);
+            invoke(job, i);
         barrier.SignalAndWait();
         return true;
     }

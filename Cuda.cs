@@ -541,7 +541,10 @@ public sealed unsafe class Cuda : IDevice {
         const int rowsOfBlock = 32, threads = 256, chunk = 64;
         var (rows, C, Vp, chunks) = (x.AllRows, x.Columns, w.AllRows, Blocks(w.AllRows, chunk));
         if (gradientScale == 0 || !IsForHopper(x, w) || (chunks + 1L) * rows * sizeof(float) > ScratchBytes) {
-            IDevice.LinearClassify(this, x, w, targets, vocabulary, logits, losses, gradientScale, dx, dw);
+            Linear(x, w, default, logits);
+            Classify(logits, targets, vocabulary, losses, gradientScale);
+            if (gradientScale != 0)
+                LinearBackward(logits, x, w, dx, dw);
             return;
         }
         // In the scratch memory a number for each row, and each row's sums of the chunks of columns.
