@@ -10,8 +10,8 @@ using static Gpt2.Simd;
 
 namespace Gpt2;
 
-/// <summary>The operations in fp32 on the CPU: the reference for other devices, and the default without a GPU. The order
-/// of every sum is independent of the number of threads, so any number gives the same bits.</summary>
+/// <summary>The operations in fp32 on the CPU: the reference for other devices, and the default without a GPU. The
+/// order of every sum is independent of the number of threads, so any number gives the same bits.</summary>
 public sealed unsafe class Cpu(int threads = 0) : IDevice {
     readonly Workers workers = new(threads > 0 ? threads : Environment.ProcessorCount);
     readonly List<nint> allocations = [];

@@ -78,8 +78,8 @@ public sealed class Profile {
 }
 
 /// <summary>A device: its memory, and the operations that GPT-2 is made of. Gradients of parameters (dw, db, dbias,
-/// dwte, dwpe) are added to; every other output is overwritten unless stated otherwise. Weights and activations have the
-/// device's precision; statistics, lse, losses and gradients of parameters are fp32. rows means B·T.</summary>
+/// dwte, dwpe) are added to; every other output is overwritten unless stated otherwise. Weights and activations are in
+/// the device's precision; statistics, lse, losses and gradients of parameters are fp32. rows means B·T.</summary>
 public interface IDevice : IDisposable {
     /// <summary>What the device is called.</summary>
     string Name { get; }
