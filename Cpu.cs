@@ -30,7 +30,7 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
     public void Synchronize() { }
 
     public double PeakFlops() {
-        const int n = 768, tries = 10; // until the system has put each thread on a core of its own
+        const int n = 768, tries = 10; // enough for the system to give each thread a core of its own
         var rows = n * workers.Threads;
         fixed (float* x = new float[rows * n], w = new float[n * n], y = new float[rows * n]) {
             Matrix a = new(x, rows, n, n, 1), b = new(w, n, n, n, 1), c = new(y, rows, n, n, 1);
@@ -151,7 +151,7 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
         AddRows(dx, dbias);
     }
 
-    /// <summary>sums += Σ x over rows, unless there are none.</summary>
+    /// <summary>sums (C) += Σ x (rows, C) over rows; does nothing if sums is default.</summary>
     void AddRows(Tensor x, Tensor sums, [CallerMemberName] string operation = "") {
         if (sums.Address == 0)
             return;
@@ -212,7 +212,7 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
     static Vector<float> Gate(Vector<float> x) => Vector<float>.One /
         (Vector<float>.One + Vector.Exp(-2 * GeluScale * x * (Vector<float>.One + GeluCubic * x * x)));
 
-    /// <summary>c = bias + a·b, or c += a·b without a bias, in tiles that the threads take one by one.</summary>
+    /// <summary>c = a·b + bias, or c += a·b without a bias, in tiles that the threads take one by one.</summary>
     void Multiply(Matrix a, Matrix b, Matrix c, Tensor bias = default, [CallerMemberName] string operation = "") {
         // Full-height strips pack each part of b once. If a must be packed too (it is transposed), squares are best.
         var (rows, columns) = (a.RowStride == 1 ? 384 : c.Rows, 384);
@@ -225,7 +225,7 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
             var c = s.c.Part(i, j, s.rows, s.columns);
             for (var row = 0; s.bias.Address != 0 && row < c.Rows; row++)
                 new Span<float>(Floats(s.bias) + j, c.Columns).CopyTo(new Span<float>(c.Row(row), c.Columns));
-            // Whether a part has one row depends on the number of threads; its bits must not.
+            // The number of threads decides whether a tile has one row, but must not change its bits.
             Product.Add(s.a.RowsFrom(i, c.Rows), s.b.Part(0, j, s.b.Rows, s.columns), c, asTiles: s.c.Rows > 1);
         }, 2.0 * c.Rows * c.Columns * a.Columns, name);
     }
@@ -234,8 +234,8 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
 
     // ---- Attention
 
-    /// <summary>Scores that a thread holds on its stack, one query's at the least, and queries that it takes at once
-    /// unless that makes too many: enough to repay packing the keys.</summary>
+    /// <summary>Scores that a thread has room for on its stack, and queries that it takes at once if their scores fit,
+    /// enough to repay packing the keys.</summary>
     const int ScoreCount = Config.LongestT, QueryBlock = 128;
 
     public void Attention(Tensor qkv, int start, int heads, Tensor y, Tensor lse) {
@@ -291,7 +291,7 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
         AddRows(dqkv, dbias);
     }
 
-    /// <summary>One head of one sequence, (T, HS), in a (B, T, parts·NH·HS) array that packs several parts.</summary>
+    /// <summary>One part of one head of one sequence, (T, HS), of x (B, T, parts·NH·HS).</summary>
     static Matrix Head(Tensor x, int parts, int part, int heads, int index) {
         var size = x.Columns / parts / heads;
         return Matrix(x).Part(index / heads * x.Rows, (part * heads + index % heads) * size, x.Rows, size);
@@ -310,7 +310,7 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
         return result;
     }
 
-    /// <summary>Replaces x by e^(scale·x − shift), and by 0 from count on; returns the sum.</summary>
+    /// <summary>x = e^(scale·x − shift) up to count, and 0 from there to length; returns the sum.</summary>
     static float Exponentials(float* x, int count, int length, float scale, float shift) {
         new Span<float>(x + count, length - count).Clear();
         Vector<float> sum = default;
@@ -394,8 +394,8 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
         Profile?.Add(operation, Stopwatch.GetElapsedTime(start).TotalSeconds, flops, 0);
     }
 
-    /// <summary>Elements, or columns, that a thread takes at a time; columns fill cache lines, so that no two threads
-    /// write to the same line.</summary>
+    /// <summary>Elements or columns that a thread takes at a time. Columns fill whole cache lines, so that no two
+    /// threads write to the same line.</summary>
     const int FlatPart = 1 << 16, ColumnPart = 64;
 
     /// <summary>body(state, first, n) for each part [first, first + n) of <paramref name="count"/> elements.</summary>
@@ -411,7 +411,7 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
     static Matrix Matrix(Tensor x) => new(Floats(x), x.AllRows, x.Columns, x.Columns, 1);
 }
 
-/// <summary>Vectors of arrays whose end may cut one: loads and stores of which only the first n lanes count.</summary>
+/// <summary>Vector loads and stores for arrays of any length: at the end only the first n lanes count.</summary>
 static unsafe class Simd {
     public static int Lanes => Vector<float>.Count;
 
@@ -421,7 +421,7 @@ static unsafe class Simd {
             Store(to + i, n, Load(to + i, n) + Load(from + i, n) * scale);
     }
 
-    /// <summary>The next lanes of an array of which n elements are left; those past its end read as a filler.</summary>
+    /// <summary>Loads from an array with n elements left; lanes past its end get the filler.</summary>
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
     public static Vector<float> Load(float* x, int n, float filler = 0) =>
         n >= Lanes ? *(Vector<float>*)x : LoadPart(x, n, filler);
@@ -432,7 +432,7 @@ static unsafe class Simd {
         return value;
     }
 
-    /// <summary>Stores lanes to an array of which n elements are left.</summary>
+    /// <summary>Stores to an array with n elements left.</summary>
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
     public static void Store(float* x, int n, Vector<float> value) {
         if (n >= Lanes)
@@ -470,8 +470,8 @@ readonly unsafe struct Matrix(float* address, int rows, int columns, long rowStr
     }
 }
 
-/// <summary>The matrix product of one thread: a tile of 6 rows by two vectors stays in registers while it runs down the
-/// depth; b is packed so that each step's two vectors are adjacent, a only where its rows are not contiguous (Goto and
+/// <summary>Matrix products on one thread. A tile of c, 6 rows by two vectors, stays in registers for a whole depth
+/// block; b is packed so that each step's two vectors are adjacent, and a only if its rows are not contiguous (Goto and
 /// van de Geijn, Anatomy of High-Performance Matrix Multiplication, 2008).</summary>
 static unsafe class Product {
     const int TileRows = 6, WidestVector = 16;
@@ -479,7 +479,8 @@ static unsafe class Product {
 
     static int TileColumns => 2 * Lanes;
 
-    /// <summary>c += a·b for c with contiguous columns: in tiles, or faster and with other bits for one row.</summary>
+    /// <summary>c += a·b, where c has contiguous columns. One row goes faster, and rounds differently, if not in
+    /// tiles.</summary>
     public static void Add(Matrix a, Matrix b, Matrix c, bool asTiles = false) {
         if (a.Rows == 1 && a.ColumnStride == 1 && !asTiles) {
             AddRow(a.Address, b, c.Address);
@@ -498,7 +499,7 @@ static unsafe class Product {
         }
     }
 
-    /// <summary>c += a·b for one row, as in decoding: to pack b would cost more than to read it once.</summary>
+    /// <summary>c += a·b for one row, as in decoding: packing b would cost more than reading it once.</summary>
     static void AddRow(float* a, Matrix b, float* c) {
         for (var j = 0; b.RowStride == 1 && j < b.Columns; j++)
             c[j] += Dot(a, b.Address + j * b.ColumnStride, b.Rows);
@@ -514,8 +515,8 @@ static unsafe class Product {
         return Vector.Sum(sum);
     }
 
-    /// <summary>c += a·b for one packed strip of b and one block of a. Rows of a that are contiguous and fill a tile
-    /// are read in place, others packed first.</summary>
+    /// <summary>c += a·b for one packed strip of b and one block of a. Contiguous rows of a that fill a tile are read
+    /// in place, others are packed first.</summary>
     static void AddBlock(Matrix a, float* packedA, float* packedB, Matrix c) {
         var edge = stackalloc float[TileRows * 2 * WidestVector];
         var depth = a.Columns;
@@ -538,12 +539,13 @@ static unsafe class Product {
         }
     }
 
-    /// <summary>Writes each group of rows column by column; what an incomplete one lacks stays as it was.</summary>
+    /// <summary>Writes x in groups of width rows, each column by column; rows missing from the last group are not
+    /// written.</summary>
     static void Pack(Matrix x, int width, float* to) {
         for (var i = 0; i < x.Rows; i += width, to += width * x.Columns) {
             var (row, rows) = (0, Math.Min(width, x.Rows - i));
             for (; row + 4 <= rows; row += 4) {
-                // Four rows at a time, so that each step's store fills a vector.
+                // Four rows at a time, so that each step stores a whole vector.
                 float* next = to + row, x0 = x.Row(i + row), x1 = x.Row(i + row + 1);
                 float* x2 = x.Row(i + row + 2), x3 = x.Row(i + row + 3);
                 if (x.RowStride == 1) {
@@ -565,7 +567,7 @@ static unsafe class Product {
     /// multiply-adds a cycle; 6 broadcasts and 2 loads feed them.</summary>
     static void AddTile(Matrix a, float* b, float* c, long stride) {
         for (var row = 0; Sse.IsSupported && row < TileRows; row++) {
-            // The tile of c arrives while its sum is being computed.
+            // Fetches the tile of c while its sum is computed.
             Sse.Prefetch0(c + row * stride);
             Sse.Prefetch0(c + row * stride + TileColumns - 1);
         }
@@ -603,7 +605,7 @@ static unsafe class Product {
     }
 }
 
-/// <summary>Threads that share the indices of one job after another; the calling thread is one of them.</summary>
+/// <summary>Threads that share the work of one job after another; the calling thread is one of them.</summary>
 sealed unsafe class Workers : IDisposable {
     readonly Barrier barrier;
     delegate*<void*, int, void> invoke;
@@ -612,7 +614,7 @@ sealed unsafe class Workers : IDisposable {
 
     public Workers(int threads) {
         barrier = new Barrier(threads);
-        for (var i = 1; i < threads; i++) // with a stack for the blocks of products and attention
+        for (var i = 1; i < threads; i++) // with room on the stack for the blocks of products and attention
             new Thread(() => { while (Share()) { } }, 8 << 20) { IsBackground = true }.Start();
     }
 

@@ -587,7 +587,7 @@ public sealed unsafe class Cuda : IDevice {
 
     // ---- What the GPU can do
 
-    /// <summary>Dense bf16 operations a second by the data sheets. The first name that a GPU's contains counts.</summary>
+    /// <summary>Dense bf16 operations a second by the data sheets; the first match of a GPU's name counts.</summary>
     static readonly (string Name, double Flops)[] DataSheets = [
         ("H100 PCIe", 756e12), ("H100 NVL", 835e12), ("H100", 989e12), ("H200", 989e12), ("GH200", 989e12),
         ("A100", 312e12), ("A800", 312e12), ("A6000", 155e12), ("A40", 150e12), ("A10", 125e12), ("L40S", 362e12),
@@ -633,12 +633,10 @@ public sealed unsafe class Cuda : IDevice {
     }
 }
 
-/// <summary>An argument of a kernel: its bits, from the lowest, or the place of a larger one.</summary>
+/// <summary>A kernel's argument: its bits, from the lowest, or the address of one larger than 8 bytes.</summary>
 readonly record struct Argument(long Bits, nint Place = 0) {
     public static implicit operator Argument(Tensor tensor) => new(tensor.Address);
-    public static implicit operator Argument(nint address) => new(address);
-    public static implicit operator Argument(long value) => new(value);
-    public static implicit operator Argument(int value) => new(value);
+    public static implicit operator Argument(long value) => new(value); // and int and nint
     public static implicit operator Argument(float value) => new(BitConverter.SingleToInt32Bits(value));
 }
 

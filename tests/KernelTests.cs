@@ -3,7 +3,7 @@ using static Gpt2.Tests.Support;
 
 namespace Gpt2.Tests;
 
-/// <summary>Cuda.cs finds kernels by name when it first launches them, so the sources must agree on the names.</summary>
+/// <summary>Cuda.cs looks kernels up when it first launches them: the names in the two sources must agree.</summary>
 public sealed class KernelTests {
     [Test]
     public async Task EveryKernelLaunchedExistsAndEveryKernelIsLaunched() {
@@ -17,7 +17,8 @@ public sealed class KernelTests {
         var kernels = File.ReadAllText(device);
         var flash = Names(kernels, @"\nFLASH_KERNEL\((\w+)");
         var defined = Names(kernels, @"\nKERNEL (?:__\w+__\(\w+\) )?(\w+)\(")
-            .Concat(Names(kernels, @"\nPRODUCT_KERNEL\((\w+)")).Concat(flash).Concat(flash.Select(name => $"{name}_hopper"));
+            .Concat(Names(kernels, @"\nPRODUCT_KERNEL\((\w+)"))
+            .Concat(flash).Concat(flash.Select(name => $"{name}_hopper"));
         await Same(launched.Distinct().Order(), defined.Order());
     }
 }
