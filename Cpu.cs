@@ -244,11 +244,11 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
             var ((q, k, v), y) = (Heads(s.qkv, s.heads, head), Head(s.y, 1, 0, s.heads, head));
             var (scale, block) = (1 / MathF.Sqrt(q.Columns), Math.Clamp(ScoreCount / s.qkv.Rows, 1, QueryBlock));
             for (var first = 0; first < y.Rows; first += block) {
-                var queries = Math.Min(block, y.Rows - first);
-                var keys = s.start + first + queries;
-                var p = new Matrix(scratch, queries, keys, keys, 1).Cleared();
-                Product.Add(q.RowsFrom(s.start + first, queries), k.RowsFrom(0, keys).Transposed, p);
-                for (var row = 0; row < queries; row++) {
+                var (queries, result) = (q.RowsFrom(s.start + first, block), y.RowsFrom(first, block));
+                var keys = s.start + first + queries.Rows;
+                var p = new Matrix(scratch, queries.Rows, keys, keys, 1);
+                Product.Add(queries, k.RowsFrom(0, keys).Transposed, p.Cleared());
+                for (var row = 0; row < p.Rows; row++) {
                     var visible = s.start + first + row + 1;
                     var max = Maximum(p.Row(row), visible) * scale;
                     var sum = Exponentials(p.Row(row), visible, keys, scale, max);
@@ -256,7 +256,7 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
                     for (int i = 0, n = visible; n > 0; i += Lanes, n -= Lanes)
                         Store(p.Row(row) + i, n, Load(p.Row(row) + i, n) * (1 / sum));
                 }
-                Product.Add(p, v.RowsFrom(0, keys), y.RowsFrom(first, queries).Cleared());
+                Product.Add(p, v.RowsFrom(0, keys), result.Cleared());
             }
         }, 2.0 * qkv.Depth * qkv.Rows * (qkv.Rows + 1) * (qkv.Columns / 3));
     }
@@ -270,22 +270,23 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
             var (y, dy) = (Head(s.y, 1, 0, s.heads, head), Head(s.dy, 1, 0, s.heads, head));
             var (scale, block) = (1 / MathF.Sqrt(q.Columns), Math.Clamp(ScoreCount / s.qkv.Rows, 1, QueryBlock));
             for (var first = 0; first < y.Rows; first += block) {
-                var queries = Math.Min(block, y.Rows - first);
-                var keys = first + queries;
-                var p = new Matrix(scratch, queries, keys, keys, 1);
-                var ds = new Matrix(scratch + ScoreCount, queries, keys, keys, 1);
-                Product.Add(q.RowsFrom(first, queries), k.RowsFrom(0, keys).Transposed, p.Cleared());
-                Product.Add(dy.RowsFrom(first, queries), v.RowsFrom(0, keys).Transposed, ds.Cleared());
-                for (var row = 0; row < queries; row++) {
+                var (qs, dqs, dys) = (q.RowsFrom(first, block), dq.RowsFrom(first, block), dy.RowsFrom(first, block));
+                var keys = first + qs.Rows;
+                var (ks, vs) = (k.RowsFrom(0, keys), v.RowsFrom(0, keys));
+                var p = new Matrix(scratch, qs.Rows, keys, keys, 1);
+                var ds = new Matrix(scratch + ScoreCount, qs.Rows, keys, keys, 1);
+                Product.Add(qs, ks.Transposed, p.Cleared());
+                Product.Add(dys, vs.Transposed, ds.Cleared());
+                for (var row = 0; row < p.Rows; row++) {
                     // P = e^(scale·s − lse); dS = scale·P·(dP − dy·y).
                     Exponentials(p.Row(row), first + row + 1, keys, scale, Row(s.lse, head)[first + row]);
-                    Vector<float> delta = new(Product.Dot(dy.Row(first + row), y.Row(first + row), y.Columns));
+                    Vector<float> delta = new(Product.Dot(dys.Row(row), y.Row(first + row), y.Columns));
                     for (int i = 0, n = keys; n > 0; i += Lanes, n -= Lanes)
                         Store(ds.Row(row) + i, n, Load(p.Row(row) + i, n) * (Load(ds.Row(row) + i, n) - delta) * scale);
                 }
-                Product.Add(p.Transposed, dy.RowsFrom(first, queries), dv.RowsFrom(0, keys));
-                Product.Add(ds, k.RowsFrom(0, keys), dq.RowsFrom(first, queries));
-                Product.Add(ds.Transposed, q.RowsFrom(first, queries), dk.RowsFrom(0, keys));
+                Product.Add(p.Transposed, dys, dv.RowsFrom(0, keys));
+                Product.Add(ds, ks, dqs);
+                Product.Add(ds.Transposed, qs, dk.RowsFrom(0, keys));
             }
         }, 5.0 * qkv.Depth * qkv.Rows * (qkv.Rows + 1) * (qkv.Columns / 3));
         AddRows(dqkv, dbias);

@@ -49,21 +49,13 @@ public readonly record struct Tensor(
     }
 }
 
-/// <summary>The settings of one AdamW update (Loshchilov and Hutter, 2019).</summary>
-/// <param name="Number">Updates so far, this one included.</param>
-/// <param name="GradientScale">Factor applied to the gradients first.</param>
-/// <param name="Seed">Seed for rounding master weights to bf16 stochastically.</param>
+/// <summary>Settings of one AdamW update (Loshchilov and Hutter, 2019), which counts from 1. Gradients are first
+/// multiplied by GradientScale; Seed is for rounding master weights to bf16 stochastically.</summary>
 public readonly record struct AdamWStep(int Number, float LearningRate, float WeightDecay, float GradientScale,
     float Beta1, float Beta2, float Epsilon, uint Seed);
 
-/// <summary>Parameters that AdamW updates together, as flat arrays of the same length (n).</summary>
-/// <param name="First">Index of the first one among all the model's parameters.</param>
-/// <param name="Decays">True if weight decay applies.</param>
-/// <param name="W">Weights (n), rounded from Master; the same array as Master if they are fp32.</param>
-/// <param name="Master">Weights (n) in fp32.</param>
-/// <param name="Dw">Gradients (n).</param>
-/// <param name="M">First moments (n).</param>
-/// <param name="V">Second moments (n).</param>
+/// <summary>Parameters that AdamW updates together, as flat arrays (n): weights, their fp32 master copy (the same array
+/// if W is fp32), gradients, and both moments. First is the first one's index among all of the model's.</summary>
 public readonly record struct AdamWPart(
     long First, bool Decays, Tensor W, Tensor Master, Tensor Dw, Tensor M, Tensor V);
 
