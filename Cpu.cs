@@ -151,15 +151,12 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
         AddRows(dx, dbias);
     }
 
-    /// <summary>sums (C) += Σ x (rows, C) over rows; does nothing if sums is default.</summary>
-    void AddRows(Tensor x, Tensor sums, [CallerMemberName] string operation = "") {
-        if (sums.Address == 0)
-            return;
-        ForParts(x.Columns, ColumnPart, (x, sums), static (s, first, n) => {
+    /// <summary>sums (C) += Σ x (rows, C) over rows; a default tensor has no columns to add to.</summary>
+    void AddRows(Tensor x, Tensor sums, [CallerMemberName] string operation = "") =>
+        ForParts(sums.Columns, ColumnPart, (x, sums), static (s, first, n) => {
             for (var row = 0; row < s.x.AllRows; row++)
                 AddTo(Floats(s.sums) + first, Row(s.x, row) + first, n);
         }, operation);
-    }
 
     // ---- Linear and GELU
 
@@ -230,7 +227,7 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
         }, 2.0 * c.Rows * c.Columns * a.Columns, name);
     }
 
-    static int Tiles(int count, int size) => (count + size - 1) / size;
+    static int Tiles(long count, int size) => (int)((count + size - 1) / size);
 
     // ---- Attention
 
@@ -238,7 +235,7 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
     /// enough to repay packing the keys.</summary>
     const int ScoreCount = Config.LongestT, QueryBlock = 128;
 
-    public void Attention(Tensor qkv, int start, int heads, Tensor y, Tensor lse) {
+    public void Attention(Tensor qkv, int start, int heads, Tensor y, Tensor lse) =>
         For(qkv.Depth * heads, (qkv, start, heads, y, lse), static (s, head) => {
             var scratch = stackalloc float[ScoreCount];
             var ((q, k, v), y) = (Heads(s.qkv, s.heads, head), Head(s.y, 1, 0, s.heads, head));
@@ -259,7 +256,6 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
                 Product.Add(p, v.RowsFrom(0, keys), result.Cleared());
             }
         }, 2.0 * qkv.Depth * qkv.Rows * (qkv.Rows + 1) * (qkv.Columns / 3));
-    }
 
     public void AttentionBackward(
         Tensor dy, Tensor qkv, Tensor y, Tensor lse, int heads, Tensor dqkv, Tensor dbias) {
@@ -402,7 +398,7 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
     /// <summary>body(state, first, n) for each part [first, first + n) of <paramref name="count"/> elements.</summary>
     void ForParts<T>(
         long count, int size, T state, Action<T, long, int> body, [CallerMemberName] string operation = "") =>
-        For((int)((count + size - 1) / size), (state, body, count, size), static (s, i) =>
+        For(Tiles(count, size), (state, body, count, size), static (s, i) =>
             s.body(s.state, (long)i * s.size, (int)Math.Min(s.size, s.count - (long)i * s.size)), 0, operation);
 
     static float* Floats(Tensor x) => (float*)x.Address;

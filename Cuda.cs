@@ -1,6 +1,5 @@
 using System.Diagnostics;
 using System.Reflection;
-using System.Runtime.CompilerServices;
 using System.Runtime.InteropServices;
 using System.Text;
 using static Gpt2.CublasLt;
@@ -12,7 +11,7 @@ namespace Gpt2;
 /// queued on one stream and nothing depends on timing, so the same calls give the same bits.</summary>
 public sealed unsafe class Cuda : IDevice {
     const int StagingBytes = 32 << 20, WorkspaceBytes = 32 << 20, ScratchBytes = 64 << 20;
-    const int LargestColumns = 4096, LargestHead = 256; // layer norm's backward pass needs a block for each row
+    const int LargestColumns = 4096, LargestHead = 256; // a block's width in layer_norm_backward and attention_any
     const int MostSequences = 65_535; // the largest z dimension of a grid
     const int Width = 8; // elements that a thread loads or stores at a time
     const int MapBytes = 128; // size of a CUtensorMap
@@ -136,7 +135,7 @@ public sealed unsafe class Cuda : IDevice {
     }
 
     public void Dispose() {
-        // After a fault all of this fails; the fault itself is what must be reported.
+        // After a fault all of these fail. That is ignored, so that the fault itself is reported.
         cuCtxSetCurrent(context);
         cuStreamSynchronize(stream);
         products.Dispose();
@@ -169,7 +168,7 @@ public sealed unsafe class Cuda : IDevice {
     /// <summary>Copies the input of the next few kernels to the GPU.</summary>
     nint Upload<T>(ReadOnlySpan<T> values) where T : unmanaged {
         var bytes = (long)values.Length * sizeof(T);
-        // A quarter, so that one kernel's inputs stay there together.
+        // At most a quarter, so that one kernel's inputs are there together.
         Require(bytes <= StagingBytes / 4, "what a kernel reads", $"{StagingBytes / 4} bytes", bytes);
         values.CopyTo(Stage<T>(values.Length, out var offset));
         Check(cuMemcpyAsync(staging + offset, pinned + offset, (nuint)bytes, stream), "copying to the GPU");
@@ -342,12 +341,10 @@ public sealed unsafe class Cuda : IDevice {
 
     // ---- Linear and GELU
 
-    public void Linear(Tensor x, Tensor w, Tensor b, Tensor y) => Forward(x, w, b, default, y);
+    public void Linear(Tensor x, Tensor w, Tensor b, Tensor y) => LinearResidual(x, w, b, default, y);
 
-    public void LinearResidual(Tensor x, Tensor w, Tensor b, Tensor residual, Tensor y) =>
-        Forward(x, w, b, residual, y);
-
-    void Forward(Tensor x, Tensor w, Tensor b, Tensor residual, Tensor y, [CallerMemberName] string operation = "") {
+    public void LinearResidual(Tensor x, Tensor w, Tensor b, Tensor residual, Tensor y) {
+        var operation = residual.Address == 0 ? nameof(Linear) : nameof(LinearResidual);
         if (IsForHopper(x, w))
             LaunchProduct(operation, residual.Address == 0 ? "linear" : "linear_residual", x, w, y, residual, b);
         else
@@ -397,7 +394,7 @@ public sealed unsafe class Cuda : IDevice {
         AddPartialSums(scratch, down, sums);
     }
 
-    /// <summary>db, dw and dbias (C), as far as given, += Σ partial (1 to 3, rows, C) over rows.</summary>
+    /// <summary>Adds partial (n, rows, C), summed over rows, to the first n of db, dw and dbias (C).</summary>
     void AddPartialSums(nint partial, int rows, Tensor db, Tensor dw = default, Tensor dbias = default) {
         var (C, sums) = (db.Columns, dw.Address == 0 ? 1 : dbias.Address == 0 ? 2 : 3);
         Launch("add_row_sums", (1, Blocks(C, AddColumns), sums), SumColumns, 0, 0, 4.0 * rows * C * sums,
@@ -407,8 +404,8 @@ public sealed unsafe class Cuda : IDevice {
     public void Gelu(Tensor x, Tensor y) =>
         Launch("gelu", (Blocks(x.Count, 256 * Width), 1, 1), 256, 0, 0, 2.0 * x.Bytes, x, y, x.Count);
 
-    /// <summary>c = a·b + bias + addend by cuBLASLt, for which our rows are columns: a is (M, K) or, if it is to be
-    /// transposed, (K, M); b is (K, N) or (N, K); c and addend are (M, N); bias is (M).</summary>
+    /// <summary>c = a·b + bias + addend by cuBLASLt, which takes our rows for columns: to it a is (M, K), or (K, M) if
+    /// transposed; b is (K, N) or (N, K); c and addend are (M, N); bias is (M).</summary>
     void Multiply(string operation, Tensor a, bool transposeA, Tensor b, bool transposeB, Tensor c,
         Tensor bias = default, Tensor addend = default) {
         Enter();
@@ -549,7 +546,7 @@ public sealed unsafe class Cuda : IDevice {
         Launch("normalize_classes", (Blocks(rows, rowsOfBlock), 1, 1), threads, 0, 0,
             2.0 * x.Bytes + (double)chunks * rows * sizeof(float),
             partial, chunks, places, logits, x, dx, scratch, losses, gradientScale, rows, Vp, C);
-        // For now dx holds x, each row scaled as its exponentials must be.
+        // Until the last product, dx holds x, each row multiplied by the factor that its exponentials lack.
         Multiply(operation, dx, false, logits, true, dw, addend: dw);
         LaunchProduct(operation, "linear_backward_scaled", logits, w, dx, ofRows: scratch);
     }
@@ -640,7 +637,7 @@ readonly record struct Argument(long Bits, nint Place = 0) {
     public static implicit operator Argument(float value) => new(BitConverter.SingleToInt32Bits(value));
 }
 
-/// <summary>A kind of product: c (M, N) = a·b of depth K, in columns.</summary>
+/// <summary>A kind of product, with columns contiguous: c (M, N) = a (M, K)·b (K, N).</summary>
 readonly record struct ProductKind(int M, int N, int K, bool TransposeA, bool TransposeB, bool HasBias, bool Adds,
     DataType Input, DataType Output);
 
@@ -689,7 +686,7 @@ sealed unsafe class Products(nint stream, nint workspace, long workspaceBytes) :
             return layout;
         }
         var plan = new Plan(operation, Layout(a), Layout(b), Layout(c), default);
-        const int largestWorkspace = 1, reductionSchemes = 3, throughWorkspace = 6; // so that sums have one order
+        const int largestWorkspace = 1, reductionSchemes = 3, throughWorkspace = 6; // which fixes the order of sums
         CheckProducts(cublasLtMatmulPreferenceCreate(out var preference), "preferences");
         var (bytes, schemes) = (workspaceBytes, throughWorkspace);
         CheckProducts(cublasLtMatmulPreferenceSetAttribute(preference, largestWorkspace, &bytes, 8), "preferences");
@@ -718,14 +715,14 @@ sealed unsafe class Products(nint stream, nint workspace, long workspaceBytes) :
     }
 }
 
-/// <summary>The driver API, as far as we call it. cuda.h hides the suffix _v2 behind macros.</summary>
+/// <summary>The driver API, as far as we call it; in cuda.h macros hide the suffix _v2.</summary>
 static unsafe partial class Driver {
     const string Library = "cuda";
     public const int NoBinaryForGpu = 209;
 
     static Driver() => Libraries.Register();
 
-    /// <exception cref="Gpt2Exception">Not success: CUDA's name for it, and what we were doing.</exception>
+    /// <exception cref="Gpt2Exception">The call failed: what we were doing, and CUDA's name for the error.</exception>
     public static void Check(int status, string doing) {
         if (status == 0)
             return;
@@ -784,14 +781,14 @@ static unsafe partial class CublasLt {
 
     static CublasLt() => Libraries.Register();
 
-    /// <exception cref="Gpt2Exception">Not success: cuBLAS's name for it, and what we were doing.</exception>
+    /// <exception cref="Gpt2Exception">The call failed: what we were doing, and the error by its name.</exception>
     public static void CheckProducts(int status, string doing) {
         if (status != 0)
             throw new Gpt2Exception($"--device cuda: {doing}: expected success, found " +
                 $"{Marshal.PtrToStringUTF8(cublasLtGetStatusName(status))}");
     }
 
-    /// <summary>An algorithm (64 bytes), the workspace that it takes, and more.</summary>
+    /// <summary>An algorithm (64 bytes), the size of its workspace, and more.</summary>
     [StructLayout(LayoutKind.Sequential, Size = 96)]
     public struct Heuristic;
 
@@ -818,11 +815,11 @@ static unsafe partial class CublasLt {
         nint cLayout, nint d, nint dLayout, Heuristic* algorithm, nint workspace, nuint workspaceBytes, nint stream);
 }
 
-/// <summary>Where the libraries are that come with a driver or a toolkit.</summary>
+/// <summary>Finds the files of NVIDIA's libraries.</summary>
 static class Libraries {
     static Libraries() => NativeLibrary.SetDllImportResolver(typeof(Libraries).Assembly, Resolve);
 
-    /// <summary>Has the constructor run, once.</summary>
+    /// <summary>Runs the static constructor if it has not run yet.</summary>
     public static void Register() { }
 
     static nint Resolve(string name, Assembly assembly, DllImportSearchPath? path) {
