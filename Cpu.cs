@@ -30,7 +30,7 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
     public void Synchronize() { }
 
     public double PeakFlops() {
-        const int n = 768, tries = 10; // enough for the system to give each thread a core of its own
+        const int n = 384, tries = 40; // enough for the system to give each thread a core of its own
         var rows = n * workers.Threads;
         fixed (float* x = new float[rows * n], w = new float[n * n], y = new float[rows * n]) {
             Matrix a = new(x, rows, n, n, 1), b = new(w, n, n, n, 1), c = new(y, rows, n, n, 1);

@@ -49,7 +49,7 @@ public readonly record struct Tensor(
     }
 }
 
-/// <summary>Settings of one AdamW update (Loshchilov and Hutter, 2019), which counts from 1. Gradients are first
+/// <summary>Settings of one AdamW update (Loshchilov and Hutter, 2019). Number counts from 1; gradients are first
 /// multiplied by GradientScale; Seed is for rounding master weights to bf16 stochastically.</summary>
 public readonly record struct AdamWStep(int Number, float LearningRate, float WeightDecay, float GradientScale,
     float Beta1, float Beta2, float Epsilon, uint Seed);
@@ -134,9 +134,9 @@ public interface IDevice : IDisposable {
     /// <paramref name="vocabulary"/> columns. The logits become their gradient, (softmax − one-hot)·gradientScale, 0 in
     /// the padding; if gradientScale is 0, their contents are undefined.</summary>
     void Classify(Tensor logits, ReadOnlySpan<int> targets, int vocabulary, Tensor losses, float gradientScale);
-    /// <summary>losses (rows) as Classify's for the logits x·wᵀ, with x (rows, C) and w (Vp, C); and unless
-    /// gradientScale is 0, dx (rows, C) and dw (Vp, C) += the gradients, in which case a loss above 115 may come out as
-    /// about 117. The contents of logits (rows, Vp) are undefined afterwards.</summary>
+    /// <summary>Linear, Classify and, unless gradientScale is 0, LinearBackward in one: losses (rows), dx (rows, C) and
+    /// dw (Vp, C) from x (rows, C) and w (Vp, C). The contents of logits (rows, Vp) are undefined afterwards, and with
+    /// gradients a loss above 115 may come out as about 117.</summary>
     void LinearClassify(Tensor x, Tensor w, ReadOnlySpan<int> targets, int vocabulary, Tensor logits, Tensor losses,
         float gradientScale, Tensor dx, Tensor dw);
     /// <summary>Σ x².</summary>
