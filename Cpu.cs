@@ -10,32 +10,32 @@ using static Gpt2.Simd;
 
 namespace Gpt2;
 
-/// <summary>The operations in fp32 on the CPU: the reference for other devices, the default where there is no GPU. No
-/// sum depends on how many threads share the work, so any number of them gives the same bits.</summary>
+/// <summary>The operations in fp32 on the CPU: the reference for other devices, and the default without a GPU. The
+/// order of every sum is independent of the number of threads, so any number gives the same bits.</summary>
 public sealed unsafe class Cpu(int threads = 0) : IDevice {
     readonly Workers workers = new(threads > 0 ? threads : Environment.ProcessorCount);
     readonly List<nint> allocations = [];
 
     public string Name => $"CPU, {workers.Threads} threads, {Vector<float>.Count * 32}-bit vectors";
-
+    public DataType Precision => DataType.Fp32;
+    public long Workspace => 0;
     public Profile? Profile { get; set; }
 
-    public DataType Precision => DataType.Fp32;
-
-    /// <summary>What the system has left for new processes, within what a container allows this one.</summary>
+    /// <summary>The memory available to new processes, or what the container's limit leaves if that is less.</summary>
     public long FreeMemory => Math.Min(
         GC.GetGCMemoryInfo().TotalAvailableMemoryBytes - Environment.WorkingSet,
         1024 * long.Parse( // "MemAvailable:   24251556 kB"
             File.ReadLines("/proc/meminfo").First(line => line.StartsWith("MemAvailable:")).Split(' ')[^2]));
 
-    public long Workspace => 0;
-
     public void Synchronize() { }
 
     public double PeakFlops() {
-        const int rounds = 2000, tries = 40; // until the system has put each thread on a core of its own
-        var best = Best(tries, () => For(workers.Threads, 0, static (_, _) => Product.Spin(rounds)));
-        return workers.Threads * Product.Spin(1) * (double)rounds / best;
+        const int n = 384, tries = 40; // enough for the system to give each thread a core of its own
+        var rows = n * workers.Threads;
+        fixed (float* x = new float[rows * n], w = new float[n * n], y = new float[rows * n]) {
+            Matrix a = new(x, rows, n, n, 1), b = new(w, n, n, n, 1), c = new(y, rows, n, n, 1);
+            return 2.0 * rows * n * n / Best(tries, () => Multiply(a, b, c));
+        }
     }
 
     public (double Flops, double Bytes) MeasureCeilings() {
@@ -55,7 +55,7 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
     });
 
     public nint Allocate(long bytes) {
-        // The system zeroes pages as they are touched; huge ones spare the products' strided reads most TLB misses.
+        // Untouched pages cost nothing; huge ones spare the products' strided reads most TLB misses.
         const long hugePage = 2 << 20;
         const int adviseHugePages = 14;
         allocations.Add((nint)NativeMemory.AllocZeroed((nuint)(bytes + hugePage)));
@@ -151,15 +151,12 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
         AddRows(dx, dbias);
     }
 
-    /// <summary>sums += Σ x over rows, unless there are none.</summary>
-    void AddRows(Tensor x, Tensor sums, [CallerMemberName] string operation = "") {
-        if (sums.Address == 0)
-            return;
-        ForParts(x.Columns, ColumnPart, (x, sums), static (s, first, n) => {
+    /// <summary>sums (C) += Σ x (rows, C) over rows; a default tensor has no columns to add to.</summary>
+    void AddRows(Tensor x, Tensor sums, [CallerMemberName] string operation = "") =>
+        ForParts(sums.Columns, ColumnPart, (x, sums), static (s, first, n) => {
             for (var row = 0; row < s.x.AllRows; row++)
                 AddTo(Floats(s.sums) + first, Row(s.x, row) + first, n);
         }, operation);
-    }
 
     // ---- Linear and GELU
 
@@ -212,9 +209,9 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
     static Vector<float> Gate(Vector<float> x) => Vector<float>.One /
         (Vector<float>.One + Vector.Exp(-2 * GeluScale * x * (Vector<float>.One + GeluCubic * x * x)));
 
-    /// <summary>c = bias + a·b, or c += a·b without a bias, in tiles that the threads take one by one.</summary>
+    /// <summary>c = a·b + bias, or c += a·b without a bias, in tiles that the threads take one by one.</summary>
     void Multiply(Matrix a, Matrix b, Matrix c, Tensor bias = default, [CallerMemberName] string operation = "") {
-        // Strips of columns pack b once; where a's rows must be packed too (a is transposed), squares balance the two.
+        // Full-height strips pack each part of b once. If a must be packed too (it is transposed), squares are best.
         var (rows, columns) = (a.RowStride == 1 ? 384 : c.Rows, 384);
         while (Tiles(c.Rows, rows) * Tiles(c.Columns, columns) < 4 * workers.Threads && Math.Max(rows, columns) > 96)
             (rows, columns) = columns > 96 ? (rows, columns / 2) : (rows / 2, columns);
@@ -225,30 +222,30 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
             var c = s.c.Part(i, j, s.rows, s.columns);
             for (var row = 0; s.bias.Address != 0 && row < c.Rows; row++)
                 new Span<float>(Floats(s.bias) + j, c.Columns).CopyTo(new Span<float>(c.Row(row), c.Columns));
-            // Whether a part has one row depends on the number of threads; its bits must not.
+            // The number of threads decides whether a tile has one row, but must not change its bits.
             Product.Add(s.a.RowsFrom(i, c.Rows), s.b.Part(0, j, s.b.Rows, s.columns), c, asTiles: s.c.Rows > 1);
         }, 2.0 * c.Rows * c.Columns * a.Columns, name);
     }
 
-    static int Tiles(int count, int size) => (count + size - 1) / size;
+    static int Tiles(long count, int size) => (int)((count + size - 1) / size);
 
     // ---- Attention
 
-    /// <summary>Scores that a thread holds on its stack, one query's at the least, and queries that it takes at once
-    /// unless that makes too many: enough to repay packing the keys.</summary>
+    /// <summary>Scores that a thread has room for on its stack, and queries that it takes at once if their scores fit,
+    /// enough to repay packing the keys.</summary>
     const int ScoreCount = Config.LongestT, QueryBlock = 128;
 
-    public void Attention(Tensor qkv, int start, int heads, Tensor y, Tensor lse) {
+    public void Attention(Tensor qkv, int start, int heads, Tensor y, Tensor lse) =>
         For(qkv.Depth * heads, (qkv, start, heads, y, lse), static (s, head) => {
             var scratch = stackalloc float[ScoreCount];
             var ((q, k, v), y) = (Heads(s.qkv, s.heads, head), Head(s.y, 1, 0, s.heads, head));
             var (scale, block) = (1 / MathF.Sqrt(q.Columns), Math.Clamp(ScoreCount / s.qkv.Rows, 1, QueryBlock));
             for (var first = 0; first < y.Rows; first += block) {
-                var queries = Math.Min(block, y.Rows - first);
-                var keys = s.start + first + queries;
-                var p = new Matrix(scratch, queries, keys, keys, 1).Cleared();
-                Product.Add(q.RowsFrom(s.start + first, queries), k.RowsFrom(0, keys).Transposed, p);
-                for (var row = 0; row < queries; row++) {
+                var (queries, result) = (q.RowsFrom(s.start + first, block), y.RowsFrom(first, block));
+                var keys = s.start + first + queries.Rows;
+                var p = new Matrix(scratch, queries.Rows, keys, keys, 1);
+                Product.Add(queries, k.RowsFrom(0, keys).Transposed, p.Cleared());
+                for (var row = 0; row < p.Rows; row++) {
                     var visible = s.start + first + row + 1;
                     var max = Maximum(p.Row(row), visible) * scale;
                     var sum = Exponentials(p.Row(row), visible, keys, scale, max);
@@ -256,10 +253,9 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
                     for (int i = 0, n = visible; n > 0; i += Lanes, n -= Lanes)
                         Store(p.Row(row) + i, n, Load(p.Row(row) + i, n) * (1 / sum));
                 }
-                Product.Add(p, v.RowsFrom(0, keys), y.RowsFrom(first, queries).Cleared());
+                Product.Add(p, v.RowsFrom(0, keys), result.Cleared());
             }
         }, 2.0 * qkv.Depth * qkv.Rows * (qkv.Rows + 1) * (qkv.Columns / 3));
-    }
 
     public void AttentionBackward(
         Tensor dy, Tensor qkv, Tensor y, Tensor lse, int heads, Tensor dqkv, Tensor dbias) {
@@ -270,28 +266,29 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
             var (y, dy) = (Head(s.y, 1, 0, s.heads, head), Head(s.dy, 1, 0, s.heads, head));
             var (scale, block) = (1 / MathF.Sqrt(q.Columns), Math.Clamp(ScoreCount / s.qkv.Rows, 1, QueryBlock));
             for (var first = 0; first < y.Rows; first += block) {
-                var queries = Math.Min(block, y.Rows - first);
-                var keys = first + queries;
-                var p = new Matrix(scratch, queries, keys, keys, 1);
-                var ds = new Matrix(scratch + ScoreCount, queries, keys, keys, 1);
-                Product.Add(q.RowsFrom(first, queries), k.RowsFrom(0, keys).Transposed, p.Cleared());
-                Product.Add(dy.RowsFrom(first, queries), v.RowsFrom(0, keys).Transposed, ds.Cleared());
-                for (var row = 0; row < queries; row++) {
+                var (qs, dqs, dys) = (q.RowsFrom(first, block), dq.RowsFrom(first, block), dy.RowsFrom(first, block));
+                var keys = first + qs.Rows;
+                var (ks, vs) = (k.RowsFrom(0, keys), v.RowsFrom(0, keys));
+                var p = new Matrix(scratch, qs.Rows, keys, keys, 1);
+                var ds = new Matrix(scratch + ScoreCount, qs.Rows, keys, keys, 1);
+                Product.Add(qs, ks.Transposed, p.Cleared());
+                Product.Add(dys, vs.Transposed, ds.Cleared());
+                for (var row = 0; row < p.Rows; row++) {
                     // P = e^(scale·s − lse); dS = scale·P·(dP − dy·y).
                     Exponentials(p.Row(row), first + row + 1, keys, scale, Row(s.lse, head)[first + row]);
-                    Vector<float> delta = new(Product.Dot(dy.Row(first + row), y.Row(first + row), y.Columns));
+                    Vector<float> delta = new(Product.Dot(dys.Row(row), y.Row(first + row), y.Columns));
                     for (int i = 0, n = keys; n > 0; i += Lanes, n -= Lanes)
                         Store(ds.Row(row) + i, n, Load(p.Row(row) + i, n) * (Load(ds.Row(row) + i, n) - delta) * scale);
                 }
-                Product.Add(p.Transposed, dy.RowsFrom(first, queries), dv.RowsFrom(0, keys));
-                Product.Add(ds, k.RowsFrom(0, keys), dq.RowsFrom(first, queries));
-                Product.Add(ds.Transposed, q.RowsFrom(first, queries), dk.RowsFrom(0, keys));
+                Product.Add(p.Transposed, dys, dv.RowsFrom(0, keys));
+                Product.Add(ds, ks, dqs);
+                Product.Add(ds.Transposed, qs, dk.RowsFrom(0, keys));
             }
         }, 5.0 * qkv.Depth * qkv.Rows * (qkv.Rows + 1) * (qkv.Columns / 3));
         AddRows(dqkv, dbias);
     }
 
-    /// <summary>One head of one sequence, (T, HS), in a (B, T, parts·NH·HS) array that packs several parts.</summary>
+    /// <summary>One part of one head of one sequence, (T, HS), of x (B, T, parts·NH·HS).</summary>
     static Matrix Head(Tensor x, int parts, int part, int heads, int index) {
         var size = x.Columns / parts / heads;
         return Matrix(x).Part(index / heads * x.Rows, (part * heads + index % heads) * size, x.Rows, size);
@@ -310,7 +307,7 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
         return result;
     }
 
-    /// <summary>Replaces x by e^(scale·x − shift), and by 0 from count on; returns the sum.</summary>
+    /// <summary>x = e^(scale·x − shift) up to count, and 0 from there to length; returns the sum.</summary>
     static float Exponentials(float* x, int count, int length, float scale, float shift) {
         new Span<float>(x + count, length - count).Clear();
         Vector<float> sum = default;
@@ -336,6 +333,14 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
                     Store(logits + i, n, Load(logits + i, n) * (s.gradientScale / sum));
                 logits[target] -= s.gradientScale;
             });
+    }
+
+    public void LinearClassify(Tensor x, Tensor w, ReadOnlySpan<int> targets, int vocabulary, Tensor logits,
+        Tensor losses, float gradientScale, Tensor dx, Tensor dw) {
+        Linear(x, w, default, logits);
+        Classify(logits, targets, vocabulary, losses, gradientScale);
+        if (gradientScale != 0)
+            LinearBackward(logits, x, w, dx, dw);
     }
 
     // ---- Optimizer
@@ -386,14 +391,14 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
         Profile?.Add(operation, Stopwatch.GetElapsedTime(start).TotalSeconds, flops, 0);
     }
 
-    /// <summary>Elements, or columns, that a thread takes at a time; columns fill cache lines, so that no two threads
-    /// write to the same line.</summary>
+    /// <summary>Elements or columns that a thread takes at a time. Columns fill whole cache lines, so that no two
+    /// threads write to the same line.</summary>
     const int FlatPart = 1 << 16, ColumnPart = 64;
 
     /// <summary>body(state, first, n) for each part [first, first + n) of <paramref name="count"/> elements.</summary>
     void ForParts<T>(
         long count, int size, T state, Action<T, long, int> body, [CallerMemberName] string operation = "") =>
-        For((int)((count + size - 1) / size), (state, body, count, size), static (s, i) =>
+        For(Tiles(count, size), (state, body, count, size), static (s, i) =>
             s.body(s.state, (long)i * s.size, (int)Math.Min(s.size, s.count - (long)i * s.size)), 0, operation);
 
     static float* Floats(Tensor x) => (float*)x.Address;
@@ -403,7 +408,7 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
     static Matrix Matrix(Tensor x) => new(Floats(x), x.AllRows, x.Columns, x.Columns, 1);
 }
 
-/// <summary>Vectors of arrays whose end may cut one: loads and stores of which only the first n lanes count.</summary>
+/// <summary>Vector loads and stores for arrays of any length: at the end only the first n lanes count.</summary>
 static unsafe class Simd {
     public static int Lanes => Vector<float>.Count;
 
@@ -413,7 +418,7 @@ static unsafe class Simd {
             Store(to + i, n, Load(to + i, n) + Load(from + i, n) * scale);
     }
 
-    /// <summary>The next lanes of an array of which n elements are left; those past its end read as a filler.</summary>
+    /// <summary>Loads from an array with n elements left; lanes past its end get the filler.</summary>
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
     public static Vector<float> Load(float* x, int n, float filler = 0) =>
         n >= Lanes ? *(Vector<float>*)x : LoadPart(x, n, filler);
@@ -424,7 +429,7 @@ static unsafe class Simd {
         return value;
     }
 
-    /// <summary>Stores lanes to an array of which n elements are left.</summary>
+    /// <summary>Stores to an array with n elements left.</summary>
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
     public static void Store(float* x, int n, Vector<float> value) {
         if (n >= Lanes)
@@ -462,8 +467,8 @@ readonly unsafe struct Matrix(float* address, int rows, int columns, long rowStr
     }
 }
 
-/// <summary>The matrix product of one thread: a tile of 6 rows by two vectors stays in registers while it runs down the
-/// depth; b is packed so that each step's two vectors are adjacent, a only where its rows are not contiguous (Goto and
+/// <summary>Matrix products on one thread. A tile of c, 6 rows by two vectors, stays in registers for a whole depth
+/// block; b is packed so that each step's two vectors are adjacent, and a only if its rows are not contiguous (Goto and
 /// van de Geijn, Anatomy of High-Performance Matrix Multiplication, 2008).</summary>
 static unsafe class Product {
     const int TileRows = 6, WidestVector = 16;
@@ -471,7 +476,8 @@ static unsafe class Product {
 
     static int TileColumns => 2 * Lanes;
 
-    /// <summary>c += a·b for c with contiguous columns: in tiles, or faster and with other bits for one row.</summary>
+    /// <summary>c += a·b, where c has contiguous columns. One row goes faster, and rounds differently, if not in
+    /// tiles.</summary>
     public static void Add(Matrix a, Matrix b, Matrix c, bool asTiles = false) {
         if (a.Rows == 1 && a.ColumnStride == 1 && !asTiles) {
             AddRow(a.Address, b, c.Address);
@@ -490,7 +496,7 @@ static unsafe class Product {
         }
     }
 
-    /// <summary>c += a·b for one row, as in decoding: to pack b would cost more than to read it once.</summary>
+    /// <summary>c += a·b for one row, as in decoding: packing b would cost more than reading it once.</summary>
     static void AddRow(float* a, Matrix b, float* c) {
         for (var j = 0; b.RowStride == 1 && j < b.Columns; j++)
             c[j] += Dot(a, b.Address + j * b.ColumnStride, b.Rows);
@@ -506,8 +512,8 @@ static unsafe class Product {
         return Vector.Sum(sum);
     }
 
-    /// <summary>c += a·b for one packed strip of b and one block of a. Rows of a that are contiguous and fill a tile
-    /// are read in place, others packed first.</summary>
+    /// <summary>c += a·b for one packed strip of b and one block of a. Contiguous rows of a that fill a tile are read
+    /// in place, others are packed first.</summary>
     static void AddBlock(Matrix a, float* packedA, float* packedB, Matrix c) {
         var edge = stackalloc float[TileRows * 2 * WidestVector];
         var depth = a.Columns;
@@ -530,12 +536,13 @@ static unsafe class Product {
         }
     }
 
-    /// <summary>Writes each group of rows column by column; what an incomplete one lacks stays as it was.</summary>
+    /// <summary>Writes x in groups of width rows, each column by column; rows missing from the last group are not
+    /// written.</summary>
     static void Pack(Matrix x, int width, float* to) {
         for (var i = 0; i < x.Rows; i += width, to += width * x.Columns) {
             var (row, rows) = (0, Math.Min(width, x.Rows - i));
             for (; row + 4 <= rows; row += 4) {
-                // Four rows at a time, so that each step's store fills a vector.
+                // Four rows at a time, so that each step stores a whole vector.
                 float* next = to + row, x0 = x.Row(i + row), x1 = x.Row(i + row + 1);
                 float* x2 = x.Row(i + row + 2), x3 = x.Row(i + row + 3);
                 if (x.RowStride == 1) {
@@ -557,7 +564,7 @@ static unsafe class Product {
     /// multiply-adds a cycle; 6 broadcasts and 2 loads feed them.</summary>
     static void AddTile(Matrix a, float* b, float* c, long stride) {
         for (var row = 0; Sse.IsSupported && row < TileRows; row++) {
-            // The tile of c arrives while its sum is being computed.
+            // Fetches the tile of c while its sum is computed.
             Sse.Prefetch0(c + row * stride);
             Sse.Prefetch0(c + row * stride + TileColumns - 1);
         }
@@ -593,30 +600,18 @@ static unsafe class Product {
             ((Vector<float>*)c)[1] += right;
         }
     }
-
-    /// <summary>Runs the tile's inner loop over data in the first-level cache, to measure its peak.</summary>
-    /// <returns>Floating-point operations done.</returns>
-    public static long Spin(int rounds) {
-        const int depth = 256, widest = 2 * WidestVector;
-        var data = stackalloc float[TileRows * depth + widest * depth + TileRows * widest];
-        new Span<float>(data, TileRows * depth + widest * depth + TileRows * widest).Clear();
-        var a = new Matrix(data, TileRows, depth, 1, TileRows);
-        for (var round = 0; round < rounds; round++)
-            AddTile(a, data + TileRows * depth, data + (TileRows + widest) * depth, widest);
-        return 2L * rounds * depth * TileRows * TileColumns;
-    }
 }
 
-/// <summary>Threads that share the indices of one job after another; the calling thread is one of them.</summary>
+/// <summary>Threads that share the work of one job after another; the calling thread is one of them.</summary>
 sealed unsafe class Workers : IDisposable {
     readonly Barrier barrier;
     delegate*<void*, int, void> invoke;
-    void* call;
+    void* job;
     int count, next;
 
     public Workers(int threads) {
         barrier = new Barrier(threads);
-        for (var i = 1; i < threads; i++) // with a stack for the blocks of products and attention
+        for (var i = 1; i < threads; i++) // with room on the stack for the blocks of products and attention
             new Thread(() => { while (Share()) { } }, 8 << 20) { IsBackground = true }.Start();
     }
 
@@ -624,18 +619,16 @@ sealed unsafe class Workers : IDisposable {
 
     /// <summary>Calls body(state, i) for each i below <paramref name="count"/>, on all threads, and waits.</summary>
     public void Run<T>(int count, T state, Action<T, int> body) {
-        // The call lies on this stack, which waits for it: nothing is allocated.
-        var local = new Call<T>(state, body);
-        call = Unsafe.AsPointer(ref local);
+        var call = (state, body); // stays on this stack until all threads are done, so nothing is allocated
+        job = Unsafe.AsPointer(ref call);
         invoke = &Invoke;
         (this.count, next) = (count, 0);
         Share();
 
-        static void Invoke(void* call, int i) => Unsafe.AsRef<Call<T>>(call).Run(i);
-    }
-
-    readonly record struct Call<T>(T State, Action<T, int> Body) {
-        public void Run(int i) => Body(State, i);
+        static void Invoke(void* job, int i) {
+            ref var call = ref Unsafe.AsRef<(T State, Action<T, int> Body)>(job);
+            call.Body(call.State, i);
+        }
     }
 
     bool Share() {
@@ -643,7 +636,7 @@ sealed unsafe class Workers : IDisposable {
         if (count < 0)
             return false;
         for (var i = Interlocked.Increment(ref next) - 1; i < count; i = Interlocked.Increment(ref next) - 1)
-            invoke(call, i);
+            invoke(job, i);
         barrier.SignalAndWait();
         return true;
     }

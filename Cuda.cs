@@ -1,6 +1,5 @@
 using System.Diagnostics;
 using System.Reflection;
-using System.Runtime.CompilerServices;
 using System.Runtime.InteropServices;
 using System.Text;
 using static Gpt2.CublasLt;
@@ -8,41 +7,31 @@ using static Gpt2.Driver;
 
 namespace Gpt2;
 
-/// <summary>The operations on an NVIDIA GPU: kernels from the embedded fatbin and products by cuBLASLt. All
-/// work goes to one stream; nothing depends on timing, so the same calls give the same bits.</summary>
+/// <summary>The operations on an NVIDIA GPU: kernels from the embedded fatbin, and products by cuBLASLt. All work is
+/// queued on one stream and nothing depends on timing, so the same calls give the same bits.</summary>
 public sealed unsafe class Cuda : IDevice {
     const int StagingBytes = 32 << 20, WorkspaceBytes = 32 << 20, ScratchBytes = 64 << 20;
-    const int LargestColumns = 4096, LargestHead = 256; // of layer norm's backward pass: a block's width
-    const int MostSequences = 65_535; // the largest third dimension of a grid
+    const int LargestColumns = 4096, LargestHead = 256; // a block's width in layer_norm_backward and attention_any
+    const int MostSequences = 65_535; // the largest z dimension of a grid
+    const int Width = 8; // elements that a thread loads or stores at a time
+    const int MapBytes = 128; // size of a CUtensorMap
 
     readonly int device, multiprocessors, largestShared;
     readonly bool verbose, hopper;
     readonly nint context, module, stream, pinned, staging, workspace, scratch, maps;
     readonly List<nint> allocations = [];
-    readonly Dictionary<string, (nint Function, int SharedLimit)> kernels = []; // bytes that launches may ask for
-    readonly string suffix = ""; // of flash attention's kernels
+    readonly Dictionary<string, (nint Function, int Shared)> kernels = []; // with the dynamic shared memory allowed
     readonly Products products;
     int staged;
 
-    static readonly string[] CommonKernels = [
-        "sum_rows_partially", "add_row_sums", "embed", "embed_backward_tokens",
-        "embed_backward_positions", "layer_norm", "layer_norm_backward", "gelu", "gelu_backward", "attention_any",
-        "attention_any_backward_q", "attention_any_backward_kv", "classify", "sum_of_squares", "adamw",
-    ];
-    static readonly string[] FlashKernels = ["attention", "attention_backward_q", "attention_backward_kv"];
-    static readonly string[] HopperKernels = [
-        "linear", "linear_residual", "linear_gelu", "linear_backward", "linear_gelu_backward", "linear_exponentials",
-        "linear_backward_scaled", "target_logits", "normalize_classes",
-    ];
-
     /// <summary>Opens a GPU and loads the kernels.</summary>
-    /// <param name="portable">Takes the kernels that any GPU runs, on a Hopper too.</param>
+    /// <param name="portable">Uses the kernels for any GPU, even on a Hopper.</param>
     /// <param name="verbose">Waits after each operation, so that a fault is reported where it happens.</param>
     /// <exception cref="Gpt2Exception">The driver, the GPU, kernels for it or cuBLASLt are missing.</exception>
     public Cuda(DataType precision, bool portable = false, bool verbose = false, int ordinal = 0) {
         (Precision, this.verbose) = (precision, verbose);
         using var fatbin = Fatbin(precision);
-        _ = Task.Run(cublasLtGetVersion); // loads the library while CUDA starts
+        _ = Task.Run(() => cublasLtGetStatusName(0)); // loads the library while CUDA starts
         Initialize();
         Check(cuDeviceGet(out device, ordinal), $"opening GPU {ordinal}");
         var name = stackalloc byte[256];
@@ -65,30 +54,23 @@ public sealed unsafe class Cuda : IDevice {
                 $"{capability / 10}.{capability % 10}), found none in this build; {remedy}");
         }
         Check(status, "loading the kernels");
-        Check(cuStreamCreate(out stream, 1), "creating a stream");
+        const int nonBlocking = 1;
+        Check(cuStreamCreateWithPriority(out stream, nonBlocking, 0), "creating a stream");
         Check(cuMemAllocHost_v2(out pinned, StagingBytes), "allocating host memory");
         (staging, workspace, scratch) = (Allocate(StagingBytes), Allocate(WorkspaceBytes), Allocate(ScratchBytes));
-
         hopper = precision == DataType.Bf16 && !portable && cuModuleGetFunction(out _, module, "attention_hopper") == 0;
-        suffix = hopper ? "_hopper" : "";
-        string[] names = precision == DataType.Fp32 ? CommonKernels
-            : [.. CommonKernels, .. FlashKernels.Select(flash => flash + suffix), .. hopper ? HopperKernels : []];
-        foreach (var each in names) {
-            Check(cuModuleGetFunction(out var function, module, each), $"looking for the kernel {each}");
-            kernels[each] = (function, 0);
-        }
-        maps = (nint)NativeMemory.AlignedAlloc(4 * 128, 64);
+        maps = (nint)NativeMemory.AlignedAlloc(4 * MapBytes, 64);
         products = new Products(stream, workspace, WorkspaceBytes);
     }
 
     /// <summary>True if this build has kernels, and this machine a GPU with a driver.</summary>
     public static bool IsAvailable => Obstacle == null;
 
-    /// <summary>Why this build cannot use the GPU of this machine: null if it can, empty if there is no GPU.</summary>
+    /// <summary>Why this build cannot use this machine's GPU: null if it can, empty if there is no GPU.</summary>
     public static string? Obstacle {
         get {
             var hidden = Environment.GetEnvironmentVariable("CUDA_VISIBLE_DEVICES") is "" or "-1";
-            var present = !hidden && Directory.EnumerateFiles("/dev", "nvidia?").Any(); // nvidia0, of the kernel module
+            var present = !hidden && Directory.EnumerateFiles("/dev", "nvidia?").Any(); // made by the kernel module
             try {
                 present = Initialize() > 0;
                 using var fatbin = Fatbin(DataType.Bf16);
@@ -125,14 +107,14 @@ public sealed unsafe class Cuda : IDevice {
     }
 
     public string Name { get; }
-
     public DataType Precision { get; }
+    public long Workspace => StagingBytes + WorkspaceBytes + ScratchBytes;
 
-    /// <summary>Sets the range that NVIDIA's profilers take, too.</summary>
-    public Profile? Profile {
-        get;
-        set => _ = (field = value) == null ? cuProfilerStop() : cuProfilerStart();
-    }
+    /// <summary>The stream that all work is queued on.</summary>
+    public nint Stream => stream;
+
+    /// <summary>While set, NVIDIA's profilers record, too.</summary>
+    public Profile? Profile { get; set => _ = (field = value) == null ? cuProfilerStop() : cuProfilerStart(); }
 
     // ---- Memory
 
@@ -144,8 +126,6 @@ public sealed unsafe class Cuda : IDevice {
         }
     }
 
-    public long Workspace => StagingBytes + WorkspaceBytes + ScratchBytes;
-
     public nint Allocate(long bytes) {
         Enter();
         Check(cuMemAlloc_v2(out var address, (nuint)Math.Max(1, bytes)), $"allocating {bytes} bytes on the GPU");
@@ -155,7 +135,7 @@ public sealed unsafe class Cuda : IDevice {
     }
 
     public void Dispose() {
-        // After a fault all of this fails; the fault itself is what must be reported.
+        // After a fault all of these fail. That is ignored, so that the fault itself is reported.
         cuCtxSetCurrent(context);
         cuStreamSynchronize(stream);
         products.Dispose();
@@ -167,65 +147,62 @@ public sealed unsafe class Cuda : IDevice {
         cuDevicePrimaryCtxRelease_v2(device);
     }
 
-    /// <summary>The stream of all work.</summary>
-    public nint Stream => stream;
-
-    /// <summary>Makes the context this thread's.</summary>
+    /// <summary>Makes the GPU's context current for this thread.</summary>
     public void Enter() => Check(cuCtxSetCurrent(context), "entering the context");
 
-    /// <summary>The offset of some of the pinned memory and its counterpart on the GPU, which hold until it comes round
-    /// to them again; what used them last is then done.</summary>
-    int Stage(long bytes) {
+    /// <summary>Reserves pinned memory, and the memory on the GPU at the same offset. Both are reused in turn, after
+    /// waiting for the work that used them last.</summary>
+    Span<T> Stage<T>(long count, out int offset) where T : unmanaged {
         const int alignment = 256;
+        var bytes = count * sizeof(T);
+        Enter();
         if (staged + bytes > StagingBytes) {
             Synchronize();
             staged = 0;
         }
-        var at = staged;
+        offset = staged;
         staged += (int)((bytes + alignment - 1) / alignment * alignment);
-        return at;
+        return new((void*)(pinned + offset), (int)count);
     }
 
-    /// <summary>Copies to the GPU what the next few kernels read.</summary>
+    /// <summary>Copies the input of the next few kernels to the GPU.</summary>
     nint Upload<T>(ReadOnlySpan<T> values) where T : unmanaged {
-        var bytes = MemoryMarshal.AsBytes(values);
-        // A quarter, so that what a kernel reads together stays together there.
-        Require(bytes.Length <= StagingBytes / 4, "what a kernel reads", $"{StagingBytes / 4} bytes", bytes.Length);
-        Enter();
-        var at = Stage(bytes.Length);
-        bytes.CopyTo(new Span<byte>((void*)(pinned + at), bytes.Length));
-        Check(cuMemcpyAsync(staging + at, pinned + at, (nuint)bytes.Length, stream), "copying to the GPU");
-        return staging + at;
+        var bytes = (long)values.Length * sizeof(T);
+        // At most a quarter, so that one kernel's inputs are there together.
+        Require(bytes <= StagingBytes / 4, "what a kernel reads", $"{StagingBytes / 4} bytes", bytes);
+        values.CopyTo(Stage<T>(values.Length, out var offset));
+        Check(cuMemcpyAsync(staging + offset, pinned + offset, (nuint)bytes, stream), "copying to the GPU");
+        return staging + offset;
+    }
+
+    /// <summary>Copies elements to pinned memory, and waits for them.</summary>
+    Span<T> Download<T>(nint from, long count) where T : unmanaged {
+        var values = Stage<T>(count, out var offset);
+        Check(cuMemcpyAsync(pinned + offset, from, (nuint)(count * sizeof(T)), stream), "copying from the GPU");
+        Synchronize();
+        return values;
     }
 
     public void Write(Tensor to, ReadOnlySpan<float> values) {
-        Enter();
-        for (var done = 0; done < values.Length;) {
-            var part = values.Slice(done, Math.Min(values.Length - done, StagingBytes / 8));
-            var flat = to.Flat(done, part.Length);
-            var at = Stage(flat.Bytes);
+        foreach (var part in to.Chunks()) {
+            var (count, offset) = ((int)part.Count, 0);
             if (to.Type == DataType.Fp32)
-                part.CopyTo(new Span<float>((void*)(pinned + at), part.Length));
+                values[..count].CopyTo(Stage<float>(count, out offset));
             else
-                BFloat16.Round(part, new Span<ushort>((void*)(pinned + at), part.Length));
-            Check(cuMemcpyAsync(flat.Address, pinned + at, (nuint)flat.Bytes, stream), "copying to the GPU");
-            done += part.Length;
+                BFloat16.Round(values[..count], Stage<ushort>(count, out offset));
+            Check(cuMemcpyAsync(part.Address, pinned + offset, (nuint)part.Bytes, stream), "copying to the GPU");
+            values = values[count..];
         }
     }
 
     public void Read(Tensor from, Span<float> values) {
-        Enter();
-        for (var done = 0; done < values.Length;) {
-            var part = values.Slice(done, Math.Min(values.Length - done, StagingBytes / 8));
-            var flat = from.Flat(done, part.Length);
-            var at = Stage(flat.Bytes);
-            Check(cuMemcpyAsync(pinned + at, flat.Address, (nuint)flat.Bytes, stream), "copying from the GPU");
-            Synchronize();
+        foreach (var part in from.Chunks()) {
+            var count = (int)part.Count;
             if (from.Type == DataType.Fp32)
-                new Span<float>((void*)(pinned + at), part.Length).CopyTo(part);
+                Download<float>(part.Address, count).CopyTo(values);
             else
-                BFloat16.Widen(new Span<ushort>((void*)(pinned + at), part.Length), part);
-            done += part.Length;
+                BFloat16.Widen(Download<ushort>(part.Address, count), values[..count]);
+            values = values[count..];
         }
     }
 
@@ -237,25 +214,26 @@ public sealed unsafe class Cuda : IDevice {
     // ---- Launches
 
     /// <summary>Queues a kernel.</summary>
-    /// <param name="traffic">Bytes that it must read and write, for its profile.</param>
+    /// <param name="traffic">Bytes that it must at least read and write, for its profile.</param>
     void Launch(string name, (int X, int Y, int Z) grid, int block, int shared, double flops, double traffic,
         params ReadOnlySpan<Argument> arguments) => Launch(name, name, grid, block, shared, flops, traffic, arguments);
 
     void Launch(string operation, string name, (int X, int Y, int Z) grid, int block, int shared, double flops,
         double traffic, params ReadOnlySpan<Argument> arguments) {
         Enter();
-        var (function, sharedLimit) = kernels[name];
-        if (shared > sharedLimit) {
+        if (!kernels.TryGetValue(name, out var kernel) || shared > kernel.Shared) {
             const int maxDynamicSharedBytes = 8;
-            Check(cuFuncSetAttribute(function, maxDynamicSharedBytes, shared), name);
-            kernels[name] = (function, shared);
+            Check(cuModuleGetFunction(out kernel.Function, module, name), $"looking for the kernel {name}");
+            if (shared > 0)
+                Check(cuFuncSetAttribute(kernel.Function, maxDynamicSharedBytes, shared), name);
+            kernels[name] = (kernel.Function, shared);
         }
         var pointers = stackalloc nint[arguments.Length];
         fixed (Argument* values = arguments) {
             for (var i = 0; i < arguments.Length; i++)
                 pointers[i] = values[i].Place != 0 ? values[i].Place : (nint)(values + i);
             var start = Begin();
-            Check(cuLaunchKernel(function, grid.X, grid.Y, grid.Z, block, 1, 1, shared, stream, pointers, null),
+            Check(cuLaunchKernel(kernel.Function, grid.X, grid.Y, grid.Z, block, 1, 1, shared, stream, pointers, null),
                 operation);
             End(start, operation, flops, traffic);
         }
@@ -263,12 +241,12 @@ public sealed unsafe class Cuda : IDevice {
 
     readonly List<(string Name, double Flops, double Bytes, nint Start, nint End)> timed = [];
 
-    /// <summary>Begins to time what is queued next, if there is a profile.</summary>
-    nint Begin() => Profile == null ? 0 : CudaEvent.Record(stream);
+    /// <summary>Starts timing the next launch if there is a profile.</summary>
+    nint Begin() => Profile == null ? 0 : Record();
 
     void End(nint start, string name, double flops, double traffic) {
         if (start != 0)
-            timed.Add((name, flops, traffic, start, CudaEvent.Record(stream)));
+            timed.Add((name, flops, traffic, start, Record()));
         if (verbose)
             Check(cuStreamSynchronize(stream), name);
     }
@@ -277,8 +255,23 @@ public sealed unsafe class Cuda : IDevice {
         Enter();
         Check(cuStreamSynchronize(stream), "waiting for the GPU (--verbose names the operation)");
         foreach (var (name, flops, bytes, start, end) in timed)
-            Profile?.Add(name, CudaEvent.Between(start, end), flops, bytes);
+            Profile?.Add(name, SecondsBetween(start, end), flops, bytes);
         timed.Clear();
+    }
+
+    /// <summary>A new event that marks this point of the stream.</summary>
+    nint Record() {
+        Check(cuEventCreate(out var point, 0), "timing");
+        Check(cuEventRecord(point, stream), "timing");
+        return point;
+    }
+
+    /// <summary>Seconds between two events that have passed, which are then destroyed.</summary>
+    static double SecondsBetween(nint start, nint end) {
+        Check(cuEventElapsedTime(out var milliseconds, start, end), "timing");
+        cuEventDestroy(start);
+        cuEventDestroy(end);
+        return milliseconds / 1e3;
     }
 
     static int Blocks(long count, int size) => checked((int)((count + size - 1) / size));
@@ -293,7 +286,7 @@ public sealed unsafe class Cuda : IDevice {
 
     // ---- Embedding
 
-    const int Width = 8, SumColumns = 256, AddColumns = 32; // elements a thread moves at a time, columns a block sums
+    const int SumColumns = 256, AddColumns = 32; // columns that a block sums
 
     int[] order = [], firsts = [];
 
@@ -305,7 +298,7 @@ public sealed unsafe class Cuda : IDevice {
 
     public void EmbedBackward(ReadOnlySpan<int> tokens, Tensor dx, Tensor dwte, Tensor dwpe) {
         var (vocabulary, C) = (dwte.AllRows, dx.Columns);
-        // Rows sorted by token, so that each token's gradient is summed in one order.
+        // Sorting rows by token fixes the order in which each token's gradients are added.
         Array.Resize(ref firsts, vocabulary + 1);
         Array.Resize(ref order, tokens.Length);
         Array.Clear(firsts);
@@ -343,60 +336,54 @@ public sealed unsafe class Cuda : IDevice {
         var blocks = Math.Min(Blocks(rows, groups * together), Math.Min(multiprocessors, ScratchBytes / row));
         Launch("layer_norm_backward", (blocks, 1, 1), 32 * across * groups, row, 0, 4.0 * x.Bytes,
             dy, x, w, statistics, dx, scratch, rows, C, sums);
-        Launch("add_row_sums", (1, Blocks(C, AddColumns), sums), SumColumns, 0, 0, (double)blocks * row,
-            scratch, blocks, C, db, dw, dbias);
+        AddPartialSums(scratch, blocks, db, dw, dbias);
     }
 
     // ---- Linear and GELU
 
-    public void Linear(Tensor x, Tensor w, Tensor b, Tensor y) => Forward(x, w, b, default, y);
+    public void Linear(Tensor x, Tensor w, Tensor b, Tensor y) => LinearResidual(x, w, b, default, y);
 
-    public void LinearResidual(Tensor x, Tensor w, Tensor b, Tensor residual, Tensor y) =>
-        Forward(x, w, b, residual, y);
-
-    void Forward(Tensor x, Tensor w, Tensor b, Tensor residual, Tensor y, [CallerMemberName] string operation = "") {
-        var (rows, C, OC) = (x.AllRows, x.Columns, w.AllRows);
+    public void LinearResidual(Tensor x, Tensor w, Tensor b, Tensor residual, Tensor y) {
+        var operation = residual.Address == 0 ? nameof(Linear) : nameof(LinearResidual);
         if (IsForHopper(x, w))
-            Multiply(operation, residual.Address == 0 ? "linear" : "linear_residual", x, w, y, residual, b);
+            LaunchProduct(operation, residual.Address == 0 ? "linear" : "linear_residual", x, w, y, residual, b);
         else
-            Multiply(operation, w, true, x, false, y, OC, rows, C, b, residual);
+            Multiply(operation, w, true, x, false, y, b, residual);
     }
 
     public void LinearGelu(Tensor x, Tensor w, Tensor b, Tensor input, Tensor y) {
         if (IsForHopper(x, w)) {
-            Multiply(nameof(LinearGelu), "linear_gelu", x, w, input, bias: b, gelu: y);
+            LaunchProduct(nameof(LinearGelu), "linear_gelu", x, w, input, bias: b, gelu: y);
         } else {
             Linear(x, w, b, input);
             Gelu(input, y);
         }
     }
 
-    public void LinearBackward(Tensor dy, Tensor x, Tensor w, Tensor dx, Tensor dw) =>
-        Backward(dy, x, default, w, dx, dw);
-
-    public void LinearGeluBackward(Tensor dy, Tensor x, Tensor input, Tensor w, Tensor dx, Tensor dw, Tensor dbias) =>
-        Backward(dy, x, input, w, dx, dw, dbias);
-
-    void Backward(Tensor dy, Tensor x, Tensor input, Tensor w, Tensor dx, Tensor dw, Tensor dbias = default,
-        [CallerMemberName] string operation = "") {
-        var (rows, C, OC) = (x.AllRows, x.Columns, w.AllRows);
-        var fused = IsForHopper(x, w);
-        if (fused)
-            Multiply(operation, input.Address == 0 ? "linear_backward" : "linear_gelu_backward", dy, w, dx, gelu: input,
-                partial: scratch);
+    public void LinearBackward(Tensor dy, Tensor x, Tensor w, Tensor dx, Tensor dw) {
+        const string operation = nameof(LinearBackward);
+        if (IsForHopper(x, w))
+            LaunchProduct(operation, "linear_backward", dy, w, dx);
         else
-            Multiply(operation, w, false, dy, false, dx, C, rows, OC);
-        if (fused && input.Address != 0)
-            AddPartialSums(scratch, Blocks(rows, 64), dbias);
-        if (!fused && input.Address != 0) {
+            Multiply(operation, w, false, dy, false, dx);
+        Multiply(operation, x, false, dy, true, dw, addend: dw);
+    }
+
+    public void LinearGeluBackward(Tensor dy, Tensor x, Tensor input, Tensor w, Tensor dx, Tensor dw, Tensor dbias) {
+        const string operation = nameof(LinearGeluBackward);
+        if (IsForHopper(x, w)) {
+            LaunchProduct(operation, "linear_gelu_backward", dy, w, dx, gelu: input, partial: scratch);
+            AddPartialSums(scratch, Blocks(x.AllRows, 64), dbias);
+        } else {
+            Multiply(operation, w, false, dy, false, dx);
             Launch("gelu_backward", (Blocks(dx.Count, 256 * Width), 1, 1), 256, 0, 0, 3.0 * dx.Bytes,
                 input, dx, dx.Count);
             AddRows(dx, dbias);
         }
-        Multiply(operation, x, false, dy, true, dw, C, OC, rows, addend: dw);
+        Multiply(operation, x, false, dy, true, dw, addend: dw);
     }
 
-    /// <summary>sums += Σ x over rows.</summary>
+    /// <summary>sums (C) += Σ x (rows, C) over rows.</summary>
     void AddRows(Tensor x, Tensor sums) {
         const int blocksPerMultiprocessor = 8, fewestRows = 32;
         var (rows, C) = (x.AllRows, x.Columns);
@@ -407,33 +394,36 @@ public sealed unsafe class Cuda : IDevice {
         AddPartialSums(scratch, down, sums);
     }
 
-    /// <summary>sums (C) += Σ partial (rows, C) over rows.</summary>
-    void AddPartialSums(nint partial, int rows, Tensor sums) =>
-        Launch("add_row_sums", (1, Blocks(sums.Columns, AddColumns), 1), SumColumns, 0, 0, 4.0 * rows * sums.Columns,
-            partial, rows, sums.Columns, sums, 0L, 0L);
+    /// <summary>Adds partial (n, rows, C), summed over rows, to the first n of db, dw and dbias (C).</summary>
+    void AddPartialSums(nint partial, int rows, Tensor db, Tensor dw = default, Tensor dbias = default) {
+        var (C, sums) = (db.Columns, dw.Address == 0 ? 1 : dbias.Address == 0 ? 2 : 3);
+        Launch("add_row_sums", (1, Blocks(C, AddColumns), sums), SumColumns, 0, 0, 4.0 * rows * C * sums,
+            partial, rows, C, db, dw, dbias);
+    }
 
     public void Gelu(Tensor x, Tensor y) =>
         Launch("gelu", (Blocks(x.Count, 256 * Width), 1, 1), 256, 0, 0, 2.0 * x.Bytes, x, y, x.Count);
 
-    /// <summary>c (M, N) = a·b + bias + addend by cuBLASLt, all of them in columns, which our rows are.</summary>
-    void Multiply(string operation, Tensor a, bool transposeA, Tensor b, bool transposeB, Tensor c, int M, int N, int K,
+    /// <summary>c = a·b + bias + addend by cuBLASLt, which takes our rows for columns: to it a is (M, K), or (K, M) if
+    /// transposed; b is (K, N) or (N, K); c and addend are (M, N); bias is (M).</summary>
+    void Multiply(string operation, Tensor a, bool transposeA, Tensor b, bool transposeB, Tensor c,
         Tensor bias = default, Tensor addend = default) {
         Enter();
         var start = Begin();
-        var kind = new ProductKind(
-            M, N, K, transposeA, transposeB, bias.Address != 0, addend.Address != 0, a.Type, c.Type);
-        products.Multiply(kind, a.Address, b.Address, c.Address, bias.Address, addend.Address);
+        var kind = new ProductKind(c.Columns, c.AllRows, transposeA ? a.Columns : a.AllRows, transposeA, transposeB,
+            bias.Address != 0, addend.Address != 0, a.Type, c.Type);
+        products.Multiply(kind, a, b, c, bias, addend);
         if (Profile != null || verbose)
-            End(start, $"{operation} {M} x {N} x {K}", 2.0 * M * N * K, 0);
+            End(start, $"{operation} {kind.M} x {kind.N} x {kind.K}", 2.0 * kind.M * kind.N * kind.K, 0);
     }
 
-    /// <summary>Whether products of x and w are for the kernels that Hopper has for them: large ones, in rows that TMA
-    /// can copy and with room for the sums of their columns.</summary>
+    /// <summary>True if products of x and w are for Hopper's own kernels: large ones, with rows that TMA can copy and
+    /// scratch memory for the sums of their columns.</summary>
     bool IsForHopper(Tensor x, Tensor w) => hopper && x.AllRows >= 512 && x.Columns % Width == 0 &&
         w.AllRows % Width == 0 && (long)Blocks(x.AllRows, 64) * x.Columns * sizeof(float) <= ScratchBytes;
 
-    /// <summary>c = a·b by one of those kernels; they say what the rest is for.</summary>
-    void Multiply(string operation, string kernel, Tensor a, Tensor b, Tensor c, Tensor residual = default,
+    /// <summary>c (M, N) = a·b by one of those kernels; Kernels.cu says what each does with the rest.</summary>
+    void LaunchProduct(string operation, string kernel, Tensor a, Tensor b, Tensor c, Tensor residual = default,
         Tensor bias = default, Tensor gelu = default, nint ofRows = 0, nint partial = 0, int vocabulary = 0) {
         const int rows = 128, columns = 192, depth = 64, stages = 4, threads = 480, alignment = 1 << 10;
         const int shared = alignment + (stages * (rows + columns) * depth + rows * columns) * 2;
@@ -443,14 +433,14 @@ public sealed unsafe class Cuda : IDevice {
             bias, gelu, ofRows, partial, M, N, K, vocabulary);
     }
 
-    /// <summary>Describes a matrix for TMA, which copies 32 rows of 64 columns at a time.</summary>
-    /// <param name="index">Of the four places for such a description.</param>
+    /// <summary>Describes a matrix to TMA, which copies 32 rows of 64 columns at a time.</summary>
     Argument Map(int index, Tensor x) => Map(index, x, [(ulong)x.Columns, (ulong)x.AllRows], [64, 32]);
 
-    /// <summary>Describes an array, its fastest dimension first, and the part that TMA copies at a time.</summary>
+    /// <summary>Describes an array to TMA: its dimensions, and the box that is copied at a time, the fastest dimension
+    /// first. There can be four descriptions at a time, with index 0 to 3.</summary>
     Argument Map(int index, Tensor x, ReadOnlySpan<ulong> dimensions, ReadOnlySpan<uint> box) {
-        var place = maps + 128 * index;
         const int bf16 = 9, swizzle128 = 3, promote128 = 2;
+        var place = maps + MapBytes * index;
         var strides = stackalloc ulong[dimensions.Length];
         var steps = stackalloc uint[dimensions.Length];
         var bytes = 2ul;
@@ -468,13 +458,13 @@ public sealed unsafe class Cuda : IDevice {
 
     const int FlashHead = 64, FlashTile = 64, FlashRows = 128, FlashThreads = 256, AnyThreads = 256;
 
-    /// <summary>Shared memory for so many tiles, and pairs of tiles with their statistics in a ring.</summary>
+    /// <summary>Bytes of shared memory for tiles, and a ring of pairs of tiles with their statistics.</summary>
     int FlashShared(int tiles, int statistics) {
         const int tile = FlashTile * FlashHead * 2, alignment = 1 << 10;
         return alignment + tiles * tile + (hopper ? 3 : 2) * (2 * tile + statistics);
     }
 
-    /// <summary>Describes a (B, T, heads, 64) array for TMA, which copies 64 rows of a head at a time.</summary>
+    /// <summary>Describes x (B, T, heads·64) to TMA, which copies 64 rows of a head at a time.</summary>
     Argument HeadsMap(int index, Tensor x) => !hopper ? new Argument(0, maps) : Map(index, x,
         [FlashHead, (ulong)(x.Columns / FlashHead), (ulong)x.Rows, (ulong)x.Depth], [FlashHead, 1, FlashTile, 1]);
 
@@ -485,8 +475,8 @@ public sealed unsafe class Cuda : IDevice {
         Require(B <= MostSequences, "the batch", $"at most {MostSequences} sequences", B);
         var flops = 2.0 * B * T * (T + 1) * y.Columns;
         if (Precision == DataType.Bf16 && HS == FlashHead && start == 0) {
-            Launch("attention" + suffix, (Blocks(T, FlashRows), heads, B), FlashThreads, FlashShared(2, 0), flops, 0,
-                HeadsMap(0, qkv), qkv, y, lse, T, heads);
+            Launch(hopper ? "attention_hopper" : "attention", (Blocks(T, FlashRows), heads, B), FlashThreads,
+                FlashShared(2, 0), flops, 0, HeadsMap(0, qkv), qkv, y, lse, T, heads);
         } else {
             Launch("attention_any", (T - start, heads, B), AnyThreads, 0, flops, 0, qkv, start, y, lse, T, heads, HS);
         }
@@ -495,24 +485,24 @@ public sealed unsafe class Cuda : IDevice {
     public void AttentionBackward(Tensor dy, Tensor qkv, Tensor y, Tensor lse, int heads, Tensor dqkv, Tensor dbias) {
         var (B, T, C, HS) = (qkv.Depth, qkv.Rows, y.Columns, y.Columns / heads);
         Require(B <= MostSequences, "the batch", $"at most {MostSequences} sequences", B);
-        // In the scratch memory, two numbers a query, up to the next multiple of a tile, and then each block's sums.
+        // Scratch memory holds two numbers a query, padded to whole tiles, and then each block's sums.
         var statistics = (long)B * heads * Blocks(T, FlashTile) * FlashTile * 2 * sizeof(float);
         var all = statistics + (long)B * Blocks(T, FlashRows) * 2 * C * sizeof(float);
         Require(all <= ScratchBytes, "attention's scratch memory", $"at most {ScratchBytes} bytes", all);
         var partial = scratch + (nint)statistics;
-        // Scores and their gradients are computed in both kernels: three products for dq, four for dk and dv.
+        // Both kernels compute scores and their gradients: three products for dq, four for dk and dv.
         var flops = 1.0 * B * T * (T + 1) * C;
         if (Precision == DataType.Bf16 && HS == FlashHead) {
             var grid = (Blocks(T, FlashRows), heads, B);
             var (map, dyMap) = (HeadsMap(0, qkv), HeadsMap(1, dy));
-            Launch("attention_backward_q" + suffix, grid, FlashThreads, FlashShared(4, 0), 3 * flops, 0,
-                map, dyMap, dy, qkv, y, lse, scratch, dqkv, partial, T, heads);
+            Launch(hopper ? "attention_backward_q_hopper" : "attention_backward_q", grid, FlashThreads,
+                FlashShared(4, 0), 3 * flops, 0, map, dyMap, dy, qkv, y, lse, scratch, dqkv, partial, T, heads);
             AddPartialSums(partial, B * grid.Item1, dbias.Flat(0, C));
             var rows = hopper ? 192 : FlashRows;
             grid = (Blocks(T, rows), heads, B);
             var shared = FlashShared(rows / 32, FlashTile * 8);
-            Launch("attention_backward_kv" + suffix, grid, 2 * rows, shared, 4 * flops, 0,
-                map, dyMap, dy, qkv, scratch, dqkv, partial, T, heads);
+            Launch(hopper ? "attention_backward_kv_hopper" : "attention_backward_kv", grid, 2 * rows, shared,
+                4 * flops, 0, map, dyMap, dy, qkv, scratch, dqkv, partial, T, heads);
             AddPartialSums(partial, B * grid.Item1, dbias.Flat(C, 2 * C));
         } else {
             var grid = (T, heads, B);
@@ -541,21 +531,24 @@ public sealed unsafe class Cuda : IDevice {
         const int rowsOfBlock = 32, threads = 256, chunk = 64;
         var (rows, C, Vp, chunks) = (x.AllRows, x.Columns, w.AllRows, Blocks(w.AllRows, chunk));
         if (gradientScale == 0 || !IsForHopper(x, w) || (chunks + 1L) * rows * sizeof(float) > ScratchBytes) {
-            IDevice.LinearClassify(this, x, w, targets, vocabulary, logits, losses, gradientScale, dx, dw);
+            Linear(x, w, default, logits);
+            Classify(logits, targets, vocabulary, losses, gradientScale);
+            if (gradientScale != 0)
+                LinearBackward(logits, x, w, dx, dw);
             return;
         }
-        // In the scratch memory a number for each row, and each row's sums of the chunks of columns.
+        // Scratch memory holds one number a row, and then each row's sums over the chunks of columns.
         var (places, partial) = (Upload(targets), scratch + rows * sizeof(float));
         Launch("target_logits", (Blocks(rows, threads / 32), 1, 1), threads, 0, 0, 2.0 * x.Bytes,
             x, w, places, scratch, rows, C);
-        Multiply(operation, "linear_exponentials", x, w, logits, ofRows: scratch, partial: partial,
-            vocabulary: vocabulary);
+        LaunchProduct(
+            operation, "linear_exponentials", x, w, logits, ofRows: scratch, partial: partial, vocabulary: vocabulary);
         Launch("normalize_classes", (Blocks(rows, rowsOfBlock), 1, 1), threads, 0, 0,
             2.0 * x.Bytes + (double)chunks * rows * sizeof(float),
             partial, chunks, places, logits, x, dx, scratch, losses, gradientScale, rows, Vp, C);
-        // What is in dx until then is x, each row times what its exponentials must be multiplied with.
-        Multiply(operation, dx, false, logits, true, dw, C, Vp, rows, addend: dw);
-        Multiply(operation, "linear_backward_scaled", logits, w, dx, ofRows: scratch);
+        // Until the last product, dx holds x, each row multiplied by the factor that its exponentials lack.
+        Multiply(operation, dx, false, logits, true, dw, addend: dw);
+        LaunchProduct(operation, "linear_backward_scaled", logits, w, dx, ofRows: scratch);
     }
 
     // ---- Optimizer
@@ -563,22 +556,19 @@ public sealed unsafe class Cuda : IDevice {
     public double SumOfSquares(Tensor x) {
         const int blocks = 1024, threads = 256;
         Launch("sum_of_squares", (blocks, 1, 1), threads, 0, 0, x.Bytes, x, x.Count, scratch);
-        var at = Stage(blocks * sizeof(double));
-        Check(cuMemcpyAsync(pinned + at, scratch, blocks * sizeof(double), stream), "copying from the GPU");
-        Synchronize();
         var sum = 0.0;
-        foreach (var part in new Span<double>((void*)(pinned + at), blocks))
+        foreach (var part in Download<double>(scratch, blocks))
             sum += part;
         return sum;
     }
 
-    /// <summary>A part as the kernel has it.</summary>
+    /// <summary>An AdamWPart as the kernel's struct.</summary>
     readonly record struct PartArguments(
         long First, long Count, long Decays, nint W, nint Master, nint Dw, nint M, nint V);
 
     public void AdamW(ReadOnlySpan<AdamWPart> parts, in AdamWStep step) {
         const int threads = 256, blocksPerMultiprocessor = 8;
-        var arguments = stackalloc PartArguments[parts.Length];
+        Span<PartArguments> arguments = stackalloc PartArguments[parts.Length];
         var bytes = 0.0;
         for (var i = 0; i < parts.Length; i++) {
             var part = parts[i];
@@ -587,14 +577,14 @@ public sealed unsafe class Cuda : IDevice {
             bytes += part.W.Count * (8.0 * sizeof(float) + (Precision == DataType.Bf16 ? 2 : 0));
         }
         Launch("adamw", (blocksPerMultiprocessor * multiprocessors, parts.Length, 1), threads, 0, 0, bytes,
-            Upload(new ReadOnlySpan<PartArguments>(arguments, parts.Length)), step.LearningRate, step.WeightDecay,
+            Upload<PartArguments>(arguments), step.LearningRate, step.WeightDecay,
             step.GradientScale, step.Beta1, step.Beta2, step.Epsilon, 1 / (1 - MathF.Pow(step.Beta1, step.Number)),
             1 / (1 - MathF.Pow(step.Beta2, step.Number)), (int)step.Seed);
     }
 
     // ---- What the GPU can do
 
-    /// <summary>Dense bf16 operations a second by the data sheets; the first that is in a GPU's name.</summary>
+    /// <summary>Dense bf16 operations a second by the data sheets; the first match of a GPU's name counts.</summary>
     static readonly (string Name, double Flops)[] DataSheets = [
         ("H100 PCIe", 756e12), ("H100 NVL", 835e12), ("H100", 989e12), ("H200", 989e12), ("GH200", 989e12),
         ("A100", 312e12), ("A800", 312e12), ("A6000", 155e12), ("A40", 150e12), ("A10", 125e12), ("L40S", 362e12),
@@ -607,68 +597,47 @@ public sealed unsafe class Cuda : IDevice {
     }
 
     public (double Flops, double Bytes) MeasureCeilings() {
-        var n = Precision == DataType.Bf16 ? 8192 : 2048;
         const int rounds = 10;
-        var bytes = (nuint)n * (nuint)n * (nuint)Tensor.SizeOf(Precision) * 4;
-        Check(cuMemAlloc_v2(out var memory, bytes), "allocating memory to measure with");
-        var (x, w, y) = (At(0), At(1), At(2));
-        Tensor At(int i) => new Tensor(memory, 4, n, n, Precision)[i];
-        const int rows = 64;
-        var (random, values) = (new Mt19937(1), new float[rows * n]);
-        for (var row = 0; row < 2 * n; row += rows) {
-            random.Normal(values, 1); // products of zeros, or of the same rows again, would take less power and time
-            Write(new Tensor(memory, 1, 2 * n, n, Precision).Slice(row, rows), values);
+        var n = Precision == DataType.Bf16 ? 8192 : 2048;
+        var all = new Tensor(0, 4, n, n, Precision);
+        Check(cuMemAlloc_v2(out var memory, (nuint)all.Bytes), "allocating memory to measure with");
+        all = all with { Address = memory };
+        var (x, w, y) = (all[0], all[1], all[2]);
+        var (random, values) = (new Mt19937(1), new float[Tensor.ChunkSize]);
+        foreach (var part in (all with { Depth = 2 }).Chunks()) {
+            random.Normal(values, 1); // products of zeros, or of repeated rows, would take less power and time
+            Write(part, values);
         }
         Linear(x, w, default, y);
         var (copied, multiplied) = (new double[rounds], new double[rounds]);
         for (var round = 0; round < rounds; round++) {
-            multiplied[round] = CudaEvent.Time(stream, () => Linear(x, w, default, y));
-            copied[round] = CudaEvent.Time(stream,
-                () => Check(cuMemcpyAsync(y.Address, memory, bytes / 2, stream), "copying"));
+            multiplied[round] = Time(() => Linear(x, w, default, y));
+            copied[round] =
+                Time(() => Check(cuMemcpyAsync(y.Address, memory, (nuint)all.Bytes / 2, stream), "copying"));
         }
         cuMemFree_v2(memory);
         Array.Sort(multiplied);
         Array.Sort(copied);
-        return (2.0 * n * n * n / multiplied[rounds / 2], bytes / copied[rounds / 2]);
+        return (2.0 * n * n * n / multiplied[rounds / 2], all.Bytes / copied[rounds / 2]);
+
+        double Time(Action queue) {
+            var start = Record();
+            queue();
+            var end = Record();
+            Check(cuStreamSynchronize(stream), "timing");
+            return SecondsBetween(start, end);
+        }
     }
 }
 
-/// <summary>A point in a stream's work.</summary>
-static class CudaEvent {
-    public static nint Record(nint stream) {
-        Check(cuEventCreate(out var point, 0), "timing");
-        Check(cuEventRecord(point, stream), "timing");
-        return point;
-    }
-
-    /// <summary>Seconds between two points that are reached; both are gone afterwards.</summary>
-    public static double Between(nint start, nint end) {
-        Check(cuEventElapsedTime(out var milliseconds, start, end), "timing");
-        cuEventDestroy(start);
-        cuEventDestroy(end);
-        return milliseconds / 1e3;
-    }
-
-    /// <summary>Seconds of what an action queues.</summary>
-    public static double Time(nint stream, Action action) {
-        var start = Record(stream);
-        action();
-        var end = Record(stream);
-        Check(cuStreamSynchronize(stream), "timing");
-        return Between(start, end);
-    }
-}
-
-/// <summary>An argument of a kernel: its bits, from the lowest, or the place of a larger one.</summary>
+/// <summary>A kernel's argument: its bits, from the lowest, or the address of one larger than 8 bytes.</summary>
 readonly record struct Argument(long Bits, nint Place = 0) {
     public static implicit operator Argument(Tensor tensor) => new(tensor.Address);
-    public static implicit operator Argument(nint address) => new(address);
-    public static implicit operator Argument(long value) => new(value);
-    public static implicit operator Argument(int value) => new(value);
+    public static implicit operator Argument(long value) => new(value); // and int and nint
     public static implicit operator Argument(float value) => new(BitConverter.SingleToInt32Bits(value));
 }
 
-/// <summary>A kind of product: c (M, N) = a·b of depth K, in columns.</summary>
+/// <summary>A kind of product, with columns contiguous: c (M, N) = a (M, K)·b (K, N).</summary>
 readonly record struct ProductKind(int M, int N, int K, bool TransposeA, bool TransposeB, bool HasBias, bool Adds,
     DataType Input, DataType Output);
 
@@ -687,57 +656,53 @@ sealed unsafe class Products(nint stream, nint workspace, long workspaceBytes) :
         }
     }
 
+    /// <summary>cuBLASLt's descriptions of a product and its matrices, and the algorithm it proposes.</summary>
     sealed record Plan(nint Operation, nint A, nint B, nint C, Heuristic Algorithm);
 
-    public void Multiply(ProductKind kind, nint a, nint b, nint c, nint bias, nint addend) {
+    /// <summary>c = a·b + bias + addend.</summary>
+    public void Multiply(ProductKind kind, Tensor a, Tensor b, Tensor c, Tensor bias, Tensor addend) {
         if (!plans.TryGetValue(kind, out var plan))
-            plans[kind] = plan = Describe(kind);
+            plans[kind] = plan = NewPlan(kind, a, b, c);
         if (kind.HasBias)
-            Set(plan.Operation, Attribute.Bias, bias);
+            Set(plan.Operation, Attribute.Bias, bias.Address);
         var (alpha, beta, algorithm) = (1f, kind.Adds ? 1f : 0f, plan.Algorithm);
-        var status = cublasLtMatmul(handle, plan.Operation, &alpha, a, plan.A, b, plan.B, &beta,
-            kind.Adds ? addend : c, plan.C, c, plan.C, &algorithm, workspace, (nuint)workspaceBytes, stream);
+        var status = cublasLtMatmul(handle, plan.Operation, &alpha, a.Address, plan.A, b.Address, plan.B, &beta,
+            kind.Adds ? addend.Address : c.Address, plan.C, c.Address, plan.C, &algorithm, workspace,
+            (nuint)workspaceBytes, stream);
         if (status != 0)
             CheckProducts(status, $"the product {kind}");
     }
 
-    /// <summary>A kind of product as cuBLASLt has it, and the algorithm that it proposes first.</summary>
-    Plan Describe(ProductKind kind) {
+    Plan NewPlan(ProductKind kind, Tensor a, Tensor b, Tensor c) {
         const int computeFp32 = 68, fp32 = 0, bf16 = 14, addBias = 4;
-        var (M, N, K) = (kind.M, kind.N, kind.K);
         CheckProducts(cublasLtMatmulDescCreate(out var operation, computeFp32, fp32), "describing a product");
         Set(operation, Attribute.TransposeA, kind.TransposeA ? 1 : 0);
         Set(operation, Attribute.TransposeB, kind.TransposeB ? 1 : 0);
         if (kind.HasBias)
             Set(operation, Attribute.Epilogue, addBias);
-        nint Layout(DataType type, int rows, int columns) {
-            var status = cublasLtMatrixLayoutCreate(
-                out var layout, type == DataType.Fp32 ? fp32 : bf16, (ulong)rows, (ulong)columns, rows);
-            CheckProducts(status, "describing a product");
+        nint Layout(Tensor x) {
+            CheckProducts(cublasLtMatrixLayoutCreate(out var layout, x.Type == DataType.Fp32 ? fp32 : bf16,
+                (ulong)x.Columns, (ulong)x.AllRows, x.Columns), "describing a product");
             return layout;
         }
-        var a = kind.TransposeA ? Layout(kind.Input, K, M) : Layout(kind.Input, M, K);
-        var b = kind.TransposeB ? Layout(kind.Input, N, K) : Layout(kind.Input, K, N);
-        var c = Layout(kind.Output, M, N);
-        const int largestWorkspace = 1, reductionSchemes = 3, throughWorkspace = 6; // so that sums have one order
+        var plan = new Plan(operation, Layout(a), Layout(b), Layout(c), default);
+        const int largestWorkspace = 1, reductionSchemes = 3, throughWorkspace = 6; // which fixes the order of sums
         CheckProducts(cublasLtMatmulPreferenceCreate(out var preference), "preferences");
         var (bytes, schemes) = (workspaceBytes, throughWorkspace);
         CheckProducts(cublasLtMatmulPreferenceSetAttribute(preference, largestWorkspace, &bytes, 8), "preferences");
         CheckProducts(cublasLtMatmulPreferenceSetAttribute(preference, reductionSchemes, &schemes, 4), "preferences");
         Heuristic proposal;
-        CheckProducts(cublasLtMatmulAlgoGetHeuristic(handle, operation, a, b, c, c, preference, 1, &proposal,
-            out var found), $"finding an algorithm for the product {kind}");
+        CheckProducts(cublasLtMatmulAlgoGetHeuristic(handle, operation, plan.A, plan.B, plan.C, plan.C, preference, 1,
+            &proposal, out var found), $"finding an algorithm for the product {kind}");
         cublasLtMatmulPreferenceDestroy(preference);
-        return found > 0 ? new Plan(operation, a, b, c, proposal)
+        return found > 0 ? plan with { Algorithm = proposal }
             : throw new Gpt2Exception($"cuBLASLt: expected an algorithm for the product {kind}, found none");
     }
 
     enum Attribute { TransposeA = 3, TransposeB = 4, Epilogue = 7, Bias = 8 }
 
-    static void Set<T>(nint operation, Attribute attribute, T value) where T : unmanaged {
-        var status = cublasLtMatmulDescSetAttribute(operation, (int)attribute, &value, (nuint)sizeof(T));
-        CheckProducts(status, "describing a product");
-    }
+    static void Set<T>(nint operation, Attribute attribute, T value) where T : unmanaged => CheckProducts(
+        cublasLtMatmulDescSetAttribute(operation, (int)attribute, &value, (nuint)sizeof(T)), "describing a product");
 
     public void Dispose() {
         foreach (var plan in plans.Values) {
@@ -750,14 +715,14 @@ sealed unsafe class Products(nint stream, nint workspace, long workspaceBytes) :
     }
 }
 
-/// <summary>The driver API, as far as we call it. cuda.h hides the suffix _v2 behind macros.</summary>
+/// <summary>The driver API, as far as we call it; in cuda.h macros hide the suffix _v2.</summary>
 static unsafe partial class Driver {
     const string Library = "cuda";
     public const int NoBinaryForGpu = 209;
 
     static Driver() => Libraries.Register();
 
-    /// <exception cref="Gpt2Exception">Not success: CUDA's name for it, and what we were doing.</exception>
+    /// <exception cref="Gpt2Exception">The call failed: what we were doing, and CUDA's name for the error.</exception>
     public static void Check(int status, string doing) {
         if (status == 0)
             return;
@@ -795,7 +760,6 @@ static unsafe partial class Driver {
     [LibraryImport(Library)] public static partial int cuEventQuery(nint @event);
     [LibraryImport(Library)] public static partial int cuProfilerStart();
     [LibraryImport(Library)] public static partial int cuProfilerStop();
-    [LibraryImport(Library)] public static partial int cuStreamCreate(out nint stream, uint flags);
     [LibraryImport(Library)] public static partial int cuStreamSynchronize(nint stream);
     [LibraryImport(Library, EntryPoint = "cuStreamDestroy_v2")] public static partial int cuStreamDestroy(nint stream);
     [LibraryImport(Library)] public static partial int cuEventCreate(out nint @event, uint flags);
@@ -817,19 +781,18 @@ static unsafe partial class CublasLt {
 
     static CublasLt() => Libraries.Register();
 
-    /// <exception cref="Gpt2Exception">Not success: cuBLAS's name for it, and what we were doing.</exception>
+    /// <exception cref="Gpt2Exception">The call failed: what we were doing, and the error by its name.</exception>
     public static void CheckProducts(int status, string doing) {
         if (status != 0)
             throw new Gpt2Exception($"--device cuda: {doing}: expected success, found " +
                 $"{Marshal.PtrToStringUTF8(cublasLtGetStatusName(status))}");
     }
 
-    /// <summary>An algorithm (64 bytes), the workspace that it takes, and more.</summary>
+    /// <summary>An algorithm (64 bytes), the size of its workspace, and more.</summary>
     [StructLayout(LayoutKind.Sequential, Size = 96)]
     public struct Heuristic;
 
     [LibraryImport(Library)] public static partial nint cublasLtGetStatusName(int status);
-    [LibraryImport(Library)] public static partial nuint cublasLtGetVersion();
     [LibraryImport(Library)] public static partial int cublasLtCreate(out nint handle);
     [LibraryImport(Library)] public static partial int cublasLtDestroy(nint handle);
     [LibraryImport(Library)]
@@ -852,11 +815,11 @@ static unsafe partial class CublasLt {
         nint cLayout, nint d, nint dLayout, Heuristic* algorithm, nint workspace, nuint workspaceBytes, nint stream);
 }
 
-/// <summary>Where the libraries are that come with a driver or a toolkit.</summary>
+/// <summary>Finds the files of NVIDIA's libraries.</summary>
 static class Libraries {
     static Libraries() => NativeLibrary.SetDllImportResolver(typeof(Libraries).Assembly, Resolve);
 
-    /// <summary>Has the constructor run, once.</summary>
+    /// <summary>Runs the static constructor if it has not run yet.</summary>
     public static void Register() { }
 
     static nint Resolve(string name, Assembly assembly, DllImportSearchPath? path) {
