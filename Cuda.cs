@@ -1,7 +1,4 @@
-using System.Diagnostics;
 using System.Reflection;
-using System.Runtime.InteropServices;
-using System.Text;
 using static Gpt2.CublasLt;
 using static Gpt2.Driver;
 
@@ -485,33 +482,28 @@ public sealed unsafe class Cuda : IDevice {
     public void AttentionBackward(Tensor dy, Tensor qkv, Tensor y, Tensor lse, int heads, Tensor dqkv, Tensor dbias) {
         var (B, T, C, HS) = (qkv.Depth, qkv.Rows, y.Columns, y.Columns / heads);
         Require(B <= MostSequences, "the batch", $"at most {MostSequences} sequences", B);
+        // Scores and their gradients are computed for dq (three products) and again for dk and dv (four).
+        var flops = 1.0 * B * T * (T + 1) * C;
+        if (Precision != DataType.Bf16 || HS != FlashHead) {
+            Launch("attention_any_backward", (T, heads, B), AnyThreads, 0, 7 * flops, 0,
+                dy, qkv, y, lse, dqkv, T, heads, HS);
+            AddRows(dqkv, dbias);
+            return;
+        }
         // Scratch memory holds two numbers a query, padded to whole tiles, and then each block's sums.
         var statistics = (long)B * heads * Blocks(T, FlashTile) * FlashTile * 2 * sizeof(float);
         var all = statistics + (long)B * Blocks(T, FlashRows) * 2 * C * sizeof(float);
         Require(all <= ScratchBytes, "attention's scratch memory", $"at most {ScratchBytes} bytes", all);
-        var partial = scratch + (nint)statistics;
-        // Both kernels compute scores and their gradients: three products for dq, four for dk and dv.
-        var flops = 1.0 * B * T * (T + 1) * C;
-        if (Precision == DataType.Bf16 && HS == FlashHead) {
-            var grid = (Blocks(T, FlashRows), heads, B);
-            var (map, dyMap) = (HeadsMap(0, qkv), HeadsMap(1, dy));
-            Launch(hopper ? "attention_backward_q_hopper" : "attention_backward_q", grid, FlashThreads,
-                FlashShared(4, 0), 3 * flops, 0, map, dyMap, dy, qkv, y, lse, scratch, dqkv, partial, T, heads);
-            AddPartialSums(partial, B * grid.Item1, dbias.Flat(0, C));
-            var rows = hopper ? 192 : FlashRows;
-            grid = (Blocks(T, rows), heads, B);
-            var shared = FlashShared(rows / 32, FlashTile * 8);
-            Launch(hopper ? "attention_backward_kv_hopper" : "attention_backward_kv", grid, 2 * rows, shared,
-                4 * flops, 0, map, dyMap, dy, qkv, scratch, dqkv, partial, T, heads);
-            AddPartialSums(partial, B * grid.Item1, dbias.Flat(C, 2 * C));
-        } else {
-            var grid = (T, heads, B);
-            Launch("attention_any_backward_q", grid, AnyThreads, 0, 3 * flops, 0,
-                dy, qkv, y, lse, scratch, dqkv, T, heads, HS);
-            Launch("attention_any_backward_kv", grid, AnyThreads, 0, 4 * flops, 0,
-                dy, qkv, lse, scratch, dqkv, T, heads, HS);
-            AddRows(dqkv, dbias);
-        }
+        var (partial, map, dyMap) = (scratch + (nint)statistics, HeadsMap(0, qkv), HeadsMap(1, dy));
+        var (blocks, rows) = (Blocks(T, FlashRows), hopper ? 192 : FlashRows);
+        Launch(hopper ? "attention_backward_q_hopper" : "attention_backward_q", (blocks, heads, B), FlashThreads,
+            FlashShared(4, 0), 3 * flops, 0, map, dyMap, dy, qkv, y, lse, scratch, dqkv, partial, T, heads);
+        AddPartialSums(partial, B * blocks, dbias.Flat(0, C));
+        blocks = Blocks(T, rows);
+        Launch(hopper ? "attention_backward_kv_hopper" : "attention_backward_kv", (blocks, heads, B), 2 * rows,
+            FlashShared(rows / 32, FlashTile * 8), 4 * flops, 0,
+            map, dyMap, dy, qkv, scratch, dqkv, partial, T, heads);
+        AddPartialSums(partial, B * blocks, dbias.Flat(C, 2 * C));
     }
 
     // ---- Classifier
@@ -720,8 +712,6 @@ static unsafe partial class Driver {
     const string Library = "cuda";
     public const int NoBinaryForGpu = 209;
 
-    static Driver() => Libraries.Register();
-
     /// <exception cref="Gpt2Exception">The call failed: what we were doing, and CUDA's name for the error.</exception>
     public static void Check(int status, string doing) {
         if (status == 0)
@@ -779,8 +769,6 @@ static unsafe partial class Driver {
 static unsafe partial class CublasLt {
     const string Library = "cublasLt";
 
-    static CublasLt() => Libraries.Register();
-
     /// <exception cref="Gpt2Exception">The call failed: what we were doing, and the error by its name.</exception>
     public static void CheckProducts(int status, string doing) {
         if (status != 0)
@@ -817,10 +805,8 @@ static unsafe partial class CublasLt {
 
 /// <summary>Finds the files of NVIDIA's libraries.</summary>
 static class Libraries {
-    static Libraries() => NativeLibrary.SetDllImportResolver(typeof(Libraries).Assembly, Resolve);
-
-    /// <summary>Runs the static constructor if it has not run yet.</summary>
-    public static void Register() { }
+    [ModuleInitializer]
+    public static void Register() => NativeLibrary.SetDllImportResolver(typeof(Libraries).Assembly, Resolve);
 
     static nint Resolve(string name, Assembly assembly, DllImportSearchPath? path) {
         string[] files = name switch {

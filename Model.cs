@@ -1,5 +1,3 @@
-using System.Runtime.InteropServices;
-
 namespace Gpt2;
 
 /// <summary>A parameter tensor's name in llm.c, and shape: one layer outside of layers, one row for vectors.</summary>

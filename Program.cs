@@ -1,13 +1,9 @@
-using System.Globalization;
-using System.Runtime.InteropServices;
-using System.Text;
 using ConsoleAppFramework;
 using Gpt2;
 using Microsoft.Extensions.Logging;
 using Microsoft.Extensions.Logging.Abstractions;
 using ZLogger;
 using static CommandLine;
-using static Gpt2.Gpt2Exception;
 
 Standard.Prepare(args is ["sample" or "verify" or "bench", ..]);
 

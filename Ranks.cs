@@ -1,14 +1,9 @@
 using System.Collections.Concurrent;
-using System.Diagnostics;
 using System.IO.Hashing;
 using System.Net;
 using System.Net.Sockets;
-using System.Runtime.InteropServices;
 using System.Security.Cryptography;
-using System.Text;
-using System.Text.RegularExpressions;
 using static Gpt2.Driver;
-using static Gpt2.Gpt2Exception;
 
 namespace Gpt2;
 
@@ -447,8 +442,6 @@ public sealed unsafe partial class Nccl : ICollective {
     readonly nint communicator, stream, before, after;
     readonly Timer watch;
     long begun; // when the last operations were queued
-
-    static Nccl() => Libraries.Register();
 
     /// <summary>Connects the ranks' GPUs.</summary>
     /// <param name="timeout">How long an operation may wait for another rank.</param>

@@ -1,11 +1,6 @@
-using System.Diagnostics;
-using System.Runtime.InteropServices;
 using System.Runtime.Versioning;
-using System.Text;
-using System.Text.RegularExpressions;
 using Microsoft.Extensions.Logging;
 using ZLogger;
-using static Gpt2.Gpt2Exception;
 
 [assembly: SupportedOSPlatform("linux")]
 
