@@ -551,47 +551,46 @@ public sealed record MultipleChoice(int Label, int ContextLength, ushort[][] Row
     }
 }
 
-/// <summary>GPT-2's byte-pair encoding between text and token ids, over the bytes of UTF-8.</summary>
+/// <summary>GPT-2's byte-pair encoding of UTF-8 text, exact for all of Unicode. A file of any kind of text takes time in
+/// proportion to its length, and a fixed amount of memory.</summary>
 public sealed class Tokenizer {
-    /// <summary>Separates documents in text, and begins each one in tokens.</summary>
+    /// <summary>The mark that separates documents in text.</summary>
     public const string EndOfText = "<|endoftext|>";
 
-    /// <summary>Its id, the last one of the vocabulary.</summary>
+    /// <summary>The mark's token, the last of the vocabulary. It begins each document in a token shard.</summary>
     public const ushort EndOfTextId = 50256;
 
-    /// <summary>Tokens in a shard at most.</summary>
-    public const int ShardTokens = 100_000_000;
-
-    /// <summary>Text changes no token that ends this many bytes before it. GPT-2's ranks allow 339, as a test derives;
-    /// the rest is for a character or a mark that is cut off.</summary>
+    /// <summary>How far back, in bytes, the end of a piece of text can affect its tokens: those that end this far before
+    /// it stay the same whatever follows. A test derives 339 from the vocabulary; the rest is margin.</summary>
     public const int Reach = 400;
 
-    const int Window = 2 * Reach, Block = 1 << 18;
+    const int Window = 2 * Reach, Block = 1 << 18, ShardTokens = 100_000_000;
     const ushort None = ushort.MaxValue;
 
     static ReadOnlySpan<byte> Mark => "<|endoftext|>"u8;
 
     readonly byte[][] vocabulary;
-    readonly Dictionary<ulong, int> ranks; // by hash
+    readonly Dictionary<ulong, ushort> ranks; // by the hash of a token's bytes
 
-    /// <summary>Reads the vocabulary: its size, then each token by rank in base64, a line each.</summary>
+    /// <summary>Reads the vocabulary: a line with its size, then one for each token in base64, by rank.</summary>
     public Tokenizer() {
         const string type = "Microsoft.ML.Tokenizers.R50kBaseTokenizerData, Microsoft.ML.Tokenizers.Data.R50kBase";
         using var resource = Type.GetType(type)!.Assembly.GetManifestResourceStream("r50k_base.tiktoken.deflate")!;
         using var lines = new StreamReader(new DeflateStream(resource, CompressionMode.Decompress));
         var tokens = lines.ReadToEnd().Split("\r\n").Skip(1).Take(EndOfTextId);
         vocabulary = [.. tokens.Select(Convert.FromBase64String), Mark.ToArray()];
-        ranks = Enumerable.Range(0, EndOfTextId).ToDictionary(token => XxHash3.HashToUInt64(vocabulary[token]));
+        ranks = Enumerable.Range(0, EndOfTextId)
+            .ToDictionary(token => XxHash3.HashToUInt64(vocabulary[token]), token => (ushort)token);
     }
 
-    /// <summary>Whether a token is not the end of the text.</summary>
+    /// <summary>Whether a token stands for text, and not for its end.</summary>
     public static bool IsText(int token) => token != EndOfTextId;
 
-    /// <summary>The ids of a text, in which the mark for the end of text stands for its id.</summary>
-    public IEnumerable<int> Encode(string text) => text.Split(EndOfText).SelectMany(part =>
-        (int[])[EndOfTextId, .. Encode(Encoding.UTF8.GetBytes(part), begins: false)]).Skip(1);
+    /// <summary>Encodes text, in which the mark becomes its token.</summary>
+    public IEnumerable<int> Encode(string text) => text.Split(EndOfText)
+        .SelectMany(part => (int[])[EndOfTextId, .. Encode(Encoding.UTF8.GetBytes(part))]).Skip(1);
 
-    /// <summary>Turns ids into text as they come; characters of several tokens wait until they are whole.</summary>
+    /// <summary>Decodes tokens as they come. A character made of several tokens appears with the last of them.</summary>
     public IEnumerable<string> Decode(IEnumerable<int> tokens) {
         var (decoder, text) = (Encoding.UTF8.GetDecoder(), new char[256]);
         foreach (var token in tokens)
@@ -599,33 +598,33 @@ public sealed class Tokenizer {
         yield return new string(text, 0, decoder.GetChars([], text, flush: true));
     }
 
-    /// <summary>Encodes documents into an array of the pool. If the last one goes on, its end is left out.</summary>
-    ArraySegment<ushort> Encode(ReadOnlySpan<byte> text, bool begins, bool goesOn = false) {
-        var (tokens, count) = (ArrayPool<ushort>.Shared.Rent(text.Length + 1), 0);
+    /// <summary>Encodes text into an array of the pool. Each mark begins a document, unless only white space follows it.
+    /// </summary>
+    /// <param name="goesOn">Whether more text follows, in the same document. Then only tokens that do not depend on it
+    /// are returned, and they end between two characters. There may be a mark at the beginning, but nowhere else.
+    /// </param>
+    ArraySegment<ushort> Encode(ReadOnlySpan<byte> text, bool goesOn = false) {
+        var (tokens, count) = (ArrayPool<ushort>.Shared.Rent(text.Length), 0);
         foreach (var part in text.Split(Mark)) {
             var document = text[part];
-            if (begins && !goesOn && RunEnd(document, 0, ' ') == document.Length)
-                continue;
-            if (begins)
+            if (part.Start.Value > 0) {
+                if (!goesOn && RunEnd(document, 0, ' ') == document.Length)
+                    continue;
                 tokens[count++] = EndOfTextId;
-            for (var at = 0; at < document.Length;) {
-                var length = PieceLength(document, at);
-                var isWhole = length <= Window && (!goesOn || at + length <= document.Length - Mark.Length);
-                if (!isWhole && document.Length - at <= Window) {
-                    // The rest is a text of its own, so it must not begin within a character.
-                    while ((document[at] & 0xc0) == 0x80)
-                        at -= vocabulary[tokens[--count]].Length;
-                    break;
-                }
-                at += Encode(document.Slice(at, Math.Min(length, Window)), isWhole, tokens, ref count);
             }
-            begins = true;
+            // A piece that begins before this place and fits a window is whole, and no part of a mark that is cut off.
+            var (at, end) = (0, goesOn ? document.Length - Window - Mark.Length : document.Length);
+            while (at < end)
+                at += EncodePiece(document.Slice(at, PieceLength(document, at)), tokens, ref count);
+            while (at < document.Length && IsInCharacter(document[at]))
+                at -= vocabulary[tokens[--count]].Length;
         }
         return new(tokens, 0, count);
     }
 
-    /// <summary>Length of the piece that begins or goes on at a place, if it is at most a window, by GPT-2's pattern:
-    /// 's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+</summary>
+    /// <summary>Length of the piece of text that begins at a place, by GPT-2's pattern:
+    /// 's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
+    /// Of a piece that is longer than a window, the length of a part that is longer, too.</summary>
     static int PieceLength(ReadOnlySpan<byte> text, int at) {
         var rest = text[at..];
         if (rest[0] == '\'' && rest.Length > 1 && "stmd"u8.Contains(rest[1]))
@@ -634,69 +633,75 @@ public sealed class Tokenizer {
             return 3;
         var first = rest[0] == ' ' && rest.Length > 1 && KindAt(text, at + 1) != ' ' ? at + 1 : at;
         var end = RunEnd(text[..Math.Min(text.Length, at + Window + 8)], first, KindAt(text, first));
-        Rune.DecodeLastFromUtf8(text[..end], out var rune, out var size);
-        // The last space before something else belongs to that, unless it is the only one.
-        return (Rune.IsWhiteSpace(rune) && end < text.Length && end - size > at ? end - size : end) - at;
+        // The last of several spaces belongs to the word after them.
+        Rune.DecodeLastFromUtf8(text[..end], out var last, out var size);
+        return (Rune.IsWhiteSpace(last) && end < text.Length && end - size > at ? end - size : end) - at;
     }
 
-    /// <summary>The kind of the character that a byte is part of: letter, number, space or other.</summary>
-    static char KindAt(ReadOnlySpan<byte> text, int at) {
-        while (at > 0 && (text[at] & 0xc0) == 0x80)
-            at--;
-        Rune.DecodeFromUtf8(text[at..], out var rune, out _);
-        return Rune.IsLetter(rune) ? 'L' : Rune.IsNumber(rune) ? 'N' : Rune.IsWhiteSpace(rune) ? ' ' : '.';
-    }
-
+    /// <summary>End of the run of characters of one kind that begins at a place.</summary>
     static int RunEnd(ReadOnlySpan<byte> text, int at, char kind) {
         while (at < text.Length && KindAt(text, at) == kind)
             at++;
         return at;
     }
 
-    /// <summary>The token of these bytes, if there is one.</summary>
-    ushort Rank(ReadOnlySpan<byte> bytes) => ranks.TryGetValue(XxHash3.HashToUInt64(bytes), out var rank)
-        && bytes.SequenceEqual(vocabulary[rank]) ? (ushort)rank : None;
-
-    /// <summary>Encodes a piece: merges the two neighbors that make the token of lowest rank, leftmost first, until no
-    /// two make one. If the piece goes on, encodes only what does not depend on that.</summary>
-    /// <returns>How many bytes are encoded.</returns>
-    int Encode(ReadOnlySpan<byte> piece, bool isWhole, Span<ushort> tokens, ref int count) {
-        if (isWhole && Rank(piece) is var rank and not None) {
-            tokens[count++] = rank;
-            return piece.Length;
-        }
-        Span<ushort> starts = stackalloc ushort[Window + 1], pairs = stackalloc ushort[Window];
-        var last = piece.Length - 1;
-        for (ushort i = 0; i <= piece.Length; i++)
-            starts[i] = i;
-        for (var i = 0; i < last; i++)
-            pairs[i] = Rank(piece.Slice(i, 2));
-        while (last > 0) {
-            var lowest = 0;
-            for (var i = 1; i < last; i++)
-                lowest = pairs[i] < pairs[lowest] ? i : lowest;
-            if (pairs[lowest] == None)
-                break;
-            starts[(lowest + 2)..(last + 2)].CopyTo(starts[(lowest + 1)..]);
-            pairs[(lowest + 1)..last--].CopyTo(pairs[lowest..]);
-            if (lowest > 0)
-                pairs[lowest - 1] = Rank(piece[starts[lowest - 1]..starts[lowest + 1]]);
-            if (lowest < last)
-                pairs[lowest] = Rank(piece[starts[lowest]..starts[lowest + 2]]);
-        }
-        var token = 0;
-        for (; token <= last && (isWhole || starts[token + 1] <= Window - Reach); token++)
-            tokens[count++] = Rank(piece[starts[token]..starts[token + 1]]);
-        return starts[token];
+    /// <summary>Kind of the character that a byte is part of: L for a letter, N for a number, a space for white space, or
+    /// a dot for others.</summary>
+    static char KindAt(ReadOnlySpan<byte> text, int at) {
+        while (at > 0 && IsInCharacter(text[at]))
+            at--;
+        Rune.DecodeFromUtf8(text[at..], out var rune, out _);
+        return Rune.IsLetter(rune) ? 'L' : Rune.IsNumber(rune) ? 'N' : Rune.IsWhiteSpace(rune) ? ' ' : '.';
     }
 
-    /// <summary>Encodes text files as shards PREFIX_val_000000.bin and PREFIX_train_000001.bin, …: each file is split
-    /// at the mark for the end of text into documents, and the mark's id is written before each one. White space alone
-    /// is no document, up to 256 KB.</summary>
+    /// <summary>Whether a byte is not the first one of its character.</summary>
+    static bool IsInCharacter(byte value) => (value & 0xc0) == 0x80;
+
+    /// <summary>Encodes a piece: merges the two neighbors that form the token of lowest rank, leftmost first, until no two
+    /// form one. A piece longer than a window is encoded only in part: what follows can change tokens near the window's
+    /// end, and these are left out. The rest can be encoded as a piece of its own, for nothing was merged across the
+    /// place where it begins.</summary>
+    /// <returns>Number of bytes encoded.</returns>
+    int EncodePiece(ReadOnlySpan<byte> piece, Span<ushort> tokens, ref int count) {
+        if (Rank(piece) is var whole and not None) {
+            tokens[count++] = whole;
+            return piece.Length;
+        }
+        // Where each part begins, and the rank of the token that it forms with the next one. The last begins at the end.
+        Span<(ushort Start, ushort Rank)> parts = stackalloc (ushort, ushort)[piece.Length + 1];
+        for (var i = 0; i <= piece.Length; i++)
+            parts[i] = ((ushort)i, i + 2 <= piece.Length ? Rank(piece.Slice(i, 2)) : None);
+        while (true) {
+            var (lowest, rank) = (0, None);
+            for (var i = 0; i < parts.Length; i++) {
+                if (parts[i].Rank < rank)
+                    (lowest, rank) = (i, parts[i].Rank);
+            }
+            if (rank == None)
+                break;
+            parts[(lowest + 2)..].CopyTo(parts[(lowest + 1)..]);
+            parts = parts[..^1];
+            for (var i = Math.Max(0, lowest - 1); i <= lowest; i++)
+                parts[i].Rank = i + 2 < parts.Length ? Rank(piece[parts[i].Start..parts[i + 2].Start]) : None;
+        }
+        var (end, next) = (piece.Length <= Window ? piece.Length : Window - Reach, 1);
+        for (; next < parts.Length && parts[next].Start <= end; next++)
+            tokens[count++] = Rank(piece[parts[next - 1].Start..parts[next].Start]);
+        return parts[next - 1].Start;
+    }
+
+    /// <summary>The token of these bytes, or None.</summary>
+    ushort Rank(ReadOnlySpan<byte> bytes) =>
+        ranks.TryGetValue(XxHash3.HashToUInt64(bytes), out var rank) && bytes.SequenceEqual(vocabulary[rank])
+            ? rank : None;
+
+    /// <summary>Encodes text files as token shards PREFIX_val_000000.bin and PREFIX_train_000001.bin, …: marks divide a
+    /// file into documents, and a mark's token is written before each of them. White space alone is no document, if it is
+    /// shorter than 256 KB.</summary>
     /// <param name="valTokens">How many of the first tokens are held out for validation.</param>
     /// <param name="files">Their paths; - is standard input.</param>
     /// <param name="lossy">Whether U+FFFD replaces what is not UTF-8; otherwise that is an error.</param>
-    /// <param name="progress">Is told how many bytes of a file were read; null if there were none for 5 s.</param>
+    /// <param name="progress">Is told a file and how many bytes of it were read; null if there were none for 5 s.</param>
     /// <returns>Number of tokens, and of shards for training.</returns>
     public (long Tokens, int Shards) WriteShards(
         string prefix, int valTokens, string[] files, bool lossy, Action<string, int?> progress) {
@@ -745,7 +750,9 @@ public sealed class Tokenizer {
         }
     }
 
-    /// <summary>Reads a file, and encodes it in blocks that do not depend on each other.</summary>
+    /// <summary>Reads a file in blocks and starts a task for each that encodes it. A block ends where the text is divided
+    /// whatever surrounds it, so that the next one can be encoded at the same time. One without such a place is encoded
+    /// at once, up to near its end, and the next begins there.</summary>
     IEnumerable<Task<ArraySegment<ushort>>> Read(string path, bool lossy, Action<string, int?> progress) {
         using var patience = new Timer(_ => progress(path, null), null, 5000, Timeout.Infinite);
         // .NET opens this where standard input is closed.
@@ -754,19 +761,22 @@ public sealed class Tokenizer {
         using var file = path == "-" ? Console.OpenStandardInput()
             : new FileStream(path, FileMode.Open, FileAccess.Read, FileShare.Read, bufferSize: 0);
         using var stream = lossy ? Encoding.CreateTranscodingStream(file, Encoding.UTF8, Encoding.UTF8) : file;
-        var (text, length, position, begins, goesOn) = (new byte[Block], 0, 0L, true, true);
-        while (goesOn) {
-            var read = stream.ReadAtLeast(text.AsSpan(length), text.Length - length, throwOnEndOfStream: false);
-            patience.Dispose();
+        // Each document follows a mark, the first one too. A byte order mark is no text.
+        byte[] text = [.. Mark, .. new byte[Block - Mark.Length]];
+        var read = stream.ReadAtLeast(text.AsSpan(Mark.Length, 3), 3, throwOnEndOfStream: false);
+        var length = Mark.Length + (text.AsSpan(Mark.Length, 3).SequenceEqual(Encoding.UTF8.Preamble) ? 0 : read);
+        var position = (long)read - length; // of the text in the file
+        patience.Dispose();
+        progress(path, read);
+        for (var goesOn = true; goesOn;) {
+            read = stream.ReadAtLeast(text.AsSpan(length), Block - length, throwOnEndOfStream: false);
             progress(path, read);
-            (length, goesOn) = (length + read, length + read == text.Length);
-            if (position == 0 && text.AsSpan(0, length).StartsWith(Encoding.UTF8.Preamble))
-                (text, length, position) = ([.. text[3..], 0, 0, 0], length - 3, 3);
-            var cut = goesOn ? LastCut(text.AsSpan(0, length)) : length;
-            // Text that cannot be cut is encoded at once, up to where its last piece does not depend on what comes.
-            var (open, first) = (goesOn && cut == 0, begins);
+            length += read;
+            goesOn = length == Block;
+            var cut = goesOn ? LastCut(text) : length;
+            // The last character may be cut off.
             Rune.DecodeLastFromUtf8(text.AsSpan(0, length), out _, out var last);
-            var size = open ? length - last : cut;
+            var (open, size) = cut == 0 ? (true, length - last) : (false, cut);
             if (!Utf8.IsValid(text.AsSpan(0, size))) {
                 _ = Utf8.ToUtf16(text.AsSpan(0, size), new char[size], out var valid, out _, false);
                 throw new Gpt2Exception($"{path}: expected text in UTF-8, found something else at byte " +
@@ -776,22 +786,22 @@ public sealed class Tokenizer {
             text.AsSpan(0, size).CopyTo(block.Memory.Span);
             var encoding = Task.Run(() => {
                 using (block)
-                    return Encode(block.Memory.Span[..size], first, open);
+                    return Encode(block.Memory.Span[..size], open);
             });
-            cut = open ? encoding.Result.Skip(begins ? 1 : 0).Sum(token => vocabulary[token].Length) : cut;
-            begins = text.AsSpan(0, cut).EndsWith(Mark);
+            cut = open ? encoding.Result.Sum(token => vocabulary[token].Length) : cut;
             yield return encoding;
             text.AsSpan(cut, length - cut).CopyTo(text);
             (length, position) = (length - cut, position + cut);
         }
     }
 
-    /// <summary>The last place where GPT-2's pattern divides a text whatever surrounds it; 0 for none.</summary>
+    /// <summary>The last place where a text is divided whatever surrounds it: before a mark, or before white space that
+    /// follows something else, for a mark has none within, and a piece only at its beginning. It is not divided between a mark and
+    /// white space, which may be no document. 0 for no such place.</summary>
     static int LastCut(ReadOnlySpan<byte> text) {
-        // After a mark, or between two kinds but not after white space, in a contraction, or in a mark that is cut off.
-        for (var cut = text.Length; cut > 0; cut--) {
-            if (text[..cut].EndsWith(Mark) || cut <= text.Length - Mark.Length && text[cut - 1] != '\''
-                && KindAt(text, cut - 1) is var kind && kind != ' ' && kind != KindAt(text, cut))
+        for (var cut = text.Length - 1; cut > 0; cut--) {
+            if (text[cut..].StartsWith(Mark)
+                || KindAt(text, cut) == ' ' && KindAt(text, cut - 1) != ' ' && !text[..cut].EndsWith(Mark))
                 return cut;
         }
         return 0;
