@@ -795,15 +795,16 @@ public sealed class Tokenizer {
         }
     }
 
-    /// <summary>The last place where a text is divided whatever surrounds it: before a mark, or before white space that
-    /// follows something else, for a mark has none within, and a piece only at its beginning. It is not divided between a mark and
-    /// white space, which may be no document. 0 for no such place.</summary>
+    /// <summary>The last place where a text is divided whatever surrounds it: before a mark, or between two characters of
+    /// different kinds. Not after white space, for the last space belongs to the word after it; not after an apostrophe,
+    /// which may begin a contraction; and not near the end, where a mark may be cut off. 0 if there is no such place.
+    /// </summary>
     static int LastCut(ReadOnlySpan<byte> text) {
-        for (var cut = text.Length - 1; cut > 0; cut--) {
-            if (text[cut..].StartsWith(Mark)
-                || KindAt(text, cut) == ' ' && KindAt(text, cut - 1) != ' ' && !text[..cut].EndsWith(Mark))
+        var mark = text.LastIndexOf(Mark);
+        for (var cut = text.Length - Mark.Length; cut > mark + Mark.Length; cut--) {
+            if (KindAt(text, cut - 1) is var kind and not ' ' && kind != KindAt(text, cut) && text[cut - 1] != '\'')
                 return cut;
         }
-        return 0;
+        return Math.Max(0, mark);
     }
 }
