@@ -168,8 +168,8 @@ public static class Files {
     }
 }
 
-/// <summary>The Mersenne Twister (Matsumoto and Nishimura, 1998). It draws what torch's CPU generator draws from the same
-/// seed, and saves its state as llm.c does.</summary>
+/// <summary>The Mersenne Twister (Matsumoto and Nishimura, 1998). It draws what torch's CPU generator draws from the
+/// same seed, and saves its state as llm.c does.</summary>
 public sealed class Mt19937 {
     const int N = 624, M = 397, Eight = 8;
     const uint Matrix = 0x9908b0df;
@@ -230,9 +230,8 @@ public sealed class Mt19937 {
     /// <summary>Number of normal draws that are made together, from as many uniform ones.</summary>
     public const int Group = 2 * Eight;
 
-    /// <summary>Fills an array of at least one group with Normal(0, std) draws, as torch's normal_ does: if the last group
-    /// is incomplete, the last 16 values are drawn again. An array may be filled in several calls, if all but the last
-    /// are of whole groups.</summary>
+    /// <summary>Fills 16 values or more with Normal(0, std) draws as torch's normal_ does: if their number is no multiple
+    /// of 16, the last 16 are drawn again. An array may be filled in parts, all but the last in multiples of 16.</summary>
     public void Normal(Memory<float> values, float std) {
         NextFloats(values.Span);
         const int block = 1 << 14;
@@ -263,7 +262,8 @@ public sealed class Mt19937 {
     }
 
     /// <summary>The state, with the memory layout of llm.c's C struct.</summary>
-    public uint[] Save() => [(uint)seed, (uint)(seed >> 32), (uint)(N + 1 - next), (uint)next, .. state[..N], 0, Matrix];
+    public uint[] Save() =>
+        [(uint)seed, (uint)(seed >> 32), (uint)(N + 1 - next), (uint)next, .. state[..N], 0, Matrix];
 
     /// <summary>Reads a state that <see cref="Save"/> returned.</summary>
     public void Load(BinaryFile from) {
@@ -316,8 +316,7 @@ public sealed class TokenShards : IDisposable {
     /// <summary>Number of whole samples in a shard; a sample is so many tokens, and the token after them.</summary>
     public int Samples(int shard, int tokens) => Math.Max(0, Counts[shard] - 1) / tokens;
 
-    /// <summary>Number of whole samples in all shards together.</summary>
-    /// <exception cref="Gpt2Exception">There are none.</exception>
+    /// <summary>Number of whole samples in all shards together; that there are none is an error.</summary>
     public long Samples(int tokens) =>
         Counts.Select((_, shard) => (long)Samples(shard, tokens)).Sum() is > 0 and var samples ? samples
             : throw new Gpt2Exception($"{pattern}: expected more than {tokens} tokens a shard, found {Counts.Max()}");
@@ -325,8 +324,8 @@ public sealed class TokenShards : IDisposable {
     /// <summary>Paths of the shards that have no whole sample.</summary>
     public IEnumerable<string> TooShort(int tokens) => paths.Where((_, shard) => Samples(shard, tokens) == 0);
 
-    /// <summary>Where the first rows of T tokens begin, in order: the rows of so many of llm.c's batches, which leave out
-    /// rows at a shard's end that fill no batch. For 0 batches, the first rows of all, whatever the batch size.</summary>
+    /// <summary>Where rows of T tokens begin, in order: those of so many of llm.c's batches, which leave out rows at a
+    /// shard's end that fill no batch; for 0 batches, so many rows, whatever the batch size.</summary>
     /// <exception cref="Gpt2Exception">There are none.</exception>
     public (int Shard, long First)[] Rows(int T, int batchRows, int batches, int rows = int.MaxValue) {
         var (group, most) = batches > 0 ? (batchRows, (long)batches * batchRows) : (1, rows);
@@ -453,7 +452,8 @@ public sealed class TokenLoader : IDisposable {
             $"samples of whole sequences of {T} tokens", $"{sampleTokens} tokens");
         SampleTokens = sampleTokens == 0 ? SampleTokens : sampleTokens;
         Samples = shards.Samples(SampleTokens);
-        from.Require(shuffled == Shuffles, Shuffles ? "a run that shuffles" : "a run with --no-shuffle", "the other kind");
+        from.Require(
+            shuffled == Shuffles, Shuffles ? "a run that shuffles" : "a run with --no-shuffle", "the other kind");
         var shardIsValid = position.Shard >= 0 && position.Shard < shardOrder.Length;
         from.Require(shardIsValid, $"a position in {shardOrder.Length} shards", $"shard {position.Shard}");
         if (Shuffles)
@@ -480,7 +480,7 @@ public sealed class TokenLoader : IDisposable {
     public void Dispose() => shards.Dispose();
 }
 
-/// <summary>A question with several completions, of which one is right. Each row is the context and a completion.</summary>
+/// <summary>A question with several completions, one of them right. A row is the context and a completion.</summary>
 public sealed record MultipleChoice(int Label, int ContextLength, ushort[][] Rows) {
     /// <summary>Reads an evaluation file of llm.c, such as hellaswag_val.bin.</summary>
     public static IEnumerable<MultipleChoice> Read(string path, int vocabulary) {
@@ -516,8 +516,9 @@ public sealed record MultipleChoice(int Label, int ContextLength, ushort[][] Row
     }
 }
 
-/// <summary>GPT-2's byte-pair encoding of UTF-8 text, exact for all of Unicode. A file of any kind of text takes time in
-/// proportion to its length, and a fixed amount of memory.</summary>
+/// <summary>GPT-2's byte-pair encoding of UTF-8 text, exact for all of Unicode. A pattern splits text into pieces, such
+/// as a word with the space before it, and each piece is encoded on its own. Time is linear in the text's length, and
+/// memory is fixed, however long a piece is.</summary>
 public sealed class Tokenizer {
     /// <summary>The mark that separates documents in text.</summary>
     public const string EndOfText = "<|endoftext|>";
@@ -525,10 +526,11 @@ public sealed class Tokenizer {
     /// <summary>The mark's token, the last of the vocabulary. It begins each document in a token shard.</summary>
     public const ushort EndOfTextId = 50256;
 
-    /// <summary>How far back, in bytes, the end of a piece of text can affect its tokens: those that end this far before
-    /// it stay the same whatever follows. A test derives 339 from the vocabulary; the rest is margin.</summary>
+    /// <summary>How far back, in bytes, more text can change the tokens of a piece: those that end this far before the
+    /// new text stay the same. A test derives 339 from the vocabulary; the rest is margin.</summary>
     public const int Reach = 360;
 
+    // A piece longer than Window bytes is encoded part by part, and a file block by block.
     const int Window = 2 * Reach, Block = 1 << 18, ShardTokens = 100_000_000;
     const ushort None = ushort.MaxValue;
 
@@ -554,7 +556,7 @@ public sealed class Tokenizer {
     public IEnumerable<int> Encode(string text) => text.Split(EndOfText)
         .SelectMany(part => (int[])[EndOfTextId, .. Encode(Encoding.UTF8.GetBytes(part))]).Skip(1);
 
-    /// <summary>Decodes tokens as they come. A character made of several tokens appears with the last of them.</summary>
+    /// <summary>Decodes tokens as they come. A character of several tokens appears with the last of them.</summary>
     public IEnumerable<string> Decode(IEnumerable<int> tokens) {
         var (decoder, text) = (Encoding.UTF8.GetDecoder(), new char[256]);
         foreach (var token in tokens)
@@ -562,11 +564,11 @@ public sealed class Tokenizer {
         yield return new string(text, 0, decoder.GetChars([], text, flush: true));
     }
 
-    /// <summary>Encodes text into an array of the pool. A mark begins a document, unless only white space follows it.
+    /// <summary>Encodes text into an array from the pool. A mark begins a document, if that is not white space alone.
     /// </summary>
-    /// <param name="first">Where to begin, past those bytes of the first character that are encoded already.</param>
-    /// <param name="goesOn">Whether more of the same document follows: then tokens that this may change are left out. Such
-    /// a text has no mark but at its beginning.</param>
+    /// <param name="first">Number of bytes to skip, as they were encoded with the block before.</param>
+    /// <param name="goesOn">Whether the document goes on after this text. If so, the tokens that its next part might
+    /// change are left out; the text may begin with a mark, but has no other.</param>
     ArraySegment<ushort> Encode(ReadOnlySpan<byte> text, int first = 0, bool goesOn = false) {
         var (tokens, count) = (ArrayPool<ushort>.Shared.Rent(text.Length), 0);
         foreach (var part in text.Split(Mark)) {
@@ -576,7 +578,7 @@ public sealed class Tokenizer {
                     continue;
                 tokens[count++] = EndOfTextId;
             }
-            // A piece that begins before this end is whole, if it fits a window, even if the text's end cuts off a mark.
+            // A piece that begins before this end and fits Window is complete, and no part of a mark that is cut off.
             var end = goesOn ? document.Length - Window - Mark.Length : document.Length;
             for (var at = part.Start.Value == 0 ? first : 0; at < end;)
                 at += EncodePiece(document.Slice(at, PieceLength(document, at)), tokens, ref count);
@@ -584,9 +586,8 @@ public sealed class Tokenizer {
         return new(tokens, 0, count);
     }
 
-    /// <summary>Length of the piece of text that begins at a place, by GPT-2's pattern:
-    /// 's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
-    /// Of a piece that is longer than a window, the length of a part that is longer, too.</summary>
+    /// <summary>Length in bytes of the piece that begins at a place, or some length above Window, if it is longer than
+    /// that. GPT-2's pattern: 's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+</summary>
     static int PieceLength(ReadOnlySpan<byte> text, int at) {
         var rest = text[at..];
         if (rest[0] == '\'' && rest.Length > 1 && "stmd"u8.Contains(rest[1]))
@@ -595,7 +596,7 @@ public sealed class Tokenizer {
             return 3;
         var first = rest[0] == ' ' && rest.Length > 1 && KindAt(text, at + 1) != ' ' ? at + 1 : at;
         var end = RunEnd(text[..Math.Min(text.Length, at + Window + 8)], first, KindAt(text, first));
-        // The last of several spaces belongs to the word after them.
+        // The last of several spaces belongs to the piece after them.
         Rune.DecodeLastFromUtf8(text[..end], out var last, out var size);
         return (Rune.IsWhiteSpace(last) && end < text.Length && end - size > at ? end - size : end) - at;
     }
@@ -607,29 +608,28 @@ public sealed class Tokenizer {
         return at;
     }
 
-    /// <summary>Kind of the character that a byte is part of: L for a letter, N for a number, a space for white space, or
-    /// a dot for others.</summary>
+    /// <summary>Kind of the character that a byte is part of: L for letters, N for numbers, white space, or a dot.</summary>
     static char KindAt(ReadOnlySpan<byte> text, int at) {
-        while (at > 0 && IsInCharacter(text[at]))
+        while (at > 0 && IsContinuation(text[at]))
             at--;
         Rune.DecodeFromUtf8(text[at..], out var rune, out _);
         return Rune.IsLetter(rune) ? 'L' : Rune.IsNumber(rune) ? 'N' : Rune.IsWhiteSpace(rune) ? ' ' : '.';
     }
 
-    /// <summary>Whether a byte is not the first one of its character.</summary>
-    static bool IsInCharacter(byte value) => (value & 0xc0) == 0x80;
+    /// <summary>Whether a byte is not the first of its character.</summary>
+    static bool IsContinuation(byte value) => (value & 0xc0) == 0x80;
 
-    /// <summary>Encodes a piece: merges the two neighbors that form the token of lowest rank, leftmost first, until no two
-    /// form one. A piece longer than a window is encoded only in part: what follows can change tokens near the window's
-    /// end, and these are left out. The rest can be encoded as a piece of its own, for nothing was merged across the
-    /// place where it begins.</summary>
+    /// <summary>Encodes a piece: as long as two neighbors form a token, merges the two whose token has the lowest rank,
+    /// leftmost first. Of a piece longer than Window, keeps only the tokens in the first Window − Reach bytes, as the
+    /// bytes after Window might change the others. The rest can be encoded as a piece of its own: merges on one side of
+    /// a place between two tokens do not depend on the other side.</summary>
     /// <returns>Number of bytes encoded.</returns>
     int EncodePiece(ReadOnlySpan<byte> piece, Span<ushort> tokens, ref int count) {
         if (Rank(piece) is var whole and not None) {
             tokens[count++] = whole;
             return piece.Length;
         }
-        // Where each part begins, and the rank of the token that it forms with the next one. The last begins at the end.
+        // Where each part begins, and the rank of the token that it forms with the next. The last part is empty.
         Span<(ushort Start, ushort Rank)> parts = stackalloc (ushort, ushort)[piece.Length + 1];
         for (var i = 0; i <= piece.Length; i++)
             parts[i] = ((ushort)i, i + 2 <= piece.Length ? Rank(piece.Slice(i, 2)) : None);
@@ -657,12 +657,12 @@ public sealed class Tokenizer {
         && bytes.SequenceEqual(vocabulary[rank]) ? (ushort)rank : None;
 
     /// <summary>Encodes text files as token shards PREFIX_val_000000.bin and PREFIX_train_000001.bin, …: marks divide a
-    /// file into documents, and a mark's token is written before each of them. White space alone is no document, if it is
-    /// shorter than 256 KB.</summary>
+    /// file into documents, and the mark's token comes before each of them. A document of less than 256 KB of white
+    /// space alone is left out.</summary>
     /// <param name="valTokens">How many of the first tokens are held out for validation.</param>
     /// <param name="files">Their paths; - is standard input.</param>
     /// <param name="lossy">Whether U+FFFD replaces what is not UTF-8; otherwise that is an error.</param>
-    /// <param name="progress">Is told a file and how many bytes of it were read; null if there were none for 5 s.</param>
+    /// <param name="progress">Takes a file, and how many bytes of it were read; null if none came for 5 s.</param>
     /// <returns>Number of tokens, and of shards for training.</returns>
     public (long Tokens, int Shards) WriteShards(
         string prefix, int valTokens, string[] files, bool lossy, Action<string, int?> progress) {
@@ -711,9 +711,9 @@ public sealed class Tokenizer {
         }
     }
 
-    /// <summary>Reads a file in blocks and starts a task for each that encodes it. A block ends where the text is divided
-    /// whatever surrounds it, so that the next one can be encoded at the same time. One without such a place is encoded
-    /// at once, up to near its end, and the next begins there.</summary>
+    /// <summary>Reads a file in blocks, and starts a task for each that encodes it. A block ends where text is divided
+    /// in any case, so that the next can be encoded at the same time. A block without such a place (256 KB of letters)
+    /// is encoded at once, and the next begins where its last token ends.</summary>
     IEnumerable<Task<ArraySegment<ushort>>> Read(string path, bool lossy, Action<string, int?> progress) {
         using var patience = new Timer(_ => progress(path, null), null, 5000, Timeout.Infinite);
         // .NET opens this where standard input is closed.
@@ -726,16 +726,15 @@ public sealed class Tokenizer {
         byte[] text = [.. Mark, .. new byte[Block - Mark.Length]];
         var read = stream.ReadAtLeast(text.AsSpan(Mark.Length, 3), 3, throwOnEndOfStream: false);
         var length = Mark.Length + (text.AsSpan(Mark.Length, 3).SequenceEqual(Encoding.UTF8.Preamble) ? 0 : read);
-        var (position, encoded) = ((long)read - length, 0); // where the text begins in the file, and in its first character
+        var (position, encoded) = ((long)read - length, 0); // the text's place in the file; bytes of it to skip
         patience.Dispose();
         progress(path, read);
         for (var goesOn = true; goesOn;) {
             read = stream.ReadAtLeast(text.AsSpan(length), Block - length, throwOnEndOfStream: false);
             progress(path, read);
-            length += read;
-            goesOn = length == Block;
+            (length, goesOn) = (length + read, length + read == Block);
             var cut = goesOn ? LastCut(text) : length;
-            // Without a cut, all but the last character is to be encoded, which the block's end may cut off.
+            // The block's end may cut off its last character.
             Rune.DecodeLastFromUtf8(text.AsSpan(0, length), out _, out var last);
             var (open, size, first) = (cut == 0, cut == 0 ? length - last : cut, encoded);
             if (!Utf8.IsValid(text.AsSpan(0, size))) {
@@ -751,18 +750,17 @@ public sealed class Tokenizer {
             });
             cut = open ? first + encoding.Result.Sum(token => vocabulary[token].Length) : cut;
             yield return encoding;
-            // A token may end within a character. The next block begins with the whole character.
-            for (encoded = 0; cut < length && IsInCharacter(text[cut]); encoded++)
+            // If the last token ends within a character, the next block begins with that character.
+            for (encoded = 0; cut < length && IsContinuation(text[cut]); encoded++)
                 cut--;
             text.AsSpan(cut, length - cut).CopyTo(text);
             (length, position) = (length - cut, position + cut);
         }
     }
 
-    /// <summary>The last place where a text is divided whatever surrounds it: before a mark, or between two characters of
-    /// different kinds. Not after white space, for the last space belongs to the word after it; not after an apostrophe,
-    /// which may begin a contraction; and not near the end, where a mark may be cut off. 0 if there is no such place.
-    /// </summary>
+    /// <summary>The last place where text is divided whatever comes before and after it, 0 if there is none: before a
+    /// mark, or between two characters of different kinds. Not after white space, for a piece may begin with a space;
+    /// not after an apostrophe, which may begin a contraction; not near the end, where a mark may be cut off.</summary>
     static int LastCut(ReadOnlySpan<byte> text) {
         var mark = text.LastIndexOf(Mark);
         for (var cut = text.Length - Mark.Length; cut > mark + Mark.Length; cut--) {
