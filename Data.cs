@@ -230,8 +230,8 @@ public sealed class Mt19937 {
     /// <summary>Number of normal draws that are made together, from as many uniform ones.</summary>
     public const int Group = 2 * Eight;
 
-    /// <summary>Fills 16 values or more with Normal(0, std) draws as torch's normal_ does: if their number is no multiple
-    /// of 16, the last 16 are drawn again. An array may be filled in parts, all but the last in multiples of 16.</summary>
+    /// <summary>Fills 16 values or more with Normal(0, std) draws as torch's normal_ does: where their number is no
+    /// multiple of 16, the last 16 are drawn again. All parts of an array but the last must be such multiples.</summary>
     public void Normal(Memory<float> values, float std) {
         NextFloats(values.Span);
         const int block = 1 << 14;
@@ -608,7 +608,7 @@ public sealed class Tokenizer {
         return at;
     }
 
-    /// <summary>Kind of the character that a byte is part of: L for letters, N for numbers, white space, or a dot.</summary>
+    /// <summary>Kind of the character that a byte is part of: L for letters, N for numbers, a space, or a dot.</summary>
     static char KindAt(ReadOnlySpan<byte> text, int at) {
         while (at > 0 && IsContinuation(text[at]))
             at--;
@@ -722,18 +722,18 @@ public sealed class Tokenizer {
         using var file = path == "-" ? Console.OpenStandardInput()
             : new FileStream(path, FileMode.Open, FileAccess.Read, FileShare.Read, bufferSize: 0);
         using var stream = lossy ? Encoding.CreateTranscodingStream(file, Encoding.UTF8, Encoding.UTF8) : file;
-        // Every document follows a mark, even the first one. A byte order mark is skipped.
+        // Every document follows a mark, even the first one.
         byte[] text = [.. Mark, .. new byte[Block - Mark.Length]];
-        var read = stream.ReadAtLeast(text.AsSpan(Mark.Length, 3), 3, throwOnEndOfStream: false);
-        var length = Mark.Length + (text.AsSpan(Mark.Length, 3).SequenceEqual(Encoding.UTF8.Preamble) ? 0 : read);
-        var (position, encoded) = ((long)read - length, 0); // the text's place in the file; bytes of it to skip
-        patience.Dispose();
-        progress(path, read);
+        // The text's length, its place in the file, and how many of its bytes are encoded already.
+        var (length, position, encoded) = (Mark.Length, -(long)Mark.Length, 0);
         for (var goesOn = true; goesOn;) {
-            read = stream.ReadAtLeast(text.AsSpan(length), Block - length, throwOnEndOfStream: false);
+            var read = stream.ReadAtLeast(text.AsSpan(length), Block - length, throwOnEndOfStream: false);
+            patience.Dispose();
             progress(path, read);
             (length, goesOn) = (length + read, length + read == Block);
-            var cut = goesOn ? LastCut(text) : length;
+            if (position < 0 && text.AsSpan(Mark.Length, read).StartsWith(Encoding.UTF8.Preamble))
+                (text, length, position) = ([.. Mark, .. text[(Mark.Length + 3)..], 0, 0, 0], length - 3, position + 3);
+            var cut = goesOn ? LastCut(text.AsSpan(0, length)) : length;
             // The block's end may cut off its last character.
             Rune.DecodeLastFromUtf8(text.AsSpan(0, length), out _, out var last);
             var (open, size, first) = (cut == 0, cut == 0 ? length - last : cut, encoded);
