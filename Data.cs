@@ -84,8 +84,8 @@ public sealed class BinaryFile : IDisposable {
     public void Read<T>(Span<T> values, long? offset = null) where T : unmanaged {
         stream.Position = offset ?? stream.Position;
         var bytes = MemoryMarshal.AsBytes(values);
-        var read = stream.ReadAtLeast(bytes, bytes.Length, throwOnEndOfStream: false);
-        Require(read == bytes.Length, "more data", $"its end at byte {Length}");
+        if (stream.ReadAtLeast(bytes, bytes.Length, throwOnEndOfStream: false) < bytes.Length)
+            throw Fail("more data", $"its end at byte {Length}");
     }
 
     /// <summary>Fills a span with the bfloat16 values that come next.</summary>
@@ -231,7 +231,7 @@ public sealed class Mt19937 {
     public const int Group = 2 * Eight;
 
     /// <summary>Fills 16 values or more with Normal(0, std) draws as torch's normal_ does: where their number is no
-    /// multiple of 16, the last 16 are drawn again. All parts of an array but the last must be such multiples.</summary>
+    /// multiple of 16, the last 16 are drawn again. Of an array's parts, all but the last must be multiples.</summary>
     public void Normal(Memory<float> values, float std) {
         NextFloats(values.Span);
         const int block = 1 << 14;
@@ -608,7 +608,7 @@ public sealed class Tokenizer {
         return at;
     }
 
-    /// <summary>Kind of the character that a byte is part of: L for letters, N for numbers, a space, or a dot.</summary>
+    /// <summary>Kind of the character that a byte is part of: L for letter, N for number, space, or a dot.</summary>
     static char KindAt(ReadOnlySpan<byte> text, int at) {
         while (at > 0 && IsContinuation(text[at]))
             at--;
@@ -734,16 +734,15 @@ public sealed class Tokenizer {
             if (position < 0 && text.AsSpan(Mark.Length, read).StartsWith(Encoding.UTF8.Preamble))
                 (text, length, position) = ([.. Mark, .. text[(Mark.Length + 3)..], 0, 0, 0], length - 3, position + 3);
             var cut = goesOn ? LastCut(text.AsSpan(0, length)) : length;
-            // The block's end may cut off its last character.
-            Rune.DecodeLastFromUtf8(text.AsSpan(0, length), out _, out var last);
-            var (open, size, first) = (cut == 0, cut == 0 ? length - last : cut, encoded);
-            if (!Utf8.IsValid(text.AsSpan(0, size))) {
-                _ = Utf8.ToUtf16(text.AsSpan(0, size), new char[size], out var valid, out _, false);
+            var (open, size, first) = (cut == 0, cut == 0 ? length : cut, encoded);
+            var bytes = text.AsSpan(0, size);
+            // The end of an open block may cut off a character.
+            if (!Utf8.IsValid(bytes) && Utf8.ToUtf16(bytes, new char[size], out var valid, out _,
+                replaceInvalidSequences: false, isFinalBlock: !open) == OperationStatus.InvalidData)
                 throw new Gpt2Exception($"{path}: expected text in UTF-8, found something else at byte " +
                     $"{position + valid}; --lossy puts U+FFFD in its place");
-            }
             var block = MemoryPool<byte>.Shared.Rent(size);
-            text.AsSpan(0, size).CopyTo(block.Memory.Span);
+            bytes.CopyTo(block.Memory.Span);
             var encoding = Task.Run(() => {
                 using (block)
                     return Encode(block.Memory.Span[..size], first, open);
