@@ -564,8 +564,7 @@ public sealed class Tokenizer {
         yield return new string(text, 0, decoder.GetChars([], text, flush: true));
     }
 
-    /// <summary>Encodes text into an array from the pool. A mark begins a document, if that is not white space alone.
-    /// </summary>
+    /// <summary>Encodes text into a pooled array. A mark begins a document, unless that is only white space.</summary>
     /// <param name="first">Number of bytes to skip, as they were encoded with the block before.</param>
     /// <param name="goesOn">Whether the document goes on after this text. If so, the tokens that its next part might
     /// change are left out; the text may begin with a mark, but has no other.</param>
@@ -608,16 +607,13 @@ public sealed class Tokenizer {
         return at;
     }
 
-    /// <summary>Kind of the character that a byte is part of: L for letter, N for number, space, or a dot.</summary>
+    /// <summary>Kind of a byte's character: L is a letter, N a number, a space white space, a dot another.</summary>
     static char KindAt(ReadOnlySpan<byte> text, int at) {
-        while (at > 0 && IsContinuation(text[at]))
+        while (at > 0 && (text[at] & 0xc0) == 0x80) // a byte that continues a character
             at--;
         Rune.DecodeFromUtf8(text[at..], out var rune, out _);
         return Rune.IsLetter(rune) ? 'L' : Rune.IsNumber(rune) ? 'N' : Rune.IsWhiteSpace(rune) ? ' ' : '.';
     }
-
-    /// <summary>Whether a byte is not the first of its character.</summary>
-    static bool IsContinuation(byte value) => (value & 0xc0) == 0x80;
 
     /// <summary>Encodes a piece: as long as two neighbors form a token, merges the two whose token has the lowest rank,
     /// leftmost first. Of a piece longer than Window, keeps only the tokens in the first Window − Reach bytes, as the
@@ -750,7 +746,7 @@ public sealed class Tokenizer {
             cut = open ? first + encoding.Result.Sum(token => vocabulary[token].Length) : cut;
             yield return encoding;
             // If the last token ends within a character, the next block begins with that character.
-            for (encoded = 0; cut < length && IsContinuation(text[cut]); encoded++)
+            for (encoded = 0; cut < length && (text[cut] & 0xc0) == 0x80; encoded++)
                 cut--;
             text.AsSpan(cut, length - cut).CopyTo(text);
             (length, position) = (length - cut, position + cut);
