@@ -8,18 +8,18 @@ using System.Text.Unicode;
 
 namespace Gpt2;
 
-/// <summary>A failure that one sentence explains to a person: what was expected, and what was found.</summary>
+/// <summary>An error that one sentence explains to the user: what was expected, and what was found.</summary>
 /// <param name="usage">Whether the command line is at fault (exit status 2), not a file or the machine (1).</param>
 public sealed class Gpt2Exception(string message, bool usage = false) : Exception(message) {
     public int ExitCode => usage ? 2 : 1;
 
-    /// <summary>Requires a command-line option to be right.</summary>
+    /// <summary>Throws unless a command-line option is right.</summary>
     public static void Require(bool right, string option, string expected, object found) {
         if (!right)
             throw new Gpt2Exception($"{option}: expected {expected}, found {found}", usage: true);
     }
 
-    /// <summary>An error in our words; the runtime's put a path between quotes.</summary>
+    /// <summary>An exception's sentence. .NET's messages have the path in quotes; ours begin with it.</summary>
     public static string Sentence(Exception e) => (e, e.Message.Split('\'')) switch {
         (DecoderFallbackException, _) => "--prompt: expected UTF-8 on standard input, found bytes that are not",
         (FileNotFoundException or DirectoryNotFoundException, [_, var path, _]) =>
@@ -34,21 +34,20 @@ public sealed class Gpt2Exception(string message, bool usage = false) : Exceptio
     };
 }
 
-/// <summary>A little-endian file with llm.c's header: 256 int32, of which a magic number and a version first.</summary>
+/// <summary>A binary file of llm.c, opened for reading: a header of 256 int32, which begins with a magic number and a
+/// version, then data. All of it is little-endian.</summary>
 public sealed class BinaryFile : IDisposable {
     public const int HeaderLength = 256, HeaderBytes = HeaderLength * sizeof(int);
 
     readonly FileStream stream;
 
     /// <summary>Opens a file and reads its header.</summary>
-    /// <param name="kind">What the file should be, for messages.</param>
-    /// <exception cref="Gpt2Exception">It is not of this kind.</exception>
+    /// <param name="kind">What the file should be, for error messages.</param>
+    /// <exception cref="Gpt2Exception">It is something else.</exception>
     public BinaryFile(string path, string kind, int magic, params ReadOnlySpan<int> versions) {
         stream = new FileStream(path, FileMode.Open, FileAccess.Read, FileShare.Read);
-        if (!stream.CanSeek)
-            throw Fail($"{kind} in a file", "a pipe");
-        if (stream.Length < HeaderBytes)
-            throw Fail($"{kind} with a header of {HeaderBytes} bytes", $"a file of {stream.Length} bytes");
+        Require(stream.CanSeek, $"{kind} in a file", "a pipe");
+        Require(Length >= HeaderBytes, $"{kind} with a header of {HeaderBytes} bytes", $"a file of {Length} bytes");
         Read(Header.AsSpan());
         Check("magic number", 0, Header[0] == magic, $"of {kind} ({magic})");
         Check("version", 1, versions.Contains(Header[1]), $"of {kind} ({string.Join(" or ", versions.ToArray())})");
@@ -56,48 +55,42 @@ public sealed class BinaryFile : IDisposable {
 
     public int[] Header { get; } = new int[HeaderLength];
 
-    /// <summary>Size in bytes.</summary>
+    /// <summary>Size of the file in bytes.</summary>
     public long Length => stream.Length;
 
-    /// <summary>Requires a header field to be right.</summary>
-    public void Check(string name, int index, bool right, string expected) {
-        if (!right)
-            throw Fail($"{name} {expected}", $"{Header[index]}");
-    }
+    /// <summary>Throws unless a header field is right.</summary>
+    public void Check(string name, int index, bool right, string expected) =>
+        Require(right, $"{name} {expected}", $"{Header[index]}");
 
-    /// <summary>Requires the file to have exactly the size that its header implies.</summary>
-    public void CheckSize(long bytes) {
-        if (stream.Length != bytes)
-            throw Fail($"{bytes} bytes by its header", $"{stream.Length} bytes");
-    }
+    /// <summary>Throws unless the file has exactly the size that its header implies.</summary>
+    public void CheckSize(long bytes) => Require(Length == bytes, $"{bytes} bytes by its header", $"{Length} bytes");
 
-    /// <summary>Requires everything to have been read.</summary>
+    /// <summary>Throws unless everything has been read.</summary>
     public void CheckEnd() => CheckSize(stream.Position);
 
-    /// <summary>The exception for something wrong in this file, which is closed.</summary>
+    /// <summary>Throws unless something about this file is right.</summary>
+    public void Require(bool right, string expected, string found) {
+        if (!right)
+            throw Fail(expected, found);
+    }
+
+    /// <summary>Closes the file, and returns the exception that says what is wrong with it.</summary>
     public Gpt2Exception Fail(string expected, string found) {
         Dispose();
         return new Gpt2Exception($"{stream.Name}: expected {expected}, found {found}");
     }
 
-    /// <summary>Fills a span with the values that follow, or that begin at a byte from the file's start.</summary>
+    /// <summary>Fills a span with the values that come next, or with those at a byte offset.</summary>
     public void Read<T>(Span<T> values, long? offset = null) where T : unmanaged {
         stream.Position = offset ?? stream.Position;
         var bytes = MemoryMarshal.AsBytes(values);
         if (stream.ReadAtLeast(bytes, bytes.Length, throwOnEndOfStream: false) < bytes.Length)
-            throw Fail("more data", $"its end at byte {stream.Length}");
+            throw Fail("more data", $"its end at byte {Length}");
     }
 
-    /// <summary>The value that follows.</summary>
-    public T Read<T>() where T : unmanaged {
-        Span<T> value = stackalloc T[1];
-        Read(value);
-        return value[0];
-    }
-
-    /// <summary>Fills a span from the bfloat16 values that follow.</summary>
+    /// <summary>Fills a span with the bfloat16 values that come next.</summary>
     public void ReadBFloat16(Span<float> values) {
-        // They lie in the second half first, so that widening from the front overwrites nothing unread.
+        // Read into the second half of the span, and widened from the front: no value is overwritten before its turn.
         var halves = MemoryMarshal.Cast<float, ushort>(values)[values.Length..];
         Read(halves);
         BFloat16.Widen(halves, values);
@@ -106,9 +99,9 @@ public sealed class BinaryFile : IDisposable {
     public void Dispose() => stream.Dispose();
 }
 
-/// <summary>Checks of many numbers.</summary>
+/// <summary>Checks of arrays of numbers.</summary>
 public static class Numbers {
-    /// <summary>The first infinity or NaN, or null.</summary>
+    /// <summary>The first value that is infinite or NaN, or null.</summary>
     public static float? NotFinite(ReadOnlySpan<float> values) {
         foreach (var value in values) {
             if (!float.IsFinite(value))
@@ -118,15 +111,15 @@ public static class Numbers {
     }
 }
 
-/// <summary>Numbers in bfloat16: the upper halves of fp32.</summary>
+/// <summary>Conversion between fp32 and bfloat16, which is the upper half of an fp32.</summary>
 public static class BFloat16 {
-    /// <summary>The same numbers in fp32, from the first to the last.</summary>
+    /// <summary>Converts to fp32, from the first value to the last.</summary>
     public static void Widen(ReadOnlySpan<ushort> from, Span<float> to) {
         for (var i = 0; i < to.Length; i++)
             to[i] = BitConverter.Int32BitsToSingle(from[i] << 16);
     }
 
-    /// <summary>Rounds to the nearest, ties to even.</summary>
+    /// <summary>Rounds to the nearest bfloat16, ties to even.</summary>
     public static void Round(ReadOnlySpan<float> from, Span<ushort> to) {
         for (var i = 0; i < from.Length; i++) {
             var bits = BitConverter.SingleToUInt32Bits(from[i]);
@@ -136,20 +129,18 @@ public static class BFloat16 {
     }
 }
 
-/// <summary>Files as a whole: finding them, and writing them so that a name stands for a complete file.</summary>
+/// <summary>Globbing, hashing, and atomic writes: a file appears under its name only when complete.</summary>
 public static class Files {
-    /// <summary>The files that a path with * and ? in its last part names, in ordinal order.</summary>
+    /// <summary>The files that match a path with * and ? in its last part, in ordinal order.</summary>
     public static string[] Glob(string pattern) {
         var folder = Path.GetDirectoryName(pattern) ?? "/";
-        if (!Directory.Exists(Path.Combine(".", folder)))
-            return [];
+        var directory = new DirectoryInfo(Path.Combine(".", folder));
         var options = new EnumerationOptions { MatchType = MatchType.Simple };
-        var paths = Directory.GetFiles(Path.Combine(".", folder), Path.GetFileName(pattern), options);
-        var names = paths.Select(Path.GetFileName);
-        return [.. names.Select(name => Path.Combine(folder, name!)).Order(StringComparer.Ordinal)];
+        var files = directory.Exists ? directory.GetFiles(Path.GetFileName(pattern), options) : [];
+        return [.. files.Select(file => Path.Combine(folder, file.Name)).Order(StringComparer.Ordinal)];
     }
 
-    /// <summary>Writes a file under a temporary name, flushes it to the disk, renames it; makes its folder.</summary>
+    /// <summary>Writes a file under a temporary name, flushes it to disk, and renames it. Creates its folder.</summary>
     public static void Write(string path, Action<Stream> content) {
         var temporary = path + ".tmp";
         Directory.CreateDirectory(Path.GetDirectoryName(Path.GetFullPath(path))!);
@@ -160,7 +151,7 @@ public static class Files {
             }
             File.Move(temporary, path, overwrite: true);
         } catch (Exception e) {
-            File.Delete(temporary); // room again on a full disk
+            File.Delete(temporary); // makes room on a full disk
             // .NET reports EFBIG as ArgumentOutOfRangeException, without the path.
             if (e is ArgumentOutOfRangeException)
                 throw new Gpt2Exception($"{path}: expected room for it, found a limit on the size of files");
@@ -168,7 +159,7 @@ public static class Files {
         }
     }
 
-    /// <summary>A line that tells whether a file is still the same: its name, size, and XXH3 hash.</summary>
+    /// <summary>A file's fingerprint in a line: its name, size, and XXH3 hash.</summary>
     public static string Describe(string path) {
         using var stream = File.OpenRead(path);
         var hash = new XxHash3();
@@ -177,16 +168,15 @@ public static class Files {
     }
 }
 
-/// <summary>The Mersenne Twister (Matsumoto and Nishimura, 1998), with the draws that torch's CPU generator makes from
-/// it and the state that llm.c saves.</summary>
+/// <summary>The Mersenne Twister (Matsumoto and Nishimura, 1998). It draws what torch's CPU generator draws from the
+/// same seed, and saves its state as llm.c does.</summary>
 public sealed class Mt19937 {
     const int N = 624, M = 397, Eight = 8;
     const uint Matrix = 0x9908b0df;
 
-    readonly uint[] state = new uint[N];
+    readonly uint[] state = new uint[N + Eight]; // the last eight repeat the first, for vectors that wrap around
     ulong seed;
-    int left = 1;
-    uint next;
+    int next = N; // number drawn since the state was made
 
     public Mt19937(uint seed) {
         this.seed = state[0] = seed;
@@ -194,32 +184,23 @@ public sealed class Mt19937 {
             state[i] = 1812433253 * (state[i - 1] ^ state[i - 1] >> 30) + i;
     }
 
-    /// <summary>A uniform 32-bit number.</summary>
+    /// <summary>Draws a uniform 32-bit number.</summary>
     public uint NextUInt32() {
-        if (--left == 0)
+        if (next == N)
             Twist();
         return Temper(Vector256.Create(state[next++]))[0];
     }
 
     void Twist() {
-        for (var i = 0; i < N;) {
-            var far = (i + M) % N;
-            if (i + Eight < N && far + Eight <= N) {
-                var old = Vector256.Create(state, i + 1);
-                Mix(Vector256.Create(state, i), old, Vector256.Create(state, far)).CopyTo(state, i);
-                i += Eight;
-            } else {
-                var old = Vector256.Create(state[(i + 1) % N]);
-                state[i] = Mix(Vector256.Create(state[i]), old, Vector256.Create(state[far]))[0];
-                i++;
-            }
+        for (var i = 0; i < N; i += Eight) {
+            var (high, low) = (Vector256.Create(state, i), Vector256.Create(state, i + 1));
+            var bits = high & Vector256.Create(0x80000000) | low & Vector256.Create(0x7fffffffu);
+            var far = Vector256.Create(state, i + M < N ? i + M : i + M - N);
+            (far ^ bits >> 1 ^ Vector256.Create(Matrix) & -(bits & Vector256<uint>.One)).CopyTo(state, i);
+            if (i == 0)
+                state.AsSpan(0, Eight).CopyTo(state.AsSpan(N));
         }
-        (left, next) = (N, 0);
-
-        static Vector256<uint> Mix(Vector256<uint> one, Vector256<uint> other, Vector256<uint> far) {
-            var bits = one & Vector256.Create(0x80000000) | other & Vector256.Create(0x7fffffffu);
-            return far ^ bits >> 1 ^ Vector256.Create(Matrix) & -(bits & Vector256<uint>.One);
-        }
+        next = 0;
     }
 
     static Vector256<uint> Temper(Vector256<uint> y) {
@@ -229,31 +210,28 @@ public sealed class Mt19937 {
         return y ^ y >> 18;
     }
 
-    /// <summary>A uniform number in [0, 1) of 24 bits.</summary>
+    /// <summary>Draws a uniform number in [0, 1) with 24 random bits.</summary>
     public float NextFloat() => (NextUInt32() & 0xffffff) / 16777216f;
 
-    /// <summary>Fills with what <see cref="NextFloat"/> would return.</summary>
-    public void NextFloats(Span<float> values) {
-        for (; values.Length > 0 && left > 1; values = values[1..])
-            values[0] = NextFloat();
-        for (; values.Length >= N; values = values[N..]) {
-            Twist();
-            for (var i = 0; i < N; i += Eight) {
-                var bits = Temper(Vector256.Create(state, i)) & Vector256.Create(0xffffffu);
-                (Vector256.ConvertToSingle(bits.AsInt32()) / 16777216f).CopyTo(values[i..]);
-            }
-            (left, next) = (1, N);
+    void NextFloats(Span<float> values) {
+        while (values.Length >= Eight) {
+            if (next == N)
+                Twist();
+            var bits = Temper(Vector256.Create(state, next)) & Vector256.Create(0xffffffu);
+            (Vector256.ConvertToSingle(bits.AsInt32()) / 16777216f).CopyTo(values);
+            var count = Math.Min(Eight, N - next); // more than that is overwritten
+            next += count;
+            values = values[count..];
         }
         foreach (ref var value in values)
             value = NextFloat();
     }
 
-    /// <summary>Normal draws are made of so many uniform ones; the last group of an array may overlap the one before.
-    /// </summary>
+    /// <summary>Number of normal draws that are made together, from as many uniform ones.</summary>
     public const int Group = 2 * Eight;
 
-    /// <summary>Fills with Normal(0, std) draws as torch's normal_ does for a group or more. An array may be filled in
-    /// parts of whole groups, if the last has one or more.</summary>
+    /// <summary>Fills 16 values or more with Normal(0, std) draws as torch's normal_ does: where their number is no
+    /// multiple of 16, the last 16 are drawn again. Of an array's parts, all but the last must be multiples.</summary>
     public void Normal(Memory<float> values, float std) {
         NextFloats(values.Span);
         const int block = 1 << 14;
@@ -275,7 +253,7 @@ public sealed class Mt19937 {
         }
     }
 
-    /// <summary>Permutes in place: for i from n − 1 down to 1, swap i with the next number mod (i + 1).</summary>
+    /// <summary>Shuffles in place: for i from n − 1 down to 1, swaps i with the next number mod (i + 1).</summary>
     public void Permute(int[] values) {
         for (var i = values.Length - 1; i > 0; i--) {
             var j = (int)(NextUInt32() % (uint)(i + 1));
@@ -283,22 +261,24 @@ public sealed class Mt19937 {
         }
     }
 
-    /// <summary>The state as llm.c's C struct lies in memory.</summary>
-    public uint[] Save() => [(uint)seed, (uint)(seed >> 32), (uint)left, next, .. state, 0, Matrix];
+    /// <summary>The state, with the memory layout of llm.c's C struct.</summary>
+    public uint[] Save() =>
+        [(uint)seed, (uint)(seed >> 32), (uint)(N + 1 - next), (uint)next, .. state[..N], 0, Matrix];
 
-    /// <summary>Reads what <see cref="Save"/> returned.</summary>
+    /// <summary>Reads a state that <see cref="Save"/> returned.</summary>
     public void Load(BinaryFile from) {
         var words = new uint[Save().Length];
         from.Read(words.AsSpan());
-        (seed, left, next) = (words[0] | (ulong)words[1] << 32, (int)words[2], words[3]);
+        var (left, taken) = (words[2], words[3]);
+        // A new generator of llm.c has one number left and none taken.
+        from.Require(left is >= 1 and <= N && (left == 1 || left + taken == N + 1),
+            "a random generator's state", $"{left} numbers left and number {taken} next");
+        (seed, next) = (words[0] | (ulong)words[1] << 32, N + 1 - (int)left);
         words.AsSpan(4, N).CopyTo(state);
-        if (left < 1 || next + (uint)left > N + 1) // it would draw beyond the state
-            throw from.Fail("a random generator's state", $"{left} numbers left and number {next} next");
     }
 }
 
-/// <summary>The token shards that a pattern names. Only the one that is being read is open, as there may be thousands.
-/// </summary>
+/// <summary>The token shards that match a pattern. There may be thousands, so only one is open at a time.</summary>
 public sealed class TokenShards : IDisposable {
     const int Magic = 20240520;
 
@@ -306,10 +286,10 @@ public sealed class TokenShards : IDisposable {
     readonly string[] paths;
     readonly int vocabulary;
     BinaryFile? file;
-    int opened = -1; // the index of the open file
+    int opened = -1; // index of the open shard
 
-    /// <summary>Checks every shard's header against its size.</summary>
-    /// <exception cref="Gpt2Exception">No file matches, or one is not a shard.</exception>
+    /// <summary>Finds the shards, and checks each one's header against its size.</summary>
+    /// <exception cref="Gpt2Exception">No file matches, or one that does is no shard.</exception>
     public TokenShards(string pattern, int vocabulary) {
         (this.pattern, this.vocabulary, paths) = (pattern, vocabulary, Files.Glob(pattern));
         if (paths.Length == 0)
@@ -317,64 +297,56 @@ public sealed class TokenShards : IDisposable {
         Counts = [.. paths.Select((_, shard) => Open(shard).Header[2])];
     }
 
-    /// <summary>Number of tokens in each shard, in ordinal order of their paths.</summary>
+    /// <summary>Number of tokens in each shard. Shards are in ordinal order of their paths.</summary>
     public int[] Counts { get; }
 
-    /// <summary>Number of tokens in all shards.</summary>
+    /// <summary>Number of tokens in all shards together.</summary>
     public long Tokens => Counts.Sum(count => (long)count);
 
     BinaryFile Open(int shard) {
-        if (shard == opened)
-            return file!;
-        Dispose();
-        file = new BinaryFile(paths[shard], "a token shard", Magic, 1);
-        file.Check("number of tokens", 2, file.Header[2] >= 0, "0 or more");
-        file.CheckSize(BinaryFile.HeaderBytes + (long)file.Header[2] * sizeof(ushort));
-        opened = shard;
-        return file;
+        if (shard != opened) {
+            file?.Dispose();
+            (file, opened) = (new BinaryFile(paths[shard], "a token shard", Magic, 1), shard);
+            file.Check("number of tokens", 2, file.Header[2] >= 0, "0 or more");
+            file.CheckSize(BinaryFile.HeaderBytes + (long)file.Header[2] * sizeof(ushort));
+        }
+        return file!;
     }
 
-    /// <summary>Number of a shard's whole samples of so many tokens, each followed by another token.</summary>
+    /// <summary>Number of whole samples in a shard; a sample is so many tokens, and the token after them.</summary>
     public int Samples(int shard, int tokens) => Math.Max(0, Counts[shard] - 1) / tokens;
 
-    /// <summary>The same of all shards together.</summary>
-    /// <exception cref="Gpt2Exception">There are none.</exception>
+    /// <summary>Number of whole samples in all shards together; that there are none is an error.</summary>
     public long Samples(int tokens) =>
         Counts.Select((_, shard) => (long)Samples(shard, tokens)).Sum() is > 0 and var samples ? samples
             : throw new Gpt2Exception($"{pattern}: expected more than {tokens} tokens a shard, found {Counts.Max()}");
 
-    /// <summary>The shards that have no whole sample.</summary>
+    /// <summary>Paths of the shards that have no whole sample.</summary>
     public IEnumerable<string> TooShort(int tokens) => paths.Where((_, shard) => Samples(shard, tokens) == 0);
 
-    /// <summary>Where the first rows of T tokens begin, in order. For 0 batches they do not depend on the batch size;
-    /// else they are those of llm.c's batches: a shard's last rows are left out if they are no whole batch.</summary>
+    /// <summary>Where rows of T tokens begin, in order: those of so many of llm.c's batches, which leave out rows at a
+    /// shard's end that fill no batch; for 0 batches, so many rows, whatever the batch size.</summary>
     /// <exception cref="Gpt2Exception">There are none.</exception>
     public (int Shard, long First)[] Rows(int T, int batchRows, int batches, int rows = int.MaxValue) {
-        if (batches > 0)
-            rows = (int)Math.Min(int.MaxValue, (long)batches * batchRows);
-        else
-            batchRows = 1;
-        _ = Samples(batchRows * T);
-        return [.. Enumerable.Range(0, paths.Length).SelectMany(shard => Enumerable
-            .Range(0, Samples(shard, batchRows * T) * batchRows).Select(row => (shard, (long)row * T))).Take(rows)];
+        var (group, most) = batches > 0 ? (batchRows, (long)batches * batchRows) : (1, rows);
+        _ = Samples(group * T);
+        return [.. Counts.SelectMany((_, shard) => Enumerable.Range(0, Samples(shard, group * T) * group)
+            .Select(row => (shard, (long)row * T))).Take((int)Math.Min(int.MaxValue, most))];
     }
 
-    /// <summary>Reads T inputs from a shard's token <paramref name="first"/> on, and as targets the token after each.
-    /// </summary>
+    /// <summary>Reads T tokens of a shard as inputs, from a position on, and as targets the token after each.</summary>
     /// <exception cref="Gpt2Exception">A token is not in the vocabulary.</exception>
     public void Read(int shard, long first, Span<int> inputs, Span<int> targets) {
-        var tokens = new ushort[inputs.Length + 1].AsSpan();
-        Open(shard).Read(tokens, BinaryFile.HeaderBytes + first * sizeof(ushort));
-        for (var i = 0; i < tokens.Length; i++) {
-            if (tokens[i] >= vocabulary)
-                throw file!.Fail(
-                    $"tokens below the vocabulary of {vocabulary}", $"{tokens[i]} at position {first + i}");
-        }
+        var tokens = new ushort[inputs.Length + 1];
+        Open(shard).Read(tokens.AsSpan(), BinaryFile.HeaderBytes + first * sizeof(ushort));
+        if (Array.FindIndex(tokens, token => token >= vocabulary) is >= 0 and var i)
+            throw file!.Fail($"tokens below the vocabulary of {vocabulary}", $"{tokens[i]} at position {first + i}");
         for (var t = 0; t < inputs.Length; t++)
             (inputs[t], targets[t]) = (tokens[t], tokens[t + 1]);
     }
 
-    /// <summary>Writes as a shard what a function returns, which is asked for so many tokens at most.</summary>
+    /// <summary>Writes a shard of at most so many tokens.</summary>
+    /// <param name="next">Returns the next tokens, at most as many as its argument says; none at the end.</param>
     public static void Write(string path, int most, Func<int, ReadOnlyMemory<ushort>> next) {
         var header = new int[BinaryFile.HeaderLength];
         (header[0], header[1]) = (Magic, 1);
@@ -389,24 +361,21 @@ public sealed class TokenShards : IDisposable {
         });
     }
 
-    public void Dispose() {
-        file?.Dispose();
-        opened = -1;
-    }
+    public void Dispose() => file?.Dispose();
 }
 
-/// <summary>Batches of (B, T) tokens from shards, in order or shuffled, as llm.c draws them: samples of ranks·B·T
-/// tokens, of which each rank takes B·T.</summary>
+/// <summary>Batches of (B, T) tokens from shards, in order or shuffled, as llm.c draws them. A sample is a batch of all
+/// ranks: ranks·B·T tokens, of which each rank takes B·T.</summary>
 public sealed class TokenLoader : IDisposable {
     readonly TokenShards shards;
     readonly int B, T, rank, ranks;
     readonly Mt19937 random;
     readonly int[] shardOrder;
     int[] sampleOrder = [];
-    int taken; // tokens of the sample, by all ranks
+    int taken; // tokens of the current sample, by all ranks
 
-    /// <summary>Opens all shards that a pattern names.</summary>
-    /// <exception cref="Gpt2Exception">There are none, one is not a shard, or none has a whole sample.</exception>
+    /// <summary>Opens the shards that match a pattern.</summary>
+    /// <exception cref="Gpt2Exception">There are none, one is no shard, or none has a whole sample.</exception>
     public TokenLoader(
         string pattern, int B, int T, int vocabulary, bool shuffle, uint seed = 42, int rank = 0, int ranks = 1) {
         (this.B, this.T, this.rank, this.ranks) = (B, T, rank, ranks);
@@ -417,34 +386,32 @@ public sealed class TokenLoader : IDisposable {
         Reset();
     }
 
-    /// <summary>Whether batches come in a random order.</summary>
+    /// <summary>Whether batches come in random order.</summary>
     public bool Shuffles { get; }
 
-    /// <summary>Tokens in all shards.</summary>
+    /// <summary>Number of tokens in all shards.</summary>
     public long Tokens => shards.Tokens;
 
-    /// <summary>Samples in all shards: an epoch.</summary>
+    /// <summary>Number of samples in all shards: an epoch.</summary>
     public long Samples { get; private set; }
 
-    /// <summary>The shards that are passed over because they have no whole sample.</summary>
+    /// <summary>Paths of the shards that are skipped because they have no whole sample.</summary>
     public IEnumerable<string> TooShort => shards.TooShort(SampleTokens);
 
-    /// <summary>Tokens in a sample: a batch of all ranks, those that the run began with.</summary>
+    /// <summary>Number of tokens in a sample. A resumed run keeps the one that it began with.</summary>
     public int SampleTokens { get; private set; }
 
-    /// <summary>The shard being read, in this epoch's order, and the next sample in it.</summary>
+    /// <summary>The shard being read, by its place in this epoch's order, and the next sample in it.</summary>
     public (int Shard, int Sample) Position { get; private set; }
 
     int Shard => shardOrder[Position.Shard];
 
     /// <summary>Starts an epoch.</summary>
-    public void Reset() {
-        if (Shuffles)
-            random.Permute(shardOrder);
-        Open(0);
-    }
+    public void Reset() => Open(0);
 
     void Open(int shard) {
+        if (Shuffles && shard == 0)
+            random.Permute(shardOrder);
         (Position, taken) = ((shard, 0), 0);
         sampleOrder = [.. Enumerable.Range(0, shards.Samples(Shard, SampleTokens))];
         if (Shuffles)
@@ -454,12 +421,8 @@ public sealed class TokenLoader : IDisposable {
     /// <summary>Reads this rank's part of the next sample: B·T inputs, and as targets the token after each.</summary>
     public void Next(Span<int> inputs, Span<int> targets) {
         for (var row = 0; row < ranks * B; row++) {
-            while (Position.Sample == sampleOrder.Length) {
-                if (Position.Shard + 1 < shardOrder.Length)
-                    Open(Position.Shard + 1);
-                else
-                    Reset();
-            }
+            while (Position.Sample == sampleOrder.Length)
+                Open((Position.Shard + 1) % shardOrder.Length);
             if (row / B == rank) {
                 var (first, here) = ((long)sampleOrder[Position.Sample] * SampleTokens + taken, row % B * T);
                 shards.Read(Shard, first, inputs.Slice(here, T), targets.Slice(here, T));
@@ -470,7 +433,7 @@ public sealed class TokenLoader : IDisposable {
         }
     }
 
-    /// <summary>Writes the orders and the generator's state, if this loader shuffles.</summary>
+    /// <summary>Writes the orders and the random generator's state, if this loader shuffles.</summary>
     public void Save(BinaryWriter to) {
         if (!Shuffles)
             return;
@@ -483,44 +446,45 @@ public sealed class TokenLoader : IDisposable {
 
     /// <summary>Goes on from a position, with what <see cref="Save"/> wrote there. The run keeps its samples, whatever
     /// the number of ranks and their batches are now.</summary>
-    /// <param name="sampleTokens">0 if the file does not say; then they are as in a new run.</param>
+    /// <param name="sampleTokens">0 if the file does not say: then they are as in a new run.</param>
     public void Load(BinaryFile from, bool shuffled, (int Shard, int Sample) position, int sampleTokens = 0) {
-        if (sampleTokens < 0 || sampleTokens % T != 0)
-            throw from.Fail($"samples of whole sequences of {T} tokens", $"{sampleTokens} tokens");
+        from.Require(sampleTokens >= 0 && sampleTokens % T == 0,
+            $"samples of whole sequences of {T} tokens", $"{sampleTokens} tokens");
         SampleTokens = sampleTokens == 0 ? SampleTokens : sampleTokens;
         Samples = shards.Samples(SampleTokens);
-        if (shuffled != Shuffles)
-            throw from.Fail(Shuffles ? "a run that shuffles" : "a run with --no-shuffle", "the other kind");
-        if (position.Shard < 0 || position.Shard >= shardOrder.Length)
-            throw from.Fail($"a position in {shardOrder.Length} shards", $"shard {position.Shard}");
+        from.Require(
+            shuffled == Shuffles, Shuffles ? "a run that shuffles" : "a run with --no-shuffle", "the other kind");
+        var shardIsValid = position.Shard >= 0 && position.Shard < shardOrder.Length;
+        from.Require(shardIsValid, $"a position in {shardOrder.Length} shards", $"shard {position.Shard}");
         if (Shuffles)
             ReadOrder(shardOrder, "shards");
         (Position, taken) = (position, 0);
         sampleOrder = [.. Enumerable.Range(0, shards.Samples(Shard, SampleTokens))];
-        if (position.Sample < 0 || position.Sample > sampleOrder.Length)
-            throw from.Fail($"at most {sampleOrder.Length} batches of {SampleTokens} tokens", $"{position.Sample}");
+        from.Require(position.Sample >= 0 && position.Sample <= sampleOrder.Length,
+            $"at most {sampleOrder.Length} batches of {SampleTokens} tokens", $"{position.Sample}");
         if (!Shuffles)
             return;
         ReadOrder(sampleOrder, $"batches of {SampleTokens} tokens");
         random.Load(from);
 
         void ReadOrder(int[] order, string what) {
-            if (from.Read<long>() is var count && count != order.Length)
-                throw from.Fail($"the order of {order.Length} {what}", $"that of {count}");
+            Span<long> count = stackalloc long[1];
+            from.Read(count);
+            from.Require(count[0] == order.Length, $"the order of {order.Length} {what}", $"that of {count[0]}");
             from.Read(order.AsSpan());
-            if (!order.Order().SequenceEqual(Enumerable.Range(0, order.Length)))
-                throw from.Fail($"a permutation of {count} {what}", "something else");
+            var isPermutation = order.Order().SequenceEqual(Enumerable.Range(0, order.Length));
+            from.Require(isPermutation, $"a permutation of {order.Length} {what}", "something else");
         }
     }
 
     public void Dispose() => shards.Dispose();
 }
 
-/// <summary>A question with several completions, of which one is right. Each row is context and completion.</summary>
+/// <summary>A question with several completions, one of them right. A row is the context and a completion.</summary>
 public sealed record MultipleChoice(int Label, int ContextLength, ushort[][] Rows) {
     /// <summary>Reads an evaluation file of llm.c, such as hellaswag_val.bin.</summary>
     public static IEnumerable<MultipleChoice> Read(string path, int vocabulary) {
-        const int mark = 65535, prefix = 5; // the words before an example's context
+        const int mark = 65535, prefix = 5; // words before an example's context
         using var file = new BinaryFile(path, "a multiple-choice evaluation", 20240522, 1);
         file.Check("number of examples", 2, file.Header[2] > 0, "1 or more");
         file.Check("longest example in bytes", 3, file.Header[3] is > 2 * prefix and <= 65535, "11 to 65535");
@@ -534,8 +498,8 @@ public sealed record MultipleChoice(int Label, int ContextLength, ushort[][] Row
             file.Read(rest.Span);
             var context = Take();
             var rows = Enumerable.Range(0, words[4]).Select(_ => (ushort[])[.. context, .. Take()]).ToArray();
-            if (words[3] >= rows.Length || rest.Length > 0 || context.Length == 0)
-                throw file.Fail($"example {i} to have a context, a label below {rows.Length}, no more", "another one");
+            file.Require(words[3] < rows.Length && rest.Length == 0,
+                $"example {i} to have a context, a label below {rows.Length}, no more", "another one");
             yield return new MultipleChoice(words[3], context.Length, rows);
 
             ushort[] Take() {
@@ -543,38 +507,39 @@ public sealed record MultipleChoice(int Label, int ContextLength, ushort[][] Row
                     throw file.Fail($"all tokens of example {i}", "its end");
                 var tokens = rest.Slice(1, rest.Span[0]).ToArray();
                 rest = rest[(1 + tokens.Length)..];
-                return tokens.Max() < vocabulary ? tokens
-                    : throw file.Fail($"tokens below the vocabulary of {vocabulary}", $"{tokens.Max()} in example {i}");
+                file.Require(tokens.Max() < vocabulary,
+                    $"tokens below the vocabulary of {vocabulary}", $"{tokens.Max()} in example {i}");
+                return tokens;
             }
         }
         file.CheckEnd();
     }
 }
 
-/// <summary>GPT-2's byte-pair encoding between text and token ids, over the bytes of UTF-8.</summary>
+/// <summary>GPT-2's byte-pair encoding of UTF-8 text, exact for all of Unicode. A pattern splits text into pieces, such
+/// as a word with the space before it, and each piece is encoded on its own. Time is linear in the text's length, and
+/// memory is fixed, however long a piece is.</summary>
 public sealed class Tokenizer {
-    /// <summary>Separates documents in text, and begins each one in tokens.</summary>
+    /// <summary>The mark that separates documents in text.</summary>
     public const string EndOfText = "<|endoftext|>";
 
-    /// <summary>Its id, the last one of the vocabulary.</summary>
+    /// <summary>The mark's token, the last of the vocabulary. It begins each document in a token shard.</summary>
     public const ushort EndOfTextId = 50256;
 
-    /// <summary>Tokens in a shard at most.</summary>
-    public const int ShardTokens = 100_000_000;
+    /// <summary>How far back, in bytes, more text can change the tokens of a piece: those that end this far before the
+    /// new text stay the same. A test derives 339 from the vocabulary; the rest is margin.</summary>
+    public const int Reach = 360;
 
-    /// <summary>Text changes no token that ends this many bytes before it. GPT-2's ranks allow 339, as a test derives;
-    /// the rest is for a character or a mark that is cut off.</summary>
-    public const int Reach = 400;
-
-    const int Window = 2 * Reach, Block = 1 << 18;
+    // A piece longer than Window bytes is encoded part by part, and a file block by block.
+    const int Window = 2 * Reach, Block = 1 << 18, ShardTokens = 100_000_000;
     const ushort None = ushort.MaxValue;
 
     static ReadOnlySpan<byte> Mark => "<|endoftext|>"u8;
 
     readonly byte[][] vocabulary;
-    readonly Dictionary<ulong, int> ranks; // by hash
+    readonly Dictionary<ulong, int> ranks; // by the hash of a token's bytes
 
-    /// <summary>Reads the vocabulary: its size, then each token by rank in base64, a line each.</summary>
+    /// <summary>Reads the vocabulary: a line with its size, then one for each token in base64, by rank.</summary>
     public Tokenizer() {
         const string type = "Microsoft.ML.Tokenizers.R50kBaseTokenizerData, Microsoft.ML.Tokenizers.Data.R50kBase";
         using var resource = Type.GetType(type)!.Assembly.GetManifestResourceStream("r50k_base.tiktoken.deflate")!;
@@ -584,14 +549,14 @@ public sealed class Tokenizer {
         ranks = Enumerable.Range(0, EndOfTextId).ToDictionary(token => XxHash3.HashToUInt64(vocabulary[token]));
     }
 
-    /// <summary>Whether a token is not the end of the text.</summary>
+    /// <summary>Whether a token stands for text, and not for its end.</summary>
     public static bool IsText(int token) => token != EndOfTextId;
 
-    /// <summary>The ids of a text, in which the mark for the end of text stands for its id.</summary>
-    public IEnumerable<int> Encode(string text) => text.Split(EndOfText).SelectMany(part =>
-        (int[])[EndOfTextId, .. Encode(Encoding.UTF8.GetBytes(part), begins: false)]).Skip(1);
+    /// <summary>Encodes text, in which the mark becomes its token.</summary>
+    public IEnumerable<int> Encode(string text) => text.Split(EndOfText)
+        .SelectMany(part => (int[])[EndOfTextId, .. Encode(Encoding.UTF8.GetBytes(part))]).Skip(1);
 
-    /// <summary>Turns ids into text as they come; characters of several tokens wait until they are whole.</summary>
+    /// <summary>Decodes tokens as they come. A character of several tokens appears with the last of them.</summary>
     public IEnumerable<string> Decode(IEnumerable<int> tokens) {
         var (decoder, text) = (Encoding.UTF8.GetDecoder(), new char[256]);
         foreach (var token in tokens)
@@ -599,33 +564,29 @@ public sealed class Tokenizer {
         yield return new string(text, 0, decoder.GetChars([], text, flush: true));
     }
 
-    /// <summary>Encodes documents into an array of the pool. If the last one goes on, its end is left out.</summary>
-    ArraySegment<ushort> Encode(ReadOnlySpan<byte> text, bool begins, bool goesOn = false) {
-        var (tokens, count) = (ArrayPool<ushort>.Shared.Rent(text.Length + 1), 0);
+    /// <summary>Encodes text into a pooled array. A mark begins a document, unless that is only white space.</summary>
+    /// <param name="first">Number of bytes to skip, as they were encoded with the block before.</param>
+    /// <param name="goesOn">Whether the document goes on after this text. If so, the tokens that its next part might
+    /// change are left out; the text may begin with a mark, but has no other.</param>
+    ArraySegment<ushort> Encode(ReadOnlySpan<byte> text, int first = 0, bool goesOn = false) {
+        var (tokens, count) = (ArrayPool<ushort>.Shared.Rent(text.Length), 0);
         foreach (var part in text.Split(Mark)) {
             var document = text[part];
-            if (begins && !goesOn && RunEnd(document, 0, ' ') == document.Length)
-                continue;
-            if (begins)
+            if (part.Start.Value > 0) {
+                if (!goesOn && RunEnd(document, 0, ' ') == document.Length)
+                    continue;
                 tokens[count++] = EndOfTextId;
-            for (var at = 0; at < document.Length;) {
-                var length = PieceLength(document, at);
-                var isWhole = length <= Window && (!goesOn || at + length <= document.Length - Mark.Length);
-                if (!isWhole && document.Length - at <= Window) {
-                    // The rest is a text of its own, so it must not begin within a character.
-                    while ((document[at] & 0xc0) == 0x80)
-                        at -= vocabulary[tokens[--count]].Length;
-                    break;
-                }
-                at += Encode(document.Slice(at, Math.Min(length, Window)), isWhole, tokens, ref count);
             }
-            begins = true;
+            // A piece that begins before this end and fits Window is complete, and no part of a mark that is cut off.
+            var end = goesOn ? document.Length - Window - Mark.Length : document.Length;
+            for (var at = part.Start.Value == 0 ? first : 0; at < end;)
+                at += EncodePiece(document.Slice(at, PieceLength(document, at)), tokens, ref count);
         }
         return new(tokens, 0, count);
     }
 
-    /// <summary>Length of the piece that begins or goes on at a place, if it is at most a window, by GPT-2's pattern:
-    /// 's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+</summary>
+    /// <summary>Length in bytes of the piece that begins at a place, or some length above Window, if it is longer than
+    /// that. GPT-2's pattern: 's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+</summary>
     static int PieceLength(ReadOnlySpan<byte> text, int at) {
         var rest = text[at..];
         if (rest[0] == '\'' && rest.Length > 1 && "stmd"u8.Contains(rest[1]))
@@ -634,69 +595,70 @@ public sealed class Tokenizer {
             return 3;
         var first = rest[0] == ' ' && rest.Length > 1 && KindAt(text, at + 1) != ' ' ? at + 1 : at;
         var end = RunEnd(text[..Math.Min(text.Length, at + Window + 8)], first, KindAt(text, first));
-        Rune.DecodeLastFromUtf8(text[..end], out var rune, out var size);
-        // The last space before something else belongs to that, unless it is the only one.
-        return (Rune.IsWhiteSpace(rune) && end < text.Length && end - size > at ? end - size : end) - at;
+        // The last of several spaces belongs to the piece after them.
+        Rune.DecodeLastFromUtf8(text[..end], out var last, out var size);
+        return (Rune.IsWhiteSpace(last) && end < text.Length && end - size > at ? end - size : end) - at;
     }
 
-    /// <summary>The kind of the character that a byte is part of: letter, number, space or other.</summary>
-    static char KindAt(ReadOnlySpan<byte> text, int at) {
-        while (at > 0 && (text[at] & 0xc0) == 0x80)
-            at--;
-        Rune.DecodeFromUtf8(text[at..], out var rune, out _);
-        return Rune.IsLetter(rune) ? 'L' : Rune.IsNumber(rune) ? 'N' : Rune.IsWhiteSpace(rune) ? ' ' : '.';
-    }
-
+    /// <summary>End of the run of characters of one kind that begins at a place.</summary>
     static int RunEnd(ReadOnlySpan<byte> text, int at, char kind) {
         while (at < text.Length && KindAt(text, at) == kind)
             at++;
         return at;
     }
 
-    /// <summary>The token of these bytes, if there is one.</summary>
+    /// <summary>Kind of a byte's character: L is a letter, N a number, a space white space, a dot another.</summary>
+    static char KindAt(ReadOnlySpan<byte> text, int at) {
+        while (at > 0 && (text[at] & 0xc0) == 0x80) // a byte that continues a character
+            at--;
+        Rune.DecodeFromUtf8(text[at..], out var rune, out _);
+        return Rune.IsLetter(rune) ? 'L' : Rune.IsNumber(rune) ? 'N' : Rune.IsWhiteSpace(rune) ? ' ' : '.';
+    }
+
+    /// <summary>Encodes a piece: as long as two neighbors form a token, merges the two whose token has the lowest rank,
+    /// leftmost first. Of a piece longer than Window, keeps only the tokens in the first Window − Reach bytes, as the
+    /// bytes after Window might change the others. The rest can be encoded as a piece of its own: merges on one side of
+    /// a place between two tokens do not depend on the other side.</summary>
+    /// <returns>Number of bytes encoded.</returns>
+    int EncodePiece(ReadOnlySpan<byte> piece, Span<ushort> tokens, ref int count) {
+        if (Rank(piece) is var whole and not None) {
+            tokens[count++] = whole;
+            return piece.Length;
+        }
+        // Where each part begins, and the rank of the token that it forms with the next. The last part is empty.
+        Span<(ushort Start, ushort Rank)> parts = stackalloc (ushort, ushort)[piece.Length + 1];
+        for (var i = 0; i <= piece.Length; i++)
+            parts[i] = ((ushort)i, i + 2 <= piece.Length ? Rank(piece.Slice(i, 2)) : None);
+        while (true) {
+            var (lowest, rank) = (0, None);
+            for (var i = 0; i < parts.Length; i++) {
+                if (parts[i].Rank < rank)
+                    (lowest, rank) = (i, parts[i].Rank);
+            }
+            if (rank == None)
+                break;
+            parts[(lowest + 2)..].CopyTo(parts[(lowest + 1)..]);
+            parts = parts[..^1];
+            for (var i = Math.Max(0, lowest - 1); i <= lowest; i++)
+                parts[i].Rank = i + 2 < parts.Length ? Rank(piece[parts[i].Start..parts[i + 2].Start]) : None;
+        }
+        var (end, next) = (piece.Length <= Window ? piece.Length : Window - Reach, 1);
+        for (; next < parts.Length && parts[next].Start <= end; next++)
+            tokens[count++] = Rank(piece[parts[next - 1].Start..parts[next].Start]);
+        return parts[next - 1].Start;
+    }
+
+    /// <summary>The token of these bytes, or None.</summary>
     ushort Rank(ReadOnlySpan<byte> bytes) => ranks.TryGetValue(XxHash3.HashToUInt64(bytes), out var rank)
         && bytes.SequenceEqual(vocabulary[rank]) ? (ushort)rank : None;
 
-    /// <summary>Encodes a piece: merges the two neighbors that make the token of lowest rank, leftmost first, until no
-    /// two make one. If the piece goes on, encodes only what does not depend on that.</summary>
-    /// <returns>How many bytes are encoded.</returns>
-    int Encode(ReadOnlySpan<byte> piece, bool isWhole, Span<ushort> tokens, ref int count) {
-        if (isWhole && Rank(piece) is var rank and not None) {
-            tokens[count++] = rank;
-            return piece.Length;
-        }
-        Span<ushort> starts = stackalloc ushort[Window + 1], pairs = stackalloc ushort[Window];
-        var last = piece.Length - 1;
-        for (ushort i = 0; i <= piece.Length; i++)
-            starts[i] = i;
-        for (var i = 0; i < last; i++)
-            pairs[i] = Rank(piece.Slice(i, 2));
-        while (last > 0) {
-            var lowest = 0;
-            for (var i = 1; i < last; i++)
-                lowest = pairs[i] < pairs[lowest] ? i : lowest;
-            if (pairs[lowest] == None)
-                break;
-            starts[(lowest + 2)..(last + 2)].CopyTo(starts[(lowest + 1)..]);
-            pairs[(lowest + 1)..last--].CopyTo(pairs[lowest..]);
-            if (lowest > 0)
-                pairs[lowest - 1] = Rank(piece[starts[lowest - 1]..starts[lowest + 1]]);
-            if (lowest < last)
-                pairs[lowest] = Rank(piece[starts[lowest]..starts[lowest + 2]]);
-        }
-        var token = 0;
-        for (; token <= last && (isWhole || starts[token + 1] <= Window - Reach); token++)
-            tokens[count++] = Rank(piece[starts[token]..starts[token + 1]]);
-        return starts[token];
-    }
-
-    /// <summary>Encodes text files as shards PREFIX_val_000000.bin and PREFIX_train_000001.bin, …: each file is split
-    /// at the mark for the end of text into documents, and the mark's id is written before each one. White space alone
-    /// is no document, up to 256 KB.</summary>
+    /// <summary>Encodes text files as token shards PREFIX_val_000000.bin and PREFIX_train_000001.bin, …: marks divide a
+    /// file into documents, and the mark's token comes before each of them. A document of less than 256 KB of white
+    /// space alone is left out.</summary>
     /// <param name="valTokens">How many of the first tokens are held out for validation.</param>
     /// <param name="files">Their paths; - is standard input.</param>
     /// <param name="lossy">Whether U+FFFD replaces what is not UTF-8; otherwise that is an error.</param>
-    /// <param name="progress">Is told how many bytes of a file were read; null if there were none for 5 s.</param>
+    /// <param name="progress">Takes a file, and how many bytes of it were read; null if none came for 5 s.</param>
     /// <returns>Number of tokens, and of shards for training.</returns>
     public (long Tokens, int Shards) WriteShards(
         string prefix, int valTokens, string[] files, bool lossy, Action<string, int?> progress) {
@@ -745,7 +707,9 @@ public sealed class Tokenizer {
         }
     }
 
-    /// <summary>Reads a file, and encodes it in blocks that do not depend on each other.</summary>
+    /// <summary>Reads a file in blocks, and starts a task for each that encodes it. A block ends where text is divided
+    /// in any case, so that the next can be encoded at the same time. A block without such a place (256 KB of letters)
+    /// is encoded at once, and the next begins where its last token ends.</summary>
     IEnumerable<Task<ArraySegment<ushort>>> Read(string path, bool lossy, Action<string, int?> progress) {
         using var patience = new Timer(_ => progress(path, null), null, 5000, Timeout.Infinite);
         // .NET opens this where standard input is closed.
@@ -754,46 +718,50 @@ public sealed class Tokenizer {
         using var file = path == "-" ? Console.OpenStandardInput()
             : new FileStream(path, FileMode.Open, FileAccess.Read, FileShare.Read, bufferSize: 0);
         using var stream = lossy ? Encoding.CreateTranscodingStream(file, Encoding.UTF8, Encoding.UTF8) : file;
-        var (text, length, position, begins, goesOn) = (new byte[Block], 0, 0L, true, true);
-        while (goesOn) {
-            var read = stream.ReadAtLeast(text.AsSpan(length), text.Length - length, throwOnEndOfStream: false);
+        // Every document follows a mark, even the first one.
+        byte[] text = [.. Mark, .. new byte[Block - Mark.Length]];
+        // The text's length, its place in the file, and how many of its bytes are encoded already.
+        var (length, position, encoded) = (Mark.Length, -(long)Mark.Length, 0);
+        for (var goesOn = true; goesOn;) {
+            var read = stream.ReadAtLeast(text.AsSpan(length), Block - length, throwOnEndOfStream: false);
             patience.Dispose();
             progress(path, read);
-            (length, goesOn) = (length + read, length + read == text.Length);
-            if (position == 0 && text.AsSpan(0, length).StartsWith(Encoding.UTF8.Preamble))
-                (text, length, position) = ([.. text[3..], 0, 0, 0], length - 3, 3);
+            (length, goesOn) = (length + read, length + read == Block);
+            if (position < 0 && text.AsSpan(Mark.Length, read).StartsWith(Encoding.UTF8.Preamble))
+                (text, length, position) = ([.. Mark, .. text[(Mark.Length + 3)..], 0, 0, 0], length - 3, position + 3);
             var cut = goesOn ? LastCut(text.AsSpan(0, length)) : length;
-            // Text that cannot be cut is encoded at once, up to where its last piece does not depend on what comes.
-            var (open, first) = (goesOn && cut == 0, begins);
-            Rune.DecodeLastFromUtf8(text.AsSpan(0, length), out _, out var last);
-            var size = open ? length - last : cut;
-            if (!Utf8.IsValid(text.AsSpan(0, size))) {
-                _ = Utf8.ToUtf16(text.AsSpan(0, size), new char[size], out var valid, out _, false);
+            var (open, size, first) = (cut == 0, cut == 0 ? length : cut, encoded);
+            var bytes = text.AsSpan(0, size);
+            // The end of an open block may cut off a character.
+            if (!Utf8.IsValid(bytes) && Utf8.ToUtf16(bytes, new char[size], out var valid, out _,
+                replaceInvalidSequences: false, isFinalBlock: !open) == OperationStatus.InvalidData)
                 throw new Gpt2Exception($"{path}: expected text in UTF-8, found something else at byte " +
                     $"{position + valid}; --lossy puts U+FFFD in its place");
-            }
             var block = MemoryPool<byte>.Shared.Rent(size);
-            text.AsSpan(0, size).CopyTo(block.Memory.Span);
+            bytes.CopyTo(block.Memory.Span);
             var encoding = Task.Run(() => {
                 using (block)
                     return Encode(block.Memory.Span[..size], first, open);
             });
-            cut = open ? encoding.Result.Skip(begins ? 1 : 0).Sum(token => vocabulary[token].Length) : cut;
-            begins = text.AsSpan(0, cut).EndsWith(Mark);
+            cut = open ? first + encoding.Result.Sum(token => vocabulary[token].Length) : cut;
             yield return encoding;
+            // If the last token ends within a character, the next block begins with that character.
+            for (encoded = 0; cut < length && (text[cut] & 0xc0) == 0x80; encoded++)
+                cut--;
             text.AsSpan(cut, length - cut).CopyTo(text);
             (length, position) = (length - cut, position + cut);
         }
     }
 
-    /// <summary>The last place where GPT-2's pattern divides a text whatever surrounds it; 0 for none.</summary>
+    /// <summary>The last place where text is divided whatever comes before and after it, 0 if there is none: before a
+    /// mark, or between two characters of different kinds. Not after white space, for a piece may begin with a space;
+    /// not after an apostrophe, which may begin a contraction; not near the end, where a mark may be cut off.</summary>
     static int LastCut(ReadOnlySpan<byte> text) {
-        // After a mark, or between two kinds but not after white space, in a contraction, or in a mark that is cut off.
-        for (var cut = text.Length; cut > 0; cut--) {
-            if (text[..cut].EndsWith(Mark) || cut <= text.Length - Mark.Length && text[cut - 1] != '\''
-                && KindAt(text, cut - 1) is var kind && kind != ' ' && kind != KindAt(text, cut))
+        var mark = text.LastIndexOf(Mark);
+        for (var cut = text.Length - Mark.Length; cut > mark + Mark.Length; cut--) {
+            if (KindAt(text, cut - 1) is var kind and not ' ' && kind != KindAt(text, cut) && text[cut - 1] != '\'')
                 return cut;
         }
-        return 0;
+        return Math.Max(0, mark);
     }
 }

@@ -645,6 +645,8 @@ public class TokenizerTests {
     [Arguments("!", "!", "<|endoftext|>x")]
     // A token ends within this character.
     [Arguments("é", "鴧", " and so on")]
+    // Every token ends within a character.
+    [Arguments("é", "收", " and so on")]
     public async Task ABlockMayEndAnywhereAfterALongPiece(string first, string run, string end) {
         using var folder = new TemporaryFolder();
         for (var before = 1; before < 14; before++) {
