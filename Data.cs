@@ -1,9 +1,7 @@
 using System.Buffers;
 using System.IO.Compression;
 using System.IO.Hashing;
-using System.Runtime.InteropServices;
 using System.Runtime.Intrinsics;
-using System.Text;
 using System.Text.Unicode;
 
 namespace Gpt2;
