@@ -503,20 +503,22 @@ KERNEL attention_any(const floatX* qkv, int start, floatX* y, float* lse, int T,
 
 // dqkv (B, T, 3, NH·HS) from dy and y (B, T, NH·HS), qkv (B, T, 3, NH·HS) and lse (B, NH, T). Blocks as above: one's row
 // is the query of dq and the key of dk and dv. P = e^(scale·q·k − lse); dS = scale·P·dy·(v − y).
-KERNEL attention_any_backward(const floatX* dy, const floatX* qkv, const floatX* y, const float* lse, floatX* dqkv,
-    int T, int NH, int HS) {
+KERNEL __launch_bounds__(HeadWarps * Warp, 3) attention_any_backward(const floatX* dy, const floatX* qkv,
+    const floatX* y, const float* lse, floatX* dqkv, int T, int NH, int HS) {
     int C = NH * HS, own = blockIdx.x, warp = threadIdx.x / Warp;
     int64_t first = (int64_t)blockIdx.z * T * C, to = 3 * (first + (int64_t)own * C) + blockIdx.y * HS;
     auto part = [&](int row, int i) { return Head(qkv + 3 * (first + (int64_t)row * C) + i * C + blockIdx.y * HS, HS); };
     auto of = [&](const floatX* x, int row) { return Head(x + first + (int64_t)row * C + blockIdx.y * HS, HS); };
     lse += ((int64_t)blockIdx.z * NH + blockIdx.y) * T;
     float scale = rsqrtf(HS);
-    Head q = part(own, 0), k = part(own, 1), v = part(own, 2), own_dy = of(dy, own), own_y = of(y, own), dq, dk, dv;
+    Head q = part(own, 0), own_dy = of(dy, own), own_y = of(y, own), dq;
     for (int key = warp; key <= own; key += HeadWarps) {
         Head other = part(key, 1), difference = part(key, 2);
         difference.add(-1, own_y);
         dq.add(scale * __expf(scale * dot(q, other) - lse[own]) * dot(own_dy, difference), other);
     }
+    combine(dq, 1, dqkv + to, HS);
+    Head k = part(own, 1), v = part(own, 2), dk, dv;
     for (int row = own + warp; row < T; row += HeadWarps) {
         Head other = part(row, 0), other_dy = of(dy, row), difference = v;
         difference.add(-1, of(y, row));
@@ -524,7 +526,6 @@ KERNEL attention_any_backward(const floatX* dy, const floatX* qkv, const floatX*
         dv.add(p, other_dy);
         dk.add(scale * p * dot(other_dy, difference), other);
     }
-    combine(dq, 1, dqkv + to, HS);
     combine(dk, 1, dqkv + to + C, HS);
     combine(dv, 1, dqkv + to + 2 * C, HS);
 }
