@@ -36,8 +36,8 @@ static class Reference {
         return y;
     }
 
-    /// <summary>x + y.</summary>
-    public static double[] Add(double[] x, double[] y) => [.. x.Zip(y, (left, right) => left + right)];
+    /// <summary>x + y, where a shorter y is added to each row of x.</summary>
+    public static double[] Add(double[] x, double[] y) => [.. x.Select((value, i) => value + y[i % y.Length])];
 
     /// <summary>y (rows, OC) = x (rows, C)·wᵀ + b with w (OC, C); b may be null.</summary>
     public static double[] Linear(double[] x, double[] w, double[]? b, int C) {
@@ -98,6 +98,18 @@ static class Reference {
     /// <summary>The cross-entropy of each row of logits (rows, Vp), of which the first V columns count.</summary>
     public static double[] Losses(double[] logits, int[] targets, int V, int Vp) =>
         [.. targets.Select((target, row) => LogSumExp(logits[(row * Vp)..(row * Vp + V)]) - logits[row * Vp + target])];
+
+    /// <summary>Updates w, m and v as AdamW does.</summary>
+    public static void AdamW(double[] w, double[] dw, double[] m, double[] v, AdamWStep step, bool decays) {
+        double beta1 = step.Beta1, beta2 = step.Beta2, decay = decays ? step.WeightDecay : 0;
+        for (var i = 0; i < w.Length; i++) {
+            var g = dw[i] * step.GradientScale;
+            m[i] = beta1 * m[i] + (1 - beta1) * g;
+            v[i] = beta2 * v[i] + (1 - beta2) * g * g;
+            var (mean, square) = (m[i] / (1 - Math.Pow(beta1, step.Number)), v[i] / (1 - Math.Pow(beta2, step.Number)));
+            w[i] -= step.LearningRate * (mean / (Math.Sqrt(square) + step.Epsilon) + decay * w[i]);
+        }
+    }
 
     /// <summary>ln Σ eˣ.</summary>
     public static double LogSumExp(double[] x) {

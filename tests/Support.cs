@@ -97,6 +97,10 @@ static class Support {
             .Because($"element {same} is {At(left, same)} and should be {At(right, same)}");
     }
 
+    /// <summary>True if all bits are equal.</summary>
+    public static bool SameBits(float[] left, float[] right) =>
+        MemoryMarshal.Cast<float, int>(left).SequenceEqual(MemoryMarshal.Cast<float, int>(right));
+
     /// <summary>The values in float64.</summary>
     public static double[] Doubles(ReadOnlySpan<float> values) {
         var doubles = new double[values.Length];
@@ -110,54 +114,6 @@ static class Support {
 public sealed record DeviceUnderTest(string Name, Func<IDevice> Open) {
     /// <summary>What the tests' names show.</summary>
     public override string ToString() => Name;
-}
-
-/// <summary>Arrays on a device, between guards: what is read past an array's end is not a number, and what is written
-/// there is found out.</summary>
-static class DeviceArrays {
-    // A few rows, and a multiple of what a GPU aligns an allocation to.
-    const int GuardBytes = 1 << 14;
-
-    static int Guard(DataType type) => GuardBytes / Tensor.SizeOf(type);
-
-    /// <summary>An array of given values.</summary>
-    public static Tensor Upload(this IDevice device, ReadOnlySpan<float> values, int depth, int rows, int columns,
-        DataType type = DataType.Fp32) {
-        var guarded = new float[values.Length + 2 * Guard(type)];
-        Array.Fill(guarded, float.NaN);
-        values.CopyTo(guarded.AsSpan(Guard(type)));
-        var address = device.Allocate((long)guarded.Length * Tensor.SizeOf(type));
-        device.Write(new Tensor(address, 1, 1, guarded.Length, type), guarded);
-        return new Tensor(address + GuardBytes, depth, rows, columns, type);
-    }
-
-    /// <summary>An array of one row.</summary>
-    public static Tensor Upload(this IDevice device, ReadOnlySpan<float> values, DataType type = DataType.Fp32) =>
-        device.Upload(values, 1, 1, values.Length, type);
-
-    /// <summary>An array for output, without a number in it yet.</summary>
-    public static Tensor Poisoned(this IDevice device, int depth, int rows, int columns,
-        DataType type = DataType.Fp32) {
-        var values = new float[depth * rows * columns];
-        Array.Fill(values, float.NaN);
-        return device.Upload(values, depth, rows, columns, type);
-    }
-
-    /// <summary>The values of any array.</summary>
-    public static float[] Values(this IDevice device, Tensor tensor) {
-        var values = new float[tensor.Count];
-        device.Read(tensor, values);
-        return values;
-    }
-
-    /// <summary>The values of an array made here.</summary>
-    public static float[] Download(this IDevice device, Tensor tensor) {
-        var guard = Guard(tensor.Type);
-        var values = device.Values(tensor.Flat(-guard, (int)tensor.Count + 2 * guard));
-        if (values[..guard].Concat(values[^guard..]).Any(value => !float.IsNaN(value)))
-            throw new InvalidOperationException("something was written outside an array");
-        return values[guard..^guard];
-    }
 }
 
 /// <summary>An empty folder that goes away with everything in it.</summary>
