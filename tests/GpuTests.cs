@@ -142,13 +142,8 @@ public sealed class GpuOperationTests(GpuUnderTest gpu)
     // ---- Embedding
 
     [Test]
-    [Arguments(1, 1, 8, 0)]
-    [Arguments(3, 7, 72, 0)]
-    [Arguments(1, 3, 24, 4)]
-    [Arguments(1, 1, 1600, 1000)]
-    [Arguments(2, 130, 1032, 0)]
-    [Arguments(4, 250, 768, 0)]
-    [Arguments(1, 70, 4096, 3)]
+    [Arguments(1, 1, 8, 0), Arguments(3, 7, 72, 0), Arguments(1, 3, 24, 4), Arguments(1, 1, 1600, 1000)]
+    [Arguments(2, 130, 1032, 0), Arguments(4, 250, 768, 0), Arguments(1, 70, 4096, 3)]
     public Task Embed(int B, int T, int C, int start) => gpu.Compare(a => {
         const int V = 300;
         a.Device.Embed(Tokens(1, B * T, V), a.Input(2, [V, C]), a.Input(3, [start + T, C]), start,
@@ -156,13 +151,8 @@ public sealed class GpuOperationTests(GpuUnderTest gpu)
     });
 
     [Test]
-    [Arguments(1, 1, 8, 5)]
-    [Arguments(2, 5, 24, 5)]
-    [Arguments(3, 7, 72, 300)]
-    [Arguments(4, 250, 768, 300)]
-    [Arguments(1, 1000, 1600, 40)]
-    [Arguments(2, 500, 24, 50304)]
-    [Arguments(2, 35, 4096, 70)]
+    [Arguments(1, 1, 8, 5), Arguments(2, 5, 24, 5), Arguments(3, 7, 72, 300), Arguments(4, 250, 768, 300)]
+    [Arguments(1, 1000, 1600, 40), Arguments(2, 500, 24, 50304), Arguments(2, 35, 4096, 70)]
     [Arguments(1, 40_000, 8, 131072)]
     public async Task EmbedBackward(int B, int T, int C, int V) {
         // Every other row has one and the same token, the rest others of the lower half; positions past T get nothing.
@@ -192,17 +182,14 @@ public sealed class GpuOperationTests(GpuUnderTest gpu)
     [Test]
     [MethodDataSource(nameof(Rows))]
     public async Task LayerNormBackward(int rows, int C) {
-        await LayerNormBackward(rows, C, hasBias: false);
-        await LayerNormBackward(rows, C, hasBias: true);
-    }
-
-    Task LayerNormBackward(int rows, int C, bool hasBias) {
         var x = Rounded(Floats(1, rows * C, 2), type);
         float[] statistics = [.. Reference.Statistics(Doubles(x), C).Select(value => (float)value)];
-        // What dx holds before is small, so that it hides no error in what is added.
-        return gpu.Compare(a => a.Device.LayerNormBackward(a.Input(2, [rows, C]), a.Input(x, [rows, C]),
-            a.Input(3, [C]), a.Device.Upload(statistics, [rows, 2]), a.Result("dx", a.Input(4, [rows, C], 0.3)),
-            a.Sum("dw", 5, [C]), a.Sum("db", 6, [C]), hasBias ? a.Sum("dbias", 7, [C]) : default));
+        foreach (var hasBias in (bool[])[false, true]) {
+            // What dx holds before is small, so that it hides no error in what is added.
+            await gpu.Compare(a => a.Device.LayerNormBackward(a.Input(2, [rows, C]), a.Input(x, [rows, C]),
+                a.Input(3, [C]), a.Device.Upload(statistics, [rows, 2]), a.Result("dx", a.Input(4, [rows, C], 0.3)),
+                a.Sum("dw", 5, [C]), a.Sum("db", 6, [C]), hasBias ? a.Sum("dbias", 7, [C]) : default));
+        }
     }
 
     // ---- Linear and GELU
@@ -233,10 +220,7 @@ public sealed class GpuOperationTests(GpuUnderTest gpu)
     });
 
     [Test]
-    [Arguments(1, 24, 8)]
-    [Arguments(5, 72, 200)]
-    [Arguments(130, 8, 72)]
-    [Arguments(600, 72, 200)]
+    [Arguments(1, 24, 8), Arguments(5, 72, 200), Arguments(130, 8, 72), Arguments(600, 72, 200)]
     public Task ProductsTakeArraysAlignedTo16Bytes(int rows, int C, int OC) => gpu.Compare(a => {
         // All but one row or eight elements; what is left out must stay as it is.
         var (x, w, b) = (a.Input(1, [rows + 1, C]), a.Input(2, [OC + 1, C]), a.Input(3, [OC + 8]));
@@ -248,23 +232,15 @@ public sealed class GpuOperationTests(GpuUnderTest gpu)
     });
 
     [Test]
-    [Arguments(1, 8, 72)]
-    [Arguments(3, 48, 72)]
-    [Arguments(7, 768, 3072)]
-    [Arguments(130, 24, 1032)]
-    [Arguments(600, 1600, 200)]
-    [Arguments(18_000, 136, 208)]
+    [Arguments(1, 8, 72), Arguments(3, 48, 72), Arguments(7, 768, 3072), Arguments(130, 24, 1032)]
+    [Arguments(600, 1600, 200), Arguments(18_000, 136, 208)]
     public Task LinearGelu(int rows, int C, int OC) => gpu.Compare(a => a.Device.LinearGelu(
         a.Input(1, [rows, C]), a.Input(2, [OC, C], 1 / Math.Sqrt(C)), a.Input(3, [OC]),
         a.Output("input", [rows, OC]), a.Output("y", [rows, OC])));
 
     [Test]
-    [Arguments(1, 8, 8)]
-    [Arguments(3, 72, 24)]
-    [Arguments(7, 3072, 768)]
-    [Arguments(130, 1032, 24)]
-    [Arguments(600, 200, 1600)]
-    [Arguments(18_000, 208, 136)]
+    [Arguments(1, 8, 8), Arguments(3, 72, 24), Arguments(7, 3072, 768), Arguments(130, 1032, 24)]
+    [Arguments(600, 200, 1600), Arguments(18_000, 208, 136)]
     public Task LinearGeluBackward(int rows, int C, int OC) {
         var input = Rounded(Floats(1, rows * C, 2), type);
         float[] x = [.. Reference.Gelu(Doubles(input)).Select(value => (float)value)];
@@ -277,21 +253,15 @@ public sealed class GpuOperationTests(GpuUnderTest gpu)
     }
 
     [Test]
-    [Arguments(8)]
-    [Arguments(72)]
-    [Arguments(70_008)]
+    [Arguments(8), Arguments(72), Arguments(70_008)]
     public Task Gelu(int count) =>
         gpu.Compare(a => a.Device.Gelu(a.Input(1, [count], 3), a.Output("y", [count])));
 
     // ---- Classifier
 
     [Test]
-    [Arguments(1, 1, 5, 8)]
-    [Arguments(1, 3, 67, 80)]
-    [Arguments(2, 5, 211, 256)]
-    [Arguments(1, 130, 1000, 1000)]
-    [Arguments(2, 3, 50257, 50304)]
-    [Arguments(1, 3, 65536, 131072)]
+    [Arguments(1, 1, 5, 8), Arguments(1, 3, 67, 80), Arguments(2, 5, 211, 256), Arguments(1, 130, 1000, 1000)]
+    [Arguments(2, 3, 50257, 50304), Arguments(1, 3, 65536, 131072)]
     public Task Classify(int B, int T, int V, int Vp) {
         var targets = Tokens(1, B * T, V);
         targets[^1] = V - 1;
@@ -312,8 +282,7 @@ public sealed class GpuOperationTests(GpuUnderTest gpu)
     }
 
     [Test]
-    [Arguments(2, 5, 211, 256)]
-    [Arguments(1, 3, 50257, 50304)]
+    [Arguments(2, 5, 211, 256), Arguments(1, 3, 50257, 50304)]
     public Task ClassifyWithoutGradientsComputesTheLosses(int B, int T, int V, int Vp) => gpu.Compare(a =>
         a.Device.Classify(a.Input(1, [B, T, Vp], 3), Tokens(2, B * T, V), V, a.Fp32Output("losses", [B, T]), 0));
 
@@ -359,9 +328,7 @@ public sealed class GpuOperationTests(GpuUnderTest gpu)
     // ---- Optimizer
 
     [Test]
-    [Arguments(8, 1.0)]
-    [Arguments(72, 0.3)]
-    [Arguments(70_008, 1.0)]
+    [Arguments(8, 1.0), Arguments(72, 0.3), Arguments(70_008, 1.0)]
     // Gradients as small as epsilon, which then counts.
     [Arguments(24, 1e-8)]
     public Task AdamW(int count, double gradientStd) {
@@ -387,9 +354,7 @@ public sealed class GpuOperationTests(GpuUnderTest gpu)
     }
 
     [Test]
-    [Arguments(3, 13)]
-    [Arguments(8, 21)]
-    [Arguments(16, 1)]
+    [Arguments(3, 13), Arguments(8, 21), Arguments(16, 1)]
     public async Task AdamWOfAPartLeavesItsNeighboursAlone(int first, int count) {
         const int all = 48, padded = 24;
         var before = Rounded(Floats(1, all), type);
@@ -427,8 +392,7 @@ public sealed class GpuRoundingTests {
     }
 
     [Test]
-    [Arguments(0)]
-    [Arguments(1)]
+    [Arguments(0), Arguments(1)]
     public async Task EachWeightIsANeighbourOfItsMasterAndTheyAgreeInTheMean(double gradientStd) {
         var before = Floats(1, 1 << 17);
         var (weights, masters) = Update(before, 42, gradientStd: gradientStd);
@@ -511,7 +475,7 @@ public sealed class GpuAttentionTests(GpuUnderTest gpu) {
 
     /// <summary>B, T, NH and HS: tiles of 64 and blocks of 128 end raggedly where heads have 64 channels; other heads,
     /// the largest included, have kernels of their own.</summary>
-    public static IEnumerable<(int B, int T, int NH, int HS)> Sizes() => [
+    static readonly (int B, int T, int NH, int HS)[] sizes = [
         (1, 5, 3, 64), (2, 63, 1, 64), (1, 64, 12, 64), (2, 65, 3, 64), (1, 127, 1, 64), (2, 128, 3, 64),
         (1, 129, 12, 64), (2, 200, 3, 64), (1, 256, 1, 64), (1, 1000, 3, 64), (2, 1024, 3, 64),
         (1, 5, 1, 8), (2, 65, 3, 16), (1, 130, 2, 24), (2, 33, 1, 40), (1, 300, 3, 128), (2, 70, 1, 256),
@@ -519,44 +483,32 @@ public sealed class GpuAttentionTests(GpuUnderTest gpu) {
         (1, 20_000, 1, 64), (1, 20_000, 1, 8), (1, 3, 512, 8), (65_535, 1, 1, 8), (65_535, 2, 1, 64),
     ];
 
-    [Test]
-    [Arguments(1, 1, 1, 64)]
-    [Arguments(2, 1, 3, 64)]
-    [Arguments(2, 1, 3, 16)]
-    [MethodDataSource(nameof(Sizes))]
-    public Task Attention(int B, int T, int NH, int HS) => Attention(B, T, 0, NH, HS, 1);
+    /// <summary>B, T, NH, HS, the first row, and the standard deviation of the inputs, of which 10 makes scores of about
+    /// ±400: unless their maximum is subtracted, their exponentials overflow.</summary>
+    public static IEnumerable<(int B, int T, int NH, int HS, int Start, double Std)> Forwards() => [
+        .. sizes.Select(size => (size.B, size.T, size.NH, size.HS, 0, 1.0)),
+        (1, 1, 1, 64, 0, 1), (2, 1, 3, 64, 0, 1), (2, 1, 3, 16, 0, 1),
+        // The last rows alone.
+        (1, 2, 1, 64, 1, 1), (1, 8, 12, 64, 7, 1), (2, 70, 3, 64, 64, 1), (1, 101, 3, 64, 100, 1),
+        (1, 200, 3, 16, 100, 1), (2, 10, 1, 128, 7, 1),
+        // Large scores.
+        (2, 200, 3, 64, 0, 10), (2, 200, 3, 64, 100, 10), (2, 200, 3, 16, 0, 10),
+    ];
 
     [Test]
-    [Arguments(1, 2, 1, 1, 64)]
-    [Arguments(1, 8, 7, 12, 64)]
-    [Arguments(2, 70, 64, 3, 64)]
-    [Arguments(1, 101, 100, 3, 64)]
-    [Arguments(1, 200, 100, 3, 16)]
-    [Arguments(2, 10, 7, 1, 128)]
-    public Task AttentionOfTheLastRows(int B, int T, int start, int NH, int HS) => Attention(B, T, start, NH, HS, 1);
-
-    [Test]
-    [Arguments(0, 64)]
-    [Arguments(100, 64)]
-    [Arguments(0, 16)]
-    // Scores of some ±400: without the subtraction of their maximum, their exponentials would overflow.
-    public Task AttentionTakesLargeScores(int start, int HS) => Attention(2, 200, start, 3, HS, 10);
-
-    Task Attention(int B, int T, int start, int NH, int HS, double std) => gpu.Compare(a => {
+    [MethodDataSource(nameof(Forwards))]
+    public Task Attention(int B, int T, int NH, int HS, int start, double std) => gpu.Compare(a => {
         var y = a.Output("y", [B, T - start, NH * HS], fp32: std > 1 ? LargeScoresBound : Arrays.Fp32Bound);
         a.Device.Attention(a.Input(1, [B, T, 3 * NH * HS], std), start, NH, y, a.Fp32Output("lse", [B, NH, T - start]));
     });
 
-    [Test]
-    [MethodDataSource(nameof(Sizes))]
-    public Task AttentionBackward(int B, int T, int NH, int HS) => Backward(B, T, NH, HS, 1);
+    public static IEnumerable<(int B, int T, int NH, int HS, double Std)> Backwards() => [
+        .. sizes.Select(size => (size.B, size.T, size.NH, size.HS, 1.0)), (2, 200, 3, 64, 10), (2, 200, 3, 16, 10),
+    ];
 
     [Test]
-    [Arguments(64)]
-    [Arguments(16)]
-    public Task AttentionBackwardTakesLargeScores(int HS) => Backward(2, 200, 3, HS, 10);
-
-    Task Backward(int B, int T, int NH, int HS, double std) {
+    [MethodDataSource(nameof(Backwards))]
+    public Task AttentionBackward(int B, int T, int NH, int HS, double std) {
         var (qkv, y, lse) = Forward(B, T, NH, HS, std);
         var fp32 = std > 1 ? LargeScoresBound : Arrays.Fp32Bound;
         int[] shape = [B, T, NH * HS], packed = [B, T, 3 * NH * HS];
@@ -575,8 +527,7 @@ public sealed class GpuAttentionTests(GpuUnderTest gpu) {
     }
 
     [Test]
-    [Arguments(64)]
-    [Arguments(8)]
+    [Arguments(64), Arguments(8)]
     public async Task AttentionTakesTheLongestSequence(int HS) {
         // The reference computes three queries: the others' outputs are not compared, and have no gradient.
         const int T = Config.LongestT;
@@ -621,9 +572,7 @@ public sealed class GpuAttentionTests(GpuUnderTest gpu) {
     }
 
     [Test]
-    [Arguments(1, 1, 64)]
-    [Arguments(2, 3, 64)]
-    [Arguments(2, 3, 16)]
+    [Arguments(1, 1, 64), Arguments(2, 3, 64), Arguments(2, 3, 16)]
     public async Task OneRowAttendsToItselfWhateverItsScore(int B, int NH, int HS) {
         // Its output is its value; the gradient of its score is the difference of two equal numbers.
         var (C, device, type) = (NH * HS, gpu.Shared, gpu.Precision);
@@ -685,8 +634,7 @@ public sealed class GpuTrainingTests(GpuUnderTest gpu) : PrecisionTests(gpu.Shar
     }
 
     [Test]
-    [Arguments(1)]
-    [Arguments(70)]
+    [Arguments(1), Arguments(70)]
     public async Task GenerationPicksTheLikeliestOfAFullForwardPass(int promptLength) {
         var prompt = Tokens(5, promptLength, Small.V);
         var model = Models.Random(Small, device, 1, 1, Purpose.Generate);

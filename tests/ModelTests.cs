@@ -57,8 +57,7 @@ public abstract class PrecisionTests(IDevice device, Config small, int T) {
     }
 
     [Test]
-    [Arguments(1)]
-    [Arguments(2)]
+    [Arguments(1), Arguments(2)]
     public async Task RecomputationGivesTheSameBits(int recompute) {
         var (kept, recomputed) = (RandomModel(Purpose.Train), RandomModel(Purpose.Train, recompute));
         await Same(Bits(recomputed.Pass().Gradients), Bits(kept.Pass().Gradients));
@@ -176,8 +175,7 @@ public abstract class ModelTests(DeviceUnderTest deviceUnderTest)
     }
 
     [Test]
-    [Arguments(2)]
-    [Arguments(1300)]
+    [Arguments(2), Arguments(1300)]
     public async Task TheLossIsThatOfTheLogits(int B) {
         var model = RandomModel(B, 13, Purpose.Evaluate);
         model.Forward();
@@ -200,12 +198,9 @@ public abstract class ModelTests(DeviceUnderTest deviceUnderTest)
     }
 
     [Test]
-    [Arguments(1, 0f)]
-    [Arguments(5, 0f)]
-    [Arguments(13, 0f)]
+    [Arguments(1, 0f), Arguments(5, 0f), Arguments(13, 0f)]
     // Random picks from the same seed, whose sequence is a more varied one.
-    [Arguments(1, 2f)]
-    [Arguments(5, 2f)]
+    [Arguments(1, 2f), Arguments(5, 2f)]
     public async Task GenerationPicksAsFullForwardPassesDo(int promptLength, float temperature) {
         var model = RandomModel(1, 1, Purpose.Generate);
         var whole = RandomModel(1, Small.MaxT, Purpose.Evaluate);
@@ -225,8 +220,7 @@ public abstract class ModelTests(DeviceUnderTest deviceUnderTest)
     [Test]
     [Arguments(11)]
     // Just as many elements as are drawn at a time, and with a last group that overlaps the one before.
-    [Arguments(131_073)]
-    [Arguments(131_075)]
+    [Arguments(131_073), Arguments(131_075)]
     public async Task WeightsFromScratchAreDrawnInTheDocumentedOrder(int V) {
         var config = new Config(MaxT: 5, V, Vp: V + 5, L: 2, NH: 1, C: 8);
         var model = new Model(config, device, 1, 5, Purpose.Evaluate);
@@ -357,23 +351,16 @@ public class SamplerTests {
         [.. Enumerable.Range(0, count).Select(_ => sampler.Next([.. Logits]))];
 
     [Test]
-    [Arguments(0f, 0, 1f)]
-    [Arguments(0f, 5, 0.9f)]
-    [Arguments(1f, 1, 1f)]
-    [Arguments(1f, 0, 0.01f)]
+    [Arguments(0f, 0, 1f), Arguments(0f, 5, 0.9f), Arguments(1f, 1, 1f), Arguments(1f, 0, 0.01f)]
     [Arguments(0.001f, 0, 1f)]
     public async Task TakesTheLikeliest(float temperature, int topK, float topP) =>
         await Same(Draw(new Sampler(temperature, topK, topP, 1), 100).Distinct(), [2]);
 
     [Test]
-    [Arguments(1f, 0, 1f, 8)]
-    [Arguments(1.7f, 0, 1f, 8)]
-    [Arguments(0.6f, 0, 1f, 8)]
-    [Arguments(1f, 3, 1f, 3)]
+    [Arguments(1f, 0, 1f, 8), Arguments(1.7f, 0, 1f, 8), Arguments(0.6f, 0, 1f, 8), Arguments(1f, 3, 1f, 3)]
     [Arguments(2f, 100, 1f, 8)]
     // The likeliest tokens have probabilities of about .50, .30, .11, .041, .025: .5 is not .6, and .5 and .3 are more.
-    [Arguments(1f, 0, 0.6f, 2)]
-    [Arguments(1f, 0, 0.85f, 3)]
+    [Arguments(1f, 0, 0.6f, 2), Arguments(1f, 0, 0.85f, 3)]
     // Of the first three alone, the first two have .88.
     [Arguments(1f, 3, 0.87f, 2)]
     public async Task FrequenciesAreThoseOfTheSoftmax(float temperature, int topK, float topP, int kept) {

@@ -18,9 +18,7 @@ public abstract class KnownResultTests(IDevice device, DataType precision, Func<
     int Multiple(int size) => (size + multiple - 1) / multiple * multiple;
 
     [Test]
-    [Arguments(1)]
-    [Arguments(67)]
-    [Arguments(70_001)]
+    [Arguments(1), Arguments(67), Arguments(70_001)]
     public async Task ClearFillsWithZerosAndNoFurther(int count) {
         foreach (var type in (DataType[])[precision, DataType.Fp32]) {
             var x = device.Upload(Floats(1, count), type);
@@ -48,9 +46,7 @@ public abstract class KnownResultTests(IDevice device, DataType precision, Func<
     }
 
     [Test]
-    [Arguments(20, 0f)]
-    [Arguments(67, 3f)]
-    [Arguments(48, -1000f)]
+    [Arguments(20, 0f), Arguments(67, 3f), Arguments(48, -1000f)]
     public async Task LayerNormOfAConstantRowIsTheBias(int columns, float value) {
         // Whole numbers: the mean is exact, and nothing remains to be divided by √1e-5.
         var C = Multiple(columns);
@@ -92,10 +88,7 @@ public abstract class KnownResultTests(IDevice device, DataType precision, Func<
     }
 
     [Test]
-    [Arguments(1)]
-    [Arguments(67)]
-    [Arguments(1_023)]
-    [Arguments(5_000_001)]
+    [Arguments(1), Arguments(67), Arguments(1_023), Arguments(5_000_001)]
     public async Task SumOfSquares(int count) {
         var draws = Floats(1, Math.Min(count, 70_001));
         float[] values = [.. Enumerable.Range(0, count).Select(i => draws[i % draws.Length])];
@@ -106,9 +99,10 @@ public abstract class KnownResultTests(IDevice device, DataType precision, Func<
     }
 }
 
-/// <summary>An array on a device, and what it held before the operation under test.</summary>
-/// <param name="Values">The same in float64, which finite differences change one by one; zeros if it is overwritten.</param>
-sealed record Operand(Tensor Tensor, double[] Values) {
+/// <summary>An array on a device, and the values it was made of.</summary>
+/// <param name="Values">Those values in float64; finite differences change them one by one.</param>
+/// <param name="IsAddedTo">False if the operation overwrites it.</param>
+sealed record Operand(Tensor Tensor, double[] Values, bool IsAddedTo = true) {
     public static implicit operator Tensor(Operand operand) => operand.Tensor;
 }
 
@@ -133,8 +127,7 @@ public sealed class OperationTests(DeviceUnderTest deviceUnderTest)
         Input(values.Select(value => (float)value).ToArray(), shape);
 
     /// <summary>An array to be overwritten.</summary>
-    Operand Output(params ReadOnlySpan<int> shape) =>
-        new(device.Poisoned(shape), new double[DeviceArrays.Count(shape)]);
+    Operand Output(params ReadOnlySpan<int> shape) => new(device.Poisoned(shape), [], IsAddedTo: false);
 
     /// <summary>Compares what the operation wrote to a gradient, or added to it, with differences of a function of
     /// x.</summary>
@@ -146,7 +139,7 @@ public sealed class OperationTests(DeviceUnderTest deviceUnderTest)
             indices = indices[..Samples];
         }
         var found = device.Download(gradient);
-        float[] added = [.. indices.Select(i => (float)(found[i] - gradient.Values[i]))];
+        float[] added = [.. indices.Select(i => found[i] - (gradient.IsAddedTo ? (float)gradient.Values[i] : 0))];
         await Assert.That(RelativeError(added, Reference.Gradient(x, function, indices))).IsLessThan(Bound)
             .Because(name);
     }
@@ -154,10 +147,7 @@ public sealed class OperationTests(DeviceUnderTest deviceUnderTest)
     // ---- Embedding
 
     [Test]
-    [Arguments(1, 1, 5, 0)]
-    [Arguments(2, 5, 20, 0)]
-    [Arguments(3, 7, 67, 0)]
-    [Arguments(1, 3, 48, 4)]
+    [Arguments(1, 1, 5, 0), Arguments(2, 5, 20, 0), Arguments(3, 7, 67, 0), Arguments(1, 3, 48, 4)]
     public async Task Embed(int B, int T, int C, int start) {
         const int V = 11;
         var (tokens, wte, wpe) = (Tokens(3, B * T, V), Input(1, [V, C]), Input(2, [start + T, C]));
@@ -167,10 +157,7 @@ public sealed class OperationTests(DeviceUnderTest deviceUnderTest)
     }
 
     [Test]
-    [Arguments(1, 1, 5)]
-    [Arguments(2, 5, 20)]
-    [Arguments(3, 7, 67)]
-    [Arguments(2, 3, 130)]
+    [Arguments(1, 1, 5), Arguments(2, 5, 20), Arguments(3, 7, 67), Arguments(2, 3, 130)]
     public async Task EmbedBackward(int B, int T, int C) {
         // Few tokens, so that some repeat and others do not occur; positions past T get no gradient.
         const int V = 5;
@@ -186,12 +173,7 @@ public sealed class OperationTests(DeviceUnderTest deviceUnderTest)
     // ---- Layer norm
 
     [Test]
-    [Arguments(1, 5)]
-    [Arguments(3, 20)]
-    [Arguments(5, 48)]
-    [Arguments(7, 67)]
-    [Arguments(130, 768)]
-    [Arguments(400, 33)]
+    [Arguments(1, 5), Arguments(3, 20), Arguments(5, 48), Arguments(7, 67), Arguments(130, 768), Arguments(400, 33)]
     public async Task LayerNorm(int rows, int C) {
         var (x, w, b) = (Input(1, [rows, C], 2), Input(2, [C]), Input(3, [C]));
         var (y, statistics) = (Output(rows, C), Output(rows, 2));
@@ -201,11 +183,7 @@ public sealed class OperationTests(DeviceUnderTest deviceUnderTest)
     }
 
     [Test]
-    [Arguments(1, 5)]
-    [Arguments(3, 20)]
-    [Arguments(5, 48)]
-    [Arguments(7, 67)]
-    [Arguments(130, 100)]
+    [Arguments(1, 5), Arguments(3, 20), Arguments(5, 48), Arguments(7, 67), Arguments(130, 100)]
     public async Task LayerNormBackward(int rows, int C) {
         var (dy, x, w, b) = (Input(3, [rows, C]), Input(1, [rows, C], 2), Input(2, [C]), new double[C]);
         var statistics = Input(Reference.Statistics(x.Values, C), [rows, 2]);
@@ -223,8 +201,8 @@ public sealed class OperationTests(DeviceUnderTest deviceUnderTest)
 
     /// <summary>Rows, C and OC of the products: in each of the three layouts of training, some are ragged.</summary>
     public static IEnumerable<(int Rows, int C, int OC)> Products() => [
-        (1, 1, 1), (5, 7, 3), (1, 1000, 768), (3, 50, 33), (2, 300, 400), (7, 67, 20), (97, 96, 384), (130, 400, 300),
-        (385, 33, 97), (400, 257, 385), (13, 1025, 31),
+        (1, 1, 1), (5, 7, 3), (1, 5, 7), (3, 20, 9), (7, 9, 67), (5, 20, 48), (7, 67, 20), (1, 1000, 768), (3, 50, 33),
+        (2, 300, 400), (97, 96, 384), (130, 400, 300), (385, 33, 97), (400, 257, 385), (13, 1025, 31),
     ];
 
     [Test]
@@ -244,33 +222,23 @@ public sealed class OperationTests(DeviceUnderTest deviceUnderTest)
 
     [Test]
     [MethodDataSource(nameof(Products))]
-    public async Task LinearBackwardEqualsTransposedProducts(int rows, int C, int OC) {
+    public async Task LinearBackward(int rows, int C, int OC) {
         var (dy, x, w) = (Input(1, [rows, OC]), Input(2, [rows, C]), Input(3, [OC, C]));
         var (dx, dw) = (Output(rows, C), Input(4, [OC, C]));
         device.LinearBackward(dy, x, w, dx, dw);
         await Near(dx, Reference.Linear(dy.Values, Reference.Transpose(w.Values, C), null, OC));
         var (dyT, xT) = (Reference.Transpose(dy.Values, OC), Reference.Transpose(x.Values, C));
         await Near(dw, Reference.Add(dw.Values, Reference.Linear(dyT, xT, null, rows)));
-    }
-
-    [Test]
-    [Arguments(1, 5, 7)]
-    [Arguments(3, 20, 9)]
-    [Arguments(7, 9, 67)]
-    [Arguments(5, 20, 48)]
-    public async Task LinearBackward(int rows, int C, int OC) {
-        var (dy, x, w) = (Input(1, [rows, OC]), Input(2, [rows, C]), Input(3, [OC, C]));
-        var (dx, dw) = (Output(rows, C), Input(4, [OC, C]));
-        device.LinearBackward(dy, x, w, dx, dw);
+        // Each difference takes two products.
+        if (rows * C * OC > 10_000)
+            return;
         double Function() => Reference.Dot(Reference.Linear(x.Values, w.Values, null, C), dy.Values);
         await NearGradient(dx, x.Values, Function);
         await NearGradient(dw, w.Values, Function);
     }
 
     [Test]
-    [Arguments(1, 5, 20)]
-    [Arguments(3, 48, 67)]
-    [Arguments(130, 20, 80)]
+    [Arguments(1, 5, 20), Arguments(3, 48, 67), Arguments(130, 20, 80)]
     public async Task LinearGelu(int rows, int C, int OC) {
         var (x, w, b) = (Input(1, [rows, C]), Input(2, [OC, C]), Input(3, [OC]));
         var (input, y) = (Output(rows, OC), Output(rows, OC));
@@ -281,9 +249,7 @@ public sealed class OperationTests(DeviceUnderTest deviceUnderTest)
     }
 
     [Test]
-    [Arguments(1, 20, 5)]
-    [Arguments(3, 67, 9)]
-    [Arguments(7, 48, 20)]
+    [Arguments(1, 20, 5), Arguments(3, 67, 9), Arguments(7, 48, 20)]
     public async Task LinearGeluBackward(int rows, int C, int OC) {
         var (dy, input, w) = (Input(1, [rows, OC]), Input(2, [rows, C], 2), Input(3, [OC, C]));
         var (x, bias) = (Input(Reference.Gelu(input.Values), [rows, C]), new double[C]);
@@ -298,9 +264,7 @@ public sealed class OperationTests(DeviceUnderTest deviceUnderTest)
     }
 
     [Test]
-    [Arguments(1)]
-    [Arguments(67)]
-    [Arguments(70_001)]
+    [Arguments(1), Arguments(67), Arguments(70_001)]
     public async Task Gelu(int count) {
         var (x, y) = (Input(1, [count], 3), Output(count));
         device.Gelu(x, y);
@@ -310,14 +274,9 @@ public sealed class OperationTests(DeviceUnderTest deviceUnderTest)
     // ---- Attention
 
     [Test]
-    [Arguments(1, 1, 0, 1, 5, 1)]
-    [Arguments(2, 21, 0, 3, 16, 1)]
-    [Arguments(1, 65, 0, 2, 5, 1)]
-    [Arguments(2, 150, 0, 2, 64, 1)]
-    [Arguments(1, 300, 0, 3, 16, 1)]
-    [Arguments(2, 21, 4, 3, 5, 1)]
-    [Arguments(1, 65, 64, 3, 16, 1)]
-    [Arguments(1, 300, 7, 1, 64, 1)]
+    [Arguments(1, 1, 0, 1, 5, 1), Arguments(2, 21, 0, 3, 16, 1), Arguments(1, 65, 0, 2, 5, 1)]
+    [Arguments(2, 150, 0, 2, 64, 1), Arguments(1, 300, 0, 3, 16, 1), Arguments(2, 21, 4, 3, 5, 1)]
+    [Arguments(1, 65, 64, 3, 16, 1), Arguments(1, 300, 7, 1, 64, 1)]
     // Scores of about ±400: unless their maximum is subtracted, their exponentials overflow.
     [Arguments(2, 21, 0, 3, 16, 10)]
     public async Task Attention(int B, int T, int start, int NH, int HS, double std) {
@@ -331,10 +290,7 @@ public sealed class OperationTests(DeviceUnderTest deviceUnderTest)
     }
 
     [Test]
-    [Arguments(1, 1, 1, 5)]
-    [Arguments(2, 21, 3, 5)]
-    [Arguments(1, 65, 1, 64)]
-    [Arguments(1, 150, 2, 5)]
+    [Arguments(1, 1, 1, 5), Arguments(2, 21, 3, 5), Arguments(1, 65, 1, 64), Arguments(1, 150, 2, 5)]
     [Arguments(1, 300, 1, 16)]
     public async Task AttentionBackward(int B, int T, int NH, int HS) {
         var C = NH * HS;
@@ -372,42 +328,34 @@ public sealed class OperationTests(DeviceUnderTest deviceUnderTest)
     // ---- Classifier
 
     [Test]
-    [Arguments(1, 1, 5, 5)]
-    [Arguments(2, 5, 211, 256)]
-    [Arguments(1, 3, 67, 80)]
+    [Arguments(1, 1, 5, 5), Arguments(2, 3, 13, 16), Arguments(2, 5, 211, 256), Arguments(1, 3, 67, 80)]
     [Arguments(2, 3, 50257, 50304)]
     public async Task Classify(int B, int T, int V, int Vp) {
         const float scale = 0.125f;
         var (values, targets) = (Floats(1, B * T * Vp, 3), Tokens(2, B * T, V));
         targets[^1] = V - 1;
-        var expected = Reference.Losses(Doubles(values), targets, V, Vp);
-        var gradient = Doubles(values);
-        for (var row = 0; row < B * T; row++) {
-            var lse = Reference.LogSumExp(gradient[(row * Vp)..(row * Vp + V)]);
-            for (var i = 0; i < Vp; i++) {
-                ref var value = ref gradient[row * Vp + i];
-                value = i < V ? scale * (Math.Exp(value - lse) - (i == targets[row] ? 1 : 0)) : 0;
-            }
-            // What the padding holds must take no part.
+        // What the padding holds must take no part.
+        for (var row = 0; row < B * T; row++)
             values.AsSpan(row * Vp + V, Vp - V).Fill(float.NaN);
-        }
         var (logits, losses) = (Input(values, [B, T, Vp]), Output(B, T));
         device.Classify(logits, targets, V, losses, scale);
-        await Near(losses, expected);
+        double[] Losses() => Reference.Losses(logits.Values, targets, V, Vp);
+        await Near(losses, Losses());
+        var gradient = new double[B * T * Vp];
+        for (var row = 0; row < B * T; row++) {
+            var lse = Losses()[row] + logits.Values[row * Vp + targets[row]];
+            for (var i = 0; i < V; i++)
+                gradient[row * Vp + i] = scale * Math.Exp(logits.Values[row * Vp + i] - lse);
+            gradient[row * Vp + targets[row]] -= scale;
+        }
         await Near(logits, gradient);
+        // The gradients of a large vocabulary are too small for differences.
+        if (V < 100)
+            await NearGradient(logits with { IsAddedTo = false }, logits.Values, () => scale * Losses().Sum());
         foreach (var row in device.Download(logits).Chunk(Vp)) {
             await Assert.That(row.AsSpan(V).ContainsAnyExcept(0)).IsFalse();
             await Assert.That(row.Sum(value => (double)value)).IsBetween(-1e-6, 1e-6);
         }
-    }
-
-    [Test]
-    public async Task ClassifyGradientEqualsDifferences() {
-        const int B = 2, T = 3, V = 13, Vp = 16;
-        var (x, targets) = (Floats(1, B * T * Vp), Tokens(2, B * T, V));
-        var (input, logits) = (Doubles(x), new Operand(device.Upload(x, [B, T, Vp]), new double[x.Length]));
-        device.Classify(logits, targets, V, Output(B, T), 1);
-        await NearGradient(logits, input, () => Reference.Losses(input, targets, V, Vp).Sum());
     }
 
     [Test]
@@ -426,9 +374,7 @@ public sealed class OperationTests(DeviceUnderTest deviceUnderTest)
     // ---- Optimizer
 
     [Test]
-    [Arguments(1, 1.0)]
-    [Arguments(67, 0.3)]
-    [Arguments(70_001, 1.0)]
+    [Arguments(1, 1.0), Arguments(67, 0.3), Arguments(70_001, 1.0)]
     // Gradients as small as epsilon, which then counts.
     [Arguments(20, 1e-8)]
     public async Task AdamW(int count, double gradientStd) {
@@ -461,13 +407,9 @@ public sealed class OperationTests(DeviceUnderTest deviceUnderTest)
 /// <summary>What only the CPU promises: the same bits on any number of threads.</summary>
 public class CpuTests {
     [Test]
-    [Arguments(1, 1000, 768)]
-    [Arguments(3, 50, 33)]
+    [Arguments(1, 1000, 768), Arguments(3, 50, 33)]
     // Halved and halved again, 97 rows leave one; they do so on some numbers of threads alone.
-    [Arguments(97, 48, 384)]
-    [Arguments(97, 384, 384)]
-    [Arguments(384, 384, 97)]
-    [Arguments(130, 400, 300)]
+    [Arguments(97, 48, 384), Arguments(97, 384, 384), Arguments(384, 384, 97), Arguments(130, 400, 300)]
     [Arguments(400, 257, 385)]
     public async Task ProductsHaveTheSameBitsOnAnyNumberOfThreads(int rows, int C, int OC) =>
         await SameBitsOnAnyNumberOfThreads(device => {
@@ -480,9 +422,7 @@ public class CpuTests {
         });
 
     [Test]
-    [Arguments(1, 97, 3, 96)]
-    [Arguments(2, 65, 5, 100)]
-    [Arguments(3, 1, 1, 68)]
+    [Arguments(1, 97, 3, 96), Arguments(2, 65, 5, 100), Arguments(3, 1, 1, 68)]
     public async Task ATrainingStepHasTheSameBitsOnAnyNumberOfThreads(int B, int T, int NH, int C) =>
         await SameBitsOnAnyNumberOfThreads(device => {
             // Recomputation, so that every operation takes part.
