@@ -14,8 +14,6 @@ public abstract class PrecisionTests(IDevice device, Config small, int T) {
     protected Model RandomModel(Purpose purpose, int recompute = 0) =>
         Models.Random(small, device, 2, T, purpose, recompute);
 
-    static IEnumerable<int> Bits(float[] values) => values.Select(BitConverter.SingleToInt32Bits);
-
     [Test]
     public async Task LogitsLossAndGradientsEqualPyTorchs() {
         var results = Verification.Run(Golden("model.bin"), Golden("state.bin"), device).ToArray();
@@ -43,10 +41,9 @@ public abstract class PrecisionTests(IDevice device, Config small, int T) {
         foreach (var (i, step) in found.Index()) {
             var expected = lines[i].Select(Parse).ToArray();
             await Assert.That(step[0]).IsEqualTo(expected[0]);
-            await Assert.That(RelativeError(step[1], expected[1])).IsLessThan(bound);
-            await Assert.That(RelativeError(step[2], expected[2])).IsLessThan(bound);
-            // Printed with three digits, and here with all.
-            await Assert.That(RelativeError(step[3], expected[3])).IsLessThan(5e-3);
+            // The learning rate is printed with three digits.
+            foreach (var (column, tolerance) in ((int, double)[])[(1, bound), (2, bound), (3, 5e-3)])
+                await Assert.That(RelativeError(step[column], expected[column])).IsLessThan(tolerance);
             await Assert.That(RelativeError(options.LearningRateAt(i), expected[3])).IsLessThan(1e-6);
         }
         await Assert.That(RelativeError(validation, Parse(lines[10][1]))).IsLessThan(bound);
@@ -60,7 +57,7 @@ public abstract class PrecisionTests(IDevice device, Config small, int T) {
     [Arguments(1), Arguments(2)]
     public async Task RecomputationGivesTheSameBits(int recompute) {
         var (kept, recomputed) = (RandomModel(Purpose.Train), RandomModel(Purpose.Train, recompute));
-        await Same(Bits(recomputed.Pass().Gradients), Bits(kept.Pass().Gradients));
+        await SameBits(recomputed.Pass().Gradients, kept.Pass().Gradients);
         await Assert.That(recomputed.Memory.Sum(part => part.Bytes)).IsLessThan(kept.Memory.Sum(part => part.Bytes));
     }
 
@@ -72,19 +69,17 @@ public abstract class PrecisionTests(IDevice device, Config small, int T) {
             model.Loss();
             model.MeanLoss();
         }
-        await Same(Bits(evaluate.Losses), Bits(train.Losses));
+        await SameBits(evaluate.Losses, train.Losses);
     }
 }
 
 /// <summary>The model's tests on the CPU.</summary>
 [InheritsTests]
-[MethodDataSource(typeof(Support), nameof(Support.Devices))]
-public sealed class CpuModelTests(DeviceUnderTest deviceUnderTest) : ModelTests(deviceUnderTest);
+public sealed class CpuModelTests() : ModelTests(new Cpu());
 
 /// <summary>The whole model in fp32.</summary>
 [InheritsTests]
-public abstract class ModelTests(DeviceUnderTest deviceUnderTest)
-    : PrecisionTests(deviceUnderTest.Open(), Small, T: 13), IDisposable {
+public abstract class ModelTests(IDevice device) : PrecisionTests(device, Small, T: 13), IDisposable {
     static readonly Config Small = new(MaxT: 13, V: 67, Vp: 80, L: 3, NH: 3, C: 24);
 
     public void Dispose() => device.Dispose();
@@ -94,12 +89,8 @@ public abstract class ModelTests(DeviceUnderTest deviceUnderTest)
     // ---- PyTorch
 
     [Test]
-    [Arguments("logits", 0, 0.1f)]
-    [Arguments("loss", 1, 0.01f)]
-    [Arguments("wte", 2, 0.01f)]
-    [Arguments("qkvb", 7, 0.01f)]
-    [Arguments("lnfb", 17, 0.01f)]
-    [Arguments("lnfb", 17, float.NaN)]
+    [Arguments("logits", 0, 0.1f), Arguments("loss", 1, 0.01f), Arguments("wte", 2, 0.01f)]
+    [Arguments("qkvb", 7, 0.01f), Arguments("lnfb", 17, 0.01f), Arguments("lnfb", 17, float.NaN)]
     public async Task VerificationFindsAWrongNumber(string name, int index, float change) {
         using var folder = new TemporaryFolder();
         var numbers = MemoryMarshal.Cast<byte, float>(File.ReadAllBytes(Golden("state.bin"))).ToArray();
@@ -178,24 +169,15 @@ public abstract class ModelTests(DeviceUnderTest deviceUnderTest)
     [Arguments(2), Arguments(1300)]
     public async Task TheLossIsThatOfTheLogits(int B) {
         var model = RandomModel(B, 13, Purpose.Evaluate);
-        model.Forward();
-        var logits = Enumerable.Range(0, model.LogitParts).SelectMany(i => device.Values(model.Logits(i))).ToArray();
+        double[] logits = [.. model.ForwardLogits().SelectMany(row => Doubles(row))];
         model.Loss();
         var mean = model.MeanLoss();
-        var expected = Reference.Losses(Doubles(logits), model.Targets, Small.V, Small.Vp);
+        var expected = Reference.Losses(logits, model.Targets, Small.V, Small.V);
         await Assert.That(RelativeError(model.Losses, expected)).IsLessThan(1e-5);
         await Assert.That(RelativeError(mean, expected.Average())).IsLessThan(1e-6);
     }
 
     // ---- Generation
-
-    /// <summary>What a sampler picks after each position of a sequence, from one on, by one forward pass.</summary>
-    int[] Picks(Model model, int[] sequence, int first, Sampler sampler) {
-        sequence.CopyTo(model.Tokens, 0);
-        model.Forward();
-        var rows = device.Values(model.Logits(0)).Chunk(Small.Vp);
-        return [.. rows.Take(sequence.Length).Skip(first).Select(row => sampler.Next(row[..Small.V]))];
-    }
 
     [Test]
     [Arguments(1, 0f), Arguments(5, 0f), Arguments(13, 0f)]
@@ -209,7 +191,10 @@ public abstract class ModelTests(DeviceUnderTest deviceUnderTest)
         int[] generated = [.. model.Generate(prompt, NewSampler())];
         // The last token follows a full context.
         await Assert.That(generated.Length).IsEqualTo(Small.MaxT - promptLength + 1);
-        await Same(generated, Picks(whole, [.. prompt, .. generated[..^1]], promptLength - 1, NewSampler()));
+        int[] sequence = [.. prompt, .. generated[..^1]];
+        sequence.CopyTo(whole.Tokens, 0);
+        var (rows, sampler) = (whole.ForwardLogits().Skip(promptLength - 1), NewSampler());
+        await Same(generated, rows.Select(row => sampler.Next(row)));
         // Nothing of the first time is left when it is done again, after the beginning of another prompt.
         _ = model.Generate([1, 2, 3], NewSampler()).First();
         await Same(model.Generate(prompt, NewSampler()), generated);
@@ -232,19 +217,17 @@ public abstract class ModelTests(DeviceUnderTest deviceUnderTest)
             return values;
         }
         const int C = 8;
-        // 0.02/√(2L) for what adds to the residual stream.
         float[] wte = Normal(V * C), wpe = Normal(5 * C);
-        float[] qkvw = Normal(3 * C * C), attprojw = Normal(C * C, 0.01);
-        float[] fcw = Normal(4 * C * C), fcprojw = Normal(4 * C * C, 0.01);
-        qkvw = [.. qkvw, .. Normal(3 * C * C)];
-        attprojw = [.. attprojw, .. Normal(C * C, 0.01)];
-        fcw = [.. fcw, .. Normal(4 * C * C)];
-        fcprojw = [.. fcprojw, .. Normal(4 * C * C, 0.01)];
+        // 0.02/√(2L) for what adds to the residual stream.
+        var layers = Enumerable.Range(0, 2).Select(_ => (Qkvw: Normal(3 * C * C), Attprojw: Normal(C * C, 0.01),
+            Fcw: Normal(4 * C * C), Fcprojw: Normal(4 * C * C, 0.01))).ToArray();
         float[] ones = [.. Enumerable.Repeat(1f, 2 * C)], zeros = new float[2 * C];
         float[] expected = [
             .. wte, .. new float[5 * C], .. wpe,
-            .. ones, .. zeros, .. qkvw, .. new float[2 * 3 * C], .. attprojw, .. zeros,
-            .. ones, .. zeros, .. fcw, .. new float[2 * 4 * C], .. fcprojw, .. zeros,
+            .. ones, .. zeros, .. layers.SelectMany(layer => layer.Qkvw), .. new float[2 * 3 * C],
+            .. layers.SelectMany(layer => layer.Attprojw), .. zeros,
+            .. ones, .. zeros, .. layers.SelectMany(layer => layer.Fcw), .. new float[2 * 4 * C],
+            .. layers.SelectMany(layer => layer.Fcprojw), .. zeros,
             .. ones[..C], .. zeros[..C],
         ];
         await Same(device.Values(model.Weights.All), expected);
@@ -317,10 +300,9 @@ public abstract class ModelTests(DeviceUnderTest deviceUnderTest)
         double Score(MultipleChoice question, ushort[] row) {
             for (var t = 0; t < T; t++)
                 alone.Tokens[t] = t < row.Length ? row[t] : 0;
-            alone.Forward();
-            var logits = Doubles(device.Values(alone.Logits(0)));
+            double[] logits = [.. alone.ForwardLogits().SelectMany(row => Doubles(row))];
             var targets = row.Skip(1).Select(token => (int)token).ToArray();
-            return Reference.Losses(logits, targets, Small.V, Small.Vp).Skip(question.ContextLength - 1).Average();
+            return Reference.Losses(logits, targets, Small.V, Small.V).Skip(question.ContextLength - 1).Average();
         }
         int[] answers = [.. questions.Select(question => {
             var scores = question.Rows.Select(row => Score(question, row)).ToArray();
@@ -387,35 +369,29 @@ public class SamplerTests {
 
 /// <summary>Learning rates worked out by hand.</summary>
 public class ScheduleTests {
+    /// <summary>Rates at some steps: all schedules warm up from a part of the highest rate, 0.1, to all of it, and those
+    /// that decay end at 0.01.</summary>
+    static readonly (Schedule Schedule, int Warmup, int MaxSteps, (int Step, double Rate)[] Points)[] curves = [
+        // A quarter, a half, three quarters and all of the 80 steps.
+        (Schedule.Cosine, 20, 100, [(0, 0.005), (20, 0.1), (40, 0.01 + 0.09 * 0.8535533905932737), (60, 0.055),
+            (80, 0.01 + 0.09 * 0.1464466094067262), (100, 0.01)]),
+        (Schedule.Linear, 20, 100, [(4, 0.025), (20, 0.1), (40, 0.0775), (60, 0.055), (100, 0.01)]),
+        (Schedule.Constant, 20, 100, [(9, 0.05), (20, 0.1), (99, 0.1)]),
+        // Down from step 80 on: by √(1/20), √(1/4) and all.
+        (Schedule.Wsd, 20, 100, [(19, 0.1), (79, 0.1), (80, 0.1), (81, 0.1 - 0.09 * 0.22360679774997896), (85, 0.055),
+            (100, 0.01)]),
+        // Without a warm-up, and with nothing but one.
+        (Schedule.Cosine, 0, 10, [(0, 0.1)]), (Schedule.Linear, 10, 10, [(9, 0.1)]),
+    ];
+
+    public static IEnumerable<(Schedule, int Warmup, int MaxSteps, int Step, double Rate)> Rates() =>
+        curves.SelectMany(curve => curve.Points.Select(point =>
+            (curve.Schedule, curve.Warmup, curve.MaxSteps, point.Step, point.Rate)));
+
     [Test]
-    // All warm up from a part of the highest rate to all of it.
-    [Arguments(Schedule.Cosine, 20, 100, 0, 0.005)]
-    [Arguments(Schedule.Linear, 20, 100, 4, 0.025)]
-    [Arguments(Schedule.Constant, 20, 100, 9, 0.05)]
-    [Arguments(Schedule.Wsd, 20, 100, 19, 0.1)]
-    // 80 steps from 0.1 to 0.01: a quarter, a half, three quarters and all of the way.
-    [Arguments(Schedule.Cosine, 20, 100, 20, 0.1)]
-    [Arguments(Schedule.Cosine, 20, 100, 40, 0.01 + 0.09 * 0.8535533905932737)]
-    [Arguments(Schedule.Cosine, 20, 100, 60, 0.055)]
-    [Arguments(Schedule.Cosine, 20, 100, 80, 0.01 + 0.09 * 0.1464466094067262)]
-    [Arguments(Schedule.Cosine, 20, 100, 100, 0.01)]
-    [Arguments(Schedule.Linear, 20, 100, 20, 0.1)]
-    [Arguments(Schedule.Linear, 20, 100, 40, 0.0775)]
-    [Arguments(Schedule.Linear, 20, 100, 60, 0.055)]
-    [Arguments(Schedule.Linear, 20, 100, 100, 0.01)]
-    [Arguments(Schedule.Constant, 20, 100, 20, 0.1)]
-    [Arguments(Schedule.Constant, 20, 100, 99, 0.1)]
-    // Down from step 80 on: by √(1/20), √(1/4) and all.
-    [Arguments(Schedule.Wsd, 20, 100, 79, 0.1)]
-    [Arguments(Schedule.Wsd, 20, 100, 80, 0.1)]
-    [Arguments(Schedule.Wsd, 20, 100, 81, 0.1 - 0.09 * 0.22360679774997896)]
-    [Arguments(Schedule.Wsd, 20, 100, 85, 0.055)]
-    [Arguments(Schedule.Wsd, 20, 100, 100, 0.01)]
-    // Without a warm-up, and with nothing but one.
-    [Arguments(Schedule.Cosine, 0, 10, 0, 0.1)]
-    [Arguments(Schedule.Linear, 10, 10, 9, 0.1)]
-    public async Task TheRateIsAsByHand(Schedule schedule, int warmup, int maxSteps, int step, double expected) {
+    [MethodDataSource(nameof(Rates))]
+    public async Task TheRateIsAsByHand(Schedule schedule, int warmup, int maxSteps, int step, double rate) {
         var options = Models.Options with { Schedule = schedule, Warmup = warmup, MaxSteps = maxSteps };
-        await Assert.That(RelativeError(options.LearningRateAt(step), expected)).IsLessThan(1e-6);
+        await Assert.That(RelativeError(options.LearningRateAt(step), rate)).IsLessThan(1e-6);
     }
 }

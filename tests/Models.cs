@@ -28,6 +28,14 @@ static class Models {
         return model;
     }
 
+    /// <summary>The logits of each of the batch's tokens, without the padding, by a forward pass.</summary>
+    public static float[][] ForwardLogits(this Model model) {
+        model.Forward();
+        var rows = Enumerable.Range(0, model.LogitParts)
+            .SelectMany(part => model.Device.Values(model.Logits(part)).Chunk(model.Config.Vp));
+        return [.. rows.Select(row => row[..model.Config.V])];
+    }
+
     /// <summary>Passes forward and backward over the model's batch.</summary>
     /// <returns>The losses, and the gradients of their mean.</returns>
     public static (float[] Losses, float[] Gradients) Pass(this Model model) {

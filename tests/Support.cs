@@ -2,13 +2,8 @@ using System.Runtime.InteropServices;
 
 namespace Gpt2.Tests;
 
-/// <summary>What several tests need: devices, files, random numbers, and how far arrays are apart.</summary>
+/// <summary>What several tests need: files, random numbers, and how far arrays are apart.</summary>
 static class Support {
-    /// <summary>The devices that the operations and the model are tested on.</summary>
-    public static IEnumerable<DeviceUnderTest> Devices() {
-        yield return new DeviceUnderTest("CPU", () => new Cpu());
-    }
-
     /// <summary>The repository's root: the folder above the tests' binary that holds tests/golden.</summary>
     public static string Root { get; } = FindRoot();
 
@@ -97,9 +92,13 @@ static class Support {
             .Because($"element {same} is {At(left, same)} and should be {At(right, same)}");
     }
 
-    /// <summary>True if all bits are equal.</summary>
-    public static bool SameBits(float[] left, float[] right) =>
-        MemoryMarshal.Cast<float, int>(left).SequenceEqual(MemoryMarshal.Cast<float, int>(right));
+    /// <summary>Requires all bits to be equal.</summary>
+    public static async Task SameBits(ReadOnlyMemory<float> found, ReadOnlyMemory<float> expected, string name = "") {
+        static ReadOnlySpan<int> Bits(ReadOnlyMemory<float> values) => MemoryMarshal.Cast<float, int>(values.Span);
+        var same = Bits(found).CommonPrefixLength(Bits(expected));
+        await Assert.That(same == found.Length && same == expected.Length).IsTrue()
+            .Because($"{name}: the bits of element {same} should be the same");
+    }
 
     /// <summary>The values in float64.</summary>
     public static double[] Doubles(ReadOnlySpan<float> values) {
@@ -108,12 +107,6 @@ static class Support {
             doubles[i] = values[i];
         return doubles;
     }
-}
-
-/// <summary>A device, opened by each test for itself.</summary>
-public sealed record DeviceUnderTest(string Name, Func<IDevice> Open) {
-    /// <summary>What the tests' names show.</summary>
-    public override string ToString() => Name;
 }
 
 /// <summary>An empty folder that goes away with everything in it.</summary>
