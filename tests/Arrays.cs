@@ -59,10 +59,10 @@ static class DeviceArrays {
     }
 }
 
-/// <summary>The arrays of one operation on one device. Their values depend on seeds and shapes alone, and are rounded to
-/// the GPU's precision; the CPU holds them in fp32.</summary>
+/// <summary>The arrays of one operation on one device. Values depend on seeds and shapes alone, and are rounded to the
+/// GPU's precision; the CPU holds them in fp32.</summary>
 sealed class Arrays(IDevice device, DataType precision, Dictionary<(int, int, double), float[]> draws) {
-    /// <summary>Bounds of ‖a − b‖/‖b‖: some fifty roundings of fp32; one or two roundings to bf16, 0.0017 each.</summary>
+    /// <summary>Bounds of ‖a − b‖/‖b‖: some fifty roundings to fp32; one or two to bf16, of 0.0017 each.</summary>
     public const double Fp32Bound = 1e-5, Bf16Bound = 3e-3;
 
     readonly List<Func<IEnumerable<(string Name, float[] Values, double Bound)>>> results = [];
@@ -112,6 +112,6 @@ sealed class Arrays(IDevice device, DataType precision, Dictionary<(int, int, do
             values.Where((_, i) => i % columns / (columns / parts) == part).ToArray())];
 
     /// <summary>The values of the arrays to be compared, after the operation.</summary>
-    public Dictionary<string, (float[] Values, double Bound)> Results() =>
-        results.SelectMany(result => result()).ToDictionary(result => result.Name, result => (result.Values, result.Bound));
+    public Dictionary<string, (float[] Values, double Bound)> Results() => results.SelectMany(result => result())
+        .ToDictionary(result => result.Name, result => (result.Values, result.Bound));
 }

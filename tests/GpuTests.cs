@@ -3,15 +3,15 @@ using static Gpt2.Tests.Support;
 
 namespace Gpt2.Tests;
 
-/// <summary>Skips a test, and says so, where no GPU is or the build has no kernels.</summary>
+/// <summary>Skips a test, visibly, where there is no GPU or the build has no kernels.</summary>
 sealed class RequiresGpuAttribute() : SkipAttribute("there is no GPU, or the build is one without kernels") {
     static readonly bool isAvailable = Cuda.IsAvailable;
 
     public override Task<bool> ShouldSkip(TestRegisteredContext context) => Task.FromResult(!isAvailable);
 }
 
-/// <summary>A device, or the GPU in one of the ways that it computes.</summary>
-/// <param name="Open">Opens a device of one's own.</param>
+/// <summary>The CPU, or the GPU in one precision.</summary>
+/// <param name="Open">Opens a device that the caller closes.</param>
 public sealed record DeviceUnderTest(string Name, DataType Precision, Func<IDevice> Open) {
     readonly Lazy<IDevice> shared = new(Open);
 
@@ -32,12 +32,18 @@ public sealed record DeviceUnderTest(string Name, DataType Precision, Func<IDevi
     /// <summary>The GPU in each precision, and with portable attention.</summary>
     public static IEnumerable<Func<DeviceUnderTest>> All() => [() => Fp32, () => Bf16, () => PortableBf16];
 
+    /// <summary>Pairs of devices: the second resumes a run of the first.</summary>
+    public static IEnumerable<Func<(DeviceUnderTest From, DeviceUnderTest To)>> Moves() => [
+        () => (Bf16, Cpu), () => (Bf16, Fp32), () => (Cpu, Bf16), () => (Fp32, Bf16), () => (Fp32, Cpu),
+        () => (Cpu, Fp32), () => (Fp32, Fp32), () => (Bf16, Bf16), () => (PortableBf16, PortableBf16),
+    ];
+
     /// <summary>What the tests' names show.</summary>
     public override string ToString() => Name;
 
-    /// <summary>Runs an operation on the CPU and twice on the GPU, from the same numbers: requires what it leaves to be
-    /// near and the same bits each time.</summary>
-    /// <returns>What it left on the GPU, by name.</returns>
+    /// <summary>Runs an operation on the CPU, and twice on this device on the same values. The results must be near the
+    /// CPU's, and have the same bits both times.</summary>
+    /// <returns>This device's results by name.</returns>
     internal async Task<Dictionary<string, float[]>> Compare(Action<Arrays> operation) {
         var draws = new Dictionary<(int, int, double), float[]>();
         Dictionary<string, (float[] Values, double Bound)> Run(IDevice device) {
@@ -93,13 +99,13 @@ public sealed class GpuOperationTests(DeviceUnderTest gpu)
     public async Task NumbersAreReadBackAsWrittenOrTheNearestInBf16() {
         (float Value, float InBf16)[] numbers = [
             (0, 0), (-0f, -0f), (-1.5f, -1.5f), (float.PositiveInfinity, float.PositiveInfinity),
-            // Ties, to even; and what is next to one.
+            // Ties, which go to even, and numbers next to a tie.
             (1 + 1 / 256f, 1), (1 + 3 / 256f, 1 + 1 / 64f), (-1 - 3 / 256f, -1 - 1 / 64f),
             (1 + 1 / 256f + 1e-6f, 1 + 1 / 128f), (1 + 3 / 256f - 1e-6f, 1 + 1 / 128f),
-            // Beyond the largest and the smallest numbers.
+            // Beyond the largest number, and near the smallest.
             (float.MinValue, float.NegativeInfinity), (float.Epsilon, 0), (1e-40f, 9.1835e-41f),
         ];
-        // One bit of payload, in the half that bf16 has not.
+        // A NaN whose payload is in the half that bf16 drops.
         var nan = BitConverter.Int32BitsToSingle(0x7f800001);
         float[] values = [.. numbers.Select(number => number.Value), nan];
         float[] expected = [.. numbers.Select(number => type == DataType.Fp32 ? number.Value : number.InBf16)];
@@ -110,7 +116,7 @@ public sealed class GpuOperationTests(DeviceUnderTest gpu)
 
     [Test]
     public async Task ManyNumbersAreReadBack() {
-        // More than go through the host at a time.
+        // More values than are copied at a time.
         float[] values = [.. Enumerable.Range(0, 9_000_005).Select(i => i * 0.37f)];
         var found = device.Download(device.Upload(values, type));
         await SameBits(found, Rounded(values, type));
@@ -153,11 +159,12 @@ public sealed class GpuOperationTests(DeviceUnderTest gpu)
     [Arguments(1, 1000, 1600, 40), Arguments(2, 500, 24, 50304), Arguments(2, 35, 4096, 70)]
     [Arguments(1, 40_000, 8, 131072)]
     public async Task EmbedBackward(int B, int T, int C, int V) {
-        // Every other row has one and the same token, the rest others of the lower half; positions past T get nothing.
+        // Every other row has the same token, the rest random ones of the vocabulary's lower half. Positions from T on
+        // get no gradient.
         int[] tokens = [.. Tokens(1, B * T, (V + 1) / 2).Select((token, i) => i % 2 == 0 ? V / 3 : token)];
         var results = await gpu.Compare(a => a.Device.EmbedBackward(tokens, a.Input(2, [B, T, C]),
             a.Sum("dwte", 3, [V, C]), a.Sum("dwpe", 4, [T + 3, C])));
-        // What the norm of the whole would hide.
+        // Tokens that do not occur must get no gradient at all, which the norm of the whole would hide.
         var (dwte, before) = (results["dwte"], Floats(3, V * C));
         for (var token = 0; token < V; token++) {
             var same = dwte.AsSpan(token * C, C).SequenceEqual(before.AsSpan(token * C, C));
@@ -171,19 +178,17 @@ public sealed class GpuOperationTests(DeviceUnderTest gpu)
     public static IEnumerable<(int Rows, int C)> Rows() =>
         [(1, 8), (3, 24), (7, 72), (130, 768), (5, 1032), (1000, 1600), (9000, 24), (300, 4096)];
 
-    [Test]
-    [MethodDataSource(nameof(Rows))]
+    [Test, MethodDataSource(nameof(Rows))]
     public Task LayerNorm(int rows, int C) => gpu.Compare(a => a.Device.LayerNorm(
         a.Input(1, [rows, C], 2), a.Input(2, [C]), a.Input(3, [C]), a.Output("y", [rows, C]),
         a.Fp32Output("mean rstd", [rows, 2])));
 
-    [Test]
-    [MethodDataSource(nameof(Rows))]
+    [Test, MethodDataSource(nameof(Rows))]
     public async Task LayerNormBackward(int rows, int C) {
         var x = Rounded(Floats(1, rows * C, 2), type);
         float[] statistics = [.. Reference.Statistics(Doubles(x), C).Select(value => (float)value)];
         foreach (var hasBias in (bool[])[false, true]) {
-            // What dx holds before is small, so that it hides no error in what is added.
+            // dx starts small, so as not to hide errors in what is added.
             await gpu.Compare(a => a.Device.LayerNormBackward(a.Input(2, [rows, C]), a.Input(x, [rows, C]),
                 a.Input(3, [C]), a.Device.Upload(statistics, [rows, 2]), a.Result("dx", a.Input(4, [rows, C], 0.3)),
                 a.Sum("dw", 5, [C]), a.Sum("db", 6, [C]), hasBias ? a.Sum("dbias", 7, [C]) : default));
@@ -192,16 +197,15 @@ public sealed class GpuOperationTests(DeviceUnderTest gpu)
 
     // ---- Linear and GELU
 
-    /// <summary>Rows, C and OC of the products: each is ragged in some; the last is the classifier's.</summary>
+    /// <summary>Rows, C and OC of the products: each size is ragged in some; 50304 is the classifier's OC.</summary>
     public static IEnumerable<(int Rows, int C, int OC)> Products() => [
         (1, 8, 8), (3, 24, 72), (7, 72, 24), (1, 768, 2304), (65, 200, 8), (97, 96, 384), (129, 1032, 200),
         (1000, 72, 1032), (13, 1600, 1024), (16, 64, 50304),
-        // From 512 rows on Hopper has kernels of its own: part of a tile, and more tiles than blocks.
+        // Hopper has its own kernels from 512 rows on: a part of a tile, and more tiles than blocks.
         (512, 8, 8), (520, 1600, 200), (18_000, 136, 208),
     ];
 
-    [Test]
-    [MethodDataSource(nameof(Products))]
+    [Test, MethodDataSource(nameof(Products))]
     public Task Linear(int rows, int C, int OC) => gpu.Compare(a => {
         var (x, w, b) = (a.Input(1, [rows, C]), a.Input(2, [OC, C]), a.Input(3, [OC]));
         a.Device.Linear(x, w, b, a.Output("y", [rows, OC]));
@@ -209,18 +213,16 @@ public sealed class GpuOperationTests(DeviceUnderTest gpu)
         a.Device.LinearResidual(x, w, b, a.Input(4, [rows, OC]), a.Output("withResidual", [rows, OC]));
     });
 
-    [Test]
-    [MethodDataSource(nameof(Products))]
+    [Test, MethodDataSource(nameof(Products))]
     public Task LinearBackward(int rows, int C, int OC) => gpu.Compare(a => {
         var (dy, x, w) = (a.Input(1, [rows, OC]), a.Input(2, [rows, C]), a.Input(3, [OC, C]));
         var dx = a.Output("dx", [rows, C], fp32: OC > 10_000 ? SumBound : Arrays.Fp32Bound);
         a.Device.LinearBackward(dy, x, w, dx, a.Sum("dw", 4, [OC, C], SumBound));
     });
 
-    [Test]
-    [Arguments(1, 24, 8), Arguments(5, 72, 200), Arguments(130, 8, 72), Arguments(600, 72, 200)]
+    [Test, Arguments(1, 24, 8), Arguments(5, 72, 200), Arguments(130, 8, 72), Arguments(600, 72, 200)]
     public Task ProductsTakeArraysAlignedTo16Bytes(int rows, int C, int OC) => gpu.Compare(a => {
-        // All but one row or eight elements; what is left out must stay as it is.
+        // Arrays without their first row, or first eight elements, which must stay as they are.
         var (x, w, b) = (a.Input(1, [rows + 1, C]), a.Input(2, [OC + 1, C]), a.Input(3, [OC + 8]));
         var y = a.Result("y", a.Input(4, [rows + 1, OC]));
         a.Device.Linear(x.Slice(1, rows), w.Slice(1, OC), b.Flat(8, OC), y.Slice(1, rows));
@@ -250,8 +252,7 @@ public sealed class GpuOperationTests(DeviceUnderTest gpu)
         });
     }
 
-    [Test]
-    [Arguments(8), Arguments(72), Arguments(70_008)]
+    [Test, Arguments(8), Arguments(72), Arguments(70_008)]
     public Task Gelu(int count) =>
         gpu.Compare(a => a.Device.Gelu(a.Input(1, [count], 3), a.Output("y", [count])));
 
@@ -267,7 +268,7 @@ public sealed class GpuOperationTests(DeviceUnderTest gpu)
         var targets = Tokens(1, B * T, V);
         targets[^1] = V - 1;
         var logits = Floats(2, B * T * Vp, 3);
-        // What the padding holds must take no part.
+        // The padding must take no part.
         foreach (var row in Enumerable.Range(0, B * T))
             logits.AsSpan(row * Vp + V, Vp - V).Fill(float.NaN);
         return gpu.Compare(a => {
@@ -275,7 +276,7 @@ public sealed class GpuOperationTests(DeviceUnderTest gpu)
             a.Device.Classify(gradients, targets, V, a.Fp32Output("losses", [B, T]), scale);
             if (scale == 0)
                 return;
-            // Beside those of the targets, all other gradients are small.
+            // Targets have much larger gradients than other tokens, so each kind is compared by itself.
             a.Result("softmax targets", gradients, split: values => {
                 float[] softmax = [.. values], those = [.. targets.Select((target, row) => values[row * Vp + target])];
                 for (var row = 0; row < B * T; row++)
@@ -285,17 +286,16 @@ public sealed class GpuOperationTests(DeviceUnderTest gpu)
         });
     }
 
-    /// <summary>Rows, channels and vocabulary, small ones and those that Hopper has kernels for: ragged tiles and
-    /// padding, more tiles than the blocks take at once, and GPT-2's.</summary>
+    /// <summary>Small sizes, and those of Hopper's own kernels: ragged tiles and padding, more tiles than the blocks
+    /// take at once, and GPT-2's vocabulary.</summary>
     public static IEnumerable<(int Rows, int C, int V, int Vp)> Classifiers() => [
         (3, 24, 67, 80), (512, 8, 5, 8), (512, 64, 211, 256), (600, 72, 1000, 1000), (3_000, 136, 5_003, 5_056),
         (520, 768, 50257, 50304), (512, 16, 65536, 131072),
     ];
 
-    [Test]
-    [MethodDataSource(nameof(Classifiers))]
+    [Test, MethodDataSource(nameof(Classifiers))]
     public Task LinearClassify(int rows, int C, int V, int Vp) {
-        // Targets are of the lower half, so that the gradients of the others' weights are the softmax's alone.
+        // Targets are in the vocabulary's lower half: the upper half's gradients come from the softmax alone.
         var (targets, middle) = (Tokens(1, rows, (V + 1) / 2), (V + 1) / 2 * C);
         return gpu.Compare(a => {
             var (x, w) = (a.Input(2, [rows, C]), a.Input(3, [Vp, C], 2 / Math.Sqrt(C)));
@@ -310,9 +310,9 @@ public sealed class GpuOperationTests(DeviceUnderTest gpu)
 
     double ClassifierBound => type == DataType.Bf16 ? 2e-3 : Arrays.Fp32Bound;
 
-    // Targets' logits are so far below the others that the losses of Hopper's kernels do not grow any more.
     [Test]
     public async Task VeryLargeLossesAreFinite() {
+        // Targets' logits are so far below the others that Hopper's kernels clamp the losses.
         const int rows = 512, C = 8, V = 16;
         float[] weights = [.. Enumerable.Range(0, V * C).Select(i => i < C ? -8f : 8f)];
         var (losses, dx) = (device.Poisoned([rows]), device.Poisoned([rows, C], type));
@@ -328,10 +328,10 @@ public sealed class GpuOperationTests(DeviceUnderTest gpu)
 
     [Test]
     [Arguments(8, 1.0), Arguments(72, 0.3), Arguments(70_008, 1.0)]
-    // Gradients as small as epsilon, which then counts.
+    // Gradients as small as epsilon, so that epsilon matters.
     [Arguments(24, 1e-8)]
     public Task AdamW(int count, double gradientStd) {
-        // Parts of different lengths, of which one does not decay.
+        // Parts of different lengths; the second does not decay.
         int[] counts = [count, count / 16 * 8 + 8, 8];
         return gpu.Compare(a => {
             var (parts, first) = (new List<AdamWPart>(), 0L);
@@ -345,15 +345,12 @@ public sealed class GpuOperationTests(DeviceUnderTest gpu)
             for (var number = 1; number <= 3; number++) {
                 foreach (var (i, part) in parts.Index())
                     a.Device.Write(part.Dw, Floats(10 * number + i, part.Dw.Count, gradientStd));
-                // The second update has another rate, and the third one no decay.
-                a.Device.AdamW(CollectionsMarshal.AsSpan(parts), new AdamWStep(number, number == 2 ? 0.1f : 0.05f,
-                    number == 3 ? 0 : 0.1f, 0.7f, 0.9f, 0.95f, 1e-8f, Seed: 42));
+                a.Device.AdamW(CollectionsMarshal.AsSpan(parts), Step(number));
             }
         });
     }
 
-    [Test]
-    [Arguments(3, 13), Arguments(8, 21), Arguments(16, 1)]
+    [Test, Arguments(3, 13), Arguments(8, 21), Arguments(16, 1)]
     public async Task AdamWOfAPartLeavesItsNeighboursAlone(int first, int count) {
         const int all = 48, padded = 24;
         var before = Rounded(Floats(1, all), type);
@@ -370,17 +367,15 @@ public sealed class GpuOperationTests(DeviceUnderTest gpu)
     }
 }
 
-/// <summary>How weights in bf16 follow their masters: rounded up or down at random, so that they are right in the
-/// mean.</summary>
+/// <summary>Stochastic rounding of master weights to bf16: up or down at random, and right on average.</summary>
 [Category("gpu"), RequiresGpu, NotInParallel("gpu")]
 public sealed class GpuRoundingTests {
-    /// <summary>How many of its standard deviations a sum may be off. Seeds are fixed, so it passes always or
-    /// never.</summary>
+    /// <summary>Standard deviations that a sum may be off. Seeds are fixed: a test passes always or never.</summary>
     const double Deviations = 5;
 
     readonly IDevice device = DeviceUnderTest.Bf16.Shared;
 
-    /// <summary>The weights after an update of these masters, and the masters, which without gradients stay.</summary>
+    /// <summary>The weights and their masters after an update. Without gradients the masters do not change.</summary>
     (float[] Weights, float[] Masters) Update(float[] masters, uint seed, long first = 0, double gradientStd = 0) {
         var (w, master) = (device.Poisoned([masters.Length], DataType.Bf16), device.Upload(masters));
         Tensor m = device.Upload(new float[masters.Length]), v = device.Upload(new float[masters.Length]);
@@ -390,8 +385,7 @@ public sealed class GpuRoundingTests {
         return (device.Download(w), device.Download(master));
     }
 
-    [Test]
-    [Arguments(0), Arguments(1)]
+    [Test, Arguments(0), Arguments(1)]
     public async Task EachWeightIsANeighbourOfItsMasterAndTheyAgreeInTheMean(double gradientStd) {
         var before = Floats(1, 1 << 17);
         var (weights, masters) = Update(before, 42, gradientStd: gradientStd);
@@ -403,9 +397,9 @@ public sealed class GpuRoundingTests {
             var fromZero = BitConverter.UInt32BitsToSingle((bits & 0xffff0000) + 0x10000);
             if (weights[i] != toZero && (weights[i] != fromZero || masters[i] == toZero))
                 Assert.Fail($"{masters[i]:g9} became {weights[i]:g9}");
-            // Away from zero, so that what always goes one way there does not cancel out.
+            // Measured away from zero, so that a bias towards or away from zero does not cancel out.
             sum += Math.Abs((double)weights[i]) - Math.Abs(masters[i]);
-            // Of a choice between two numbers whose mean is the master.
+            // The variance of a choice between two numbers whose mean is the master.
             variance += ((double)masters[i] - toZero) * ((double)fromZero - masters[i]);
         }
         await Assert.That(Math.Abs(sum)).IsLessThan(Deviations * Math.Sqrt(variance));
@@ -428,7 +422,7 @@ public sealed class GpuRoundingTests {
         var (up, other) = (Up(42), Up(43));
         await Expect("one seed", up, 1.0 / 8);
         await Expect("the next seed", other, 1.0 / 8);
-        // Neighbours, which may share a random number, and the same weight in two steps know nothing of each other.
+        // Neighbours, which may share a random number, are independent, and so is a weight in two steps.
         for (var distance = 1; distance <= 4; distance++)
             await Expect($"distance {distance}", up.Zip(up[distance..], (x, y) => x && y), 1.0 / 64);
         for (var distance = 0; distance <= 4; distance++)
@@ -450,7 +444,7 @@ public sealed class GpuRoundingTests {
         await Same(Update(masters, 42).Weights, weights);
         await Same(Update(masters[..split], 42).Weights, weights[..split]);
         await Same(Update(masters[split..], 42, split).Weights, weights[split..]);
-        // Another seed or place: most of the weights' choices are others.
+        // With another seed or index, many weights are rounded the other way.
         foreach (var (seed, first) in ((uint, long)[])[(43, 0), (42, count), (42, far)]) {
             var other = Update(masters, seed, first).Weights;
             var different = other.Zip(weights, (x, y) => x != y).Count(isDifferent => isDifferent);
@@ -475,12 +469,12 @@ public sealed class GpuAttentionTests(DeviceUnderTest gpu) {
         (1, 5, 3, 64), (2, 63, 1, 64), (1, 64, 12, 64), (2, 65, 3, 64), (1, 127, 1, 64), (2, 128, 3, 64),
         (1, 129, 12, 64), (2, 200, 3, 64), (1, 256, 1, 64), (1, 1000, 3, 64), (2, 1024, 3, 64),
         (1, 5, 1, 8), (2, 65, 3, 16), (1, 130, 2, 24), (2, 33, 1, 40), (1, 300, 3, 128), (2, 70, 1, 256),
-        // The longest that a kernel's tests take seconds for, the most heads of a model, and the most sequences.
+        // The longest that takes no more than seconds, the most heads of a model, and the most sequences.
         (1, 20_000, 1, 64), (1, 20_000, 1, 8), (1, 3, 512, 8), (65_535, 1, 1, 8), (65_535, 2, 1, 64),
     ];
 
-    /// <summary>B, T, NH, HS, the first row, and the standard deviation of the inputs, of which 10 makes scores of about
-    /// ±400: unless their maximum is subtracted, their exponentials overflow.</summary>
+    /// <summary>Sizes with the first row to compute, and the inputs' standard deviation. A deviation of 10 makes scores
+    /// of about ±400: unless their maximum is subtracted, their exponentials overflow.</summary>
     public static IEnumerable<(int B, int T, int NH, int HS, int Start, double Std)> Forwards() => [
         .. sizes.Select(size => (size.B, size.T, size.NH, size.HS, 0, 1.0)),
         (1, 1, 1, 64, 0, 1), (2, 1, 3, 64, 0, 1), (2, 1, 3, 16, 0, 1),
@@ -491,8 +485,7 @@ public sealed class GpuAttentionTests(DeviceUnderTest gpu) {
         (2, 200, 3, 64, 0, 10), (2, 200, 3, 64, 100, 10), (2, 200, 3, 16, 0, 10),
     ];
 
-    [Test]
-    [MethodDataSource(nameof(Forwards))]
+    [Test, MethodDataSource(nameof(Forwards))]
     public Task Attention(int B, int T, int NH, int HS, int start, double std) => gpu.Compare(a => {
         var y = a.Output("y", [B, T - start, NH * HS], fp32: std > 1 ? LargeScoresBound : Arrays.Fp32Bound);
         a.Device.Attention(a.Input(1, [B, T, 3 * NH * HS], std), start, NH, y, a.Fp32Output("lse", [B, NH, T - start]));
@@ -502,8 +495,7 @@ public sealed class GpuAttentionTests(DeviceUnderTest gpu) {
         .. sizes.Select(size => (size.B, size.T, size.NH, size.HS, 1.0)), (2, 200, 3, 64, 10), (2, 200, 3, 16, 10),
     ];
 
-    [Test]
-    [MethodDataSource(nameof(Backwards))]
+    [Test, MethodDataSource(nameof(Backwards))]
     public Task AttentionBackward(int B, int T, int NH, int HS, double std) {
         var (qkv, y, lse) = Forward(B, T, NH, HS, std);
         var fp32 = std > 1 ? LargeScoresBound : Arrays.Fp32Bound;
@@ -522,8 +514,7 @@ public sealed class GpuAttentionTests(DeviceUnderTest gpu) {
         return (qkv, cpu.Download(y), cpu.Download(lse));
     }
 
-    [Test]
-    [Arguments(64), Arguments(8)]
+    [Test, Arguments(64), Arguments(8)]
     public async Task AttentionTakesTheLongestSequence(int HS) {
         // The reference computes three queries: the others' outputs are not compared, and have no gradient.
         const int T = Config.LongestT;
@@ -567,10 +558,9 @@ public sealed class GpuAttentionTests(DeviceUnderTest gpu) {
         }
     }
 
-    [Test]
-    [Arguments(1, 1, 64), Arguments(2, 3, 64), Arguments(2, 3, 16)]
+    [Test, Arguments(1, 1, 64), Arguments(2, 3, 64), Arguments(2, 3, 16)]
     public async Task OneRowAttendsToItselfWhateverItsScore(int B, int NH, int HS) {
-        // Its output is its value; the gradient of its score is the difference of two equal numbers.
+        // The output is the row's value; the score's gradient is the difference of two equal numbers.
         var (C, device, type) = (NH * HS, gpu.Shared, gpu.Precision);
         var (qkv, y, lse) = Forward(B, 1, NH, HS, 1);
         var dy = Rounded(Floats(2, B * C), type);
@@ -588,8 +578,8 @@ public sealed class GpuAttentionTests(DeviceUnderTest gpu) {
 [Category("gpu"), RequiresGpu, NotInParallel("gpu"), InheritsTests]
 public sealed class GpuModelTests() : ModelTests(DeviceUnderTest.Fp32.Open());
 
-/// <summary>Training on the GPU: against PyTorch, the CPU and itself, with heads of 64 channels, for which alone it has
-/// some of its kernels.</summary>
+/// <summary>Training on the GPU: against PyTorch, the CPU and itself, with heads of 64 channels, the only ones
+/// that some kernels take.</summary>
 [Category("gpu"), RequiresGpu, NotInParallel("gpu"), InheritsTests]
 [MethodDataSource(typeof(DeviceUnderTest), nameof(DeviceUnderTest.All))]
 public sealed class GpuTrainingTests(DeviceUnderTest gpu) : PrecisionTests(gpu.Shared, Small, T) {
@@ -626,8 +616,7 @@ public sealed class GpuTrainingTests(DeviceUnderTest gpu) : PrecisionTests(gpu.S
         await SameBits(Train(), Train());
     }
 
-    [Test]
-    [Arguments(1), Arguments(70)]
+    [Test, Arguments(1), Arguments(70)]
     public async Task GenerationPicksTheLikeliestOfAFullForwardPass(int promptLength) {
         var prompt = Tokens(5, promptLength, Small.V);
         var model = Models.Random(Small, device, 1, 1, Purpose.Generate);
@@ -643,22 +632,10 @@ public sealed class GpuTrainingTests(DeviceUnderTest gpu) : PrecisionTests(gpu.S
     }
 }
 
-/// <summary>A run that is resumed, where it began or on another device.</summary>
+/// <summary>Runs that are resumed, on the same device or on another.</summary>
 [Category("gpu"), RequiresGpu, NotInParallel("gpu")]
 public sealed class GpuCheckpointTests {
-    /// <summary>Pairs of devices: the second takes up what the first wrote.</summary>
-    public static IEnumerable<Func<(DeviceUnderTest From, DeviceUnderTest To)>> Moves() {
-        DeviceUnderTest cpu = DeviceUnderTest.Cpu, fp32 = DeviceUnderTest.Fp32, bf16 = DeviceUnderTest.Bf16;
-        (DeviceUnderTest, DeviceUnderTest)[] moves = [
-            (bf16, cpu), (bf16, fp32), (cpu, bf16), (fp32, bf16), (fp32, cpu), (cpu, fp32),
-            .. DeviceUnderTest.All().Select(gpu => (gpu(), gpu())),
-        ];
-        return moves.Select<(DeviceUnderTest, DeviceUnderTest), Func<(DeviceUnderTest, DeviceUnderTest)>>(
-            move => () => move);
-    }
-
-    [Test]
-    [MethodDataSource(nameof(Moves))]
+    [Test, MethodDataSource(typeof(DeviceUnderTest), nameof(DeviceUnderTest.Moves))]
     public async Task AResumedRunEqualsAnUnbrokenOne(DeviceUnderTest from, DeviceUnderTest to) {
         var config = GpuTrainingTests.Small;
         using var folder = new TemporaryFolder();
@@ -690,7 +667,7 @@ public sealed class GpuCheckpointTests {
     }
 }
 
-/// <summary>What ends a process's use of the GPU, and so runs only when it is asked for by name.</summary>
+/// <summary>Faults, which end the process's use of the GPU; this runs only when asked for by name.</summary>
 [Category("fault"), RequiresGpu]
 public sealed class GpuFaultTests {
     [Test, Explicit]

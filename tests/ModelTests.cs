@@ -4,8 +4,8 @@ using static Gpt2.Tests.Support;
 
 namespace Gpt2.Tests;
 
-/// <summary>The whole model and its training in any precision: against PyTorch's, and against itself where two ways
-/// lead to one result.</summary>
+/// <summary>The model and its training in any precision: against PyTorch's, and against itself where there are two ways
+/// to one result.</summary>
 /// <param name="T">Tokens in each of the batch's two sequences.</param>
 public abstract class PrecisionTests(IDevice device, Config small, int T) {
     protected readonly IDevice device = device;
@@ -53,8 +53,7 @@ public abstract class PrecisionTests(IDevice device, Config small, int T) {
         static double Parse(string text) => double.Parse(text, CultureInfo.InvariantCulture);
     }
 
-    [Test]
-    [Arguments(1), Arguments(2)]
+    [Test, Arguments(1), Arguments(2)]
     public async Task RecomputationGivesTheSameBits(int recompute) {
         var (kept, recomputed) = (RandomModel(Purpose.Train), RandomModel(Purpose.Train, recompute));
         await SameBits(recomputed.Pass().Gradients, kept.Pass().Gradients);
@@ -94,7 +93,7 @@ public abstract class ModelTests(IDevice device) : PrecisionTests(device, Small,
     public async Task VerificationFindsAWrongNumber(string name, int index, float change) {
         using var folder = new TemporaryFolder();
         var numbers = MemoryMarshal.Cast<byte, float>(File.ReadAllBytes(Golden("state.bin"))).ToArray();
-        // The last number of what follows 2·21 tokens and targets: logits, loss, the parameters' gradients.
+        // After 2·21 tokens and targets come the logits, the loss and the gradients; the last number of one changes.
         var (file, config) = Config.Open(Golden("model.bin"));
         file.Dispose();
         long[] counts = [2 * 21 * config.V, 1, .. config.Parameters.Select(shape => shape.Count)];
@@ -117,7 +116,7 @@ public abstract class ModelTests(IDevice device) : PrecisionTests(device, Small,
             await Assert.That(relative < Verification.Tolerance(device.Precision)).IsFalse().Because(name);
     }
 
-    /// <summary>Requires two checkpoints' tensors to be near, but for the noise that golden.py tells of.</summary>
+    /// <summary>Requires the tensors of two checkpoints to be near, except keys' biases: noise, as golden.py says.</summary>
     internal static async Task CompareWeights(string found, string expected) {
         var (left, config) = Config.Open(found);
         var (right, sameConfig) = Config.Open(expected);
@@ -142,7 +141,7 @@ public abstract class ModelTests(IDevice device) : PrecisionTests(device, Small,
 
     [Test]
     [Arguments(2, 1)]
-    // So many rows that their logits are computed in two parts, and by halves in one.
+    // So many rows that their logits take two parts, and those of half the rows one.
     [Arguments(700, 2)]
     public async Task TwoMicroBatchesEqualOneOfTwiceTheSize(int B, int parts) {
         var T = Small.MaxT;
@@ -165,8 +164,7 @@ public abstract class ModelTests(IDevice device) : PrecisionTests(device, Small,
         await Assert.That(RelativeError(losses.ToArray(), expectedLosses)).IsLessThan(1e-6);
     }
 
-    [Test]
-    [Arguments(2), Arguments(1300)]
+    [Test, Arguments(2), Arguments(1300)]
     public async Task TheLossIsThatOfTheLogits(int B) {
         var model = RandomModel(B, 13, Purpose.Evaluate);
         double[] logits = [.. model.ForwardLogits().SelectMany(row => Doubles(row))];
@@ -181,7 +179,7 @@ public abstract class ModelTests(IDevice device) : PrecisionTests(device, Small,
 
     [Test]
     [Arguments(1, 0f), Arguments(5, 0f), Arguments(13, 0f)]
-    // Random picks from the same seed, whose sequence is a more varied one.
+    // Random picks with the same seed make a more varied sequence.
     [Arguments(1, 2f), Arguments(5, 2f)]
     public async Task GenerationPicksAsFullForwardPassesDo(int promptLength, float temperature) {
         var model = RandomModel(1, 1, Purpose.Generate);
@@ -195,7 +193,7 @@ public abstract class ModelTests(IDevice device) : PrecisionTests(device, Small,
         sequence.CopyTo(whole.Tokens, 0);
         var (rows, sampler) = (whole.ForwardLogits().Skip(promptLength - 1), NewSampler());
         await Same(generated, rows.Select(row => sampler.Next(row)));
-        // Nothing of the first time is left when it is done again, after the beginning of another prompt.
+        // Generated again, after the beginning of another prompt: nothing is left of the first time.
         _ = model.Generate([1, 2, 3], NewSampler()).First();
         await Same(model.Generate(prompt, NewSampler()), generated);
     }
@@ -204,7 +202,7 @@ public abstract class ModelTests(IDevice device) : PrecisionTests(device, Small,
 
     [Test]
     [Arguments(11)]
-    // Just as many elements as are drawn at a time, and with a last group that overlaps the one before.
+    // As many elements as are drawn at a time, and a last group that overlaps the one before.
     [Arguments(131_073), Arguments(131_075)]
     public async Task WeightsFromScratchAreDrawnInTheDocumentedOrder(int V) {
         var config = new Config(MaxT: 5, V, Vp: V + 5, L: 2, NH: 1, C: 8);
@@ -218,7 +216,7 @@ public abstract class ModelTests(IDevice device) : PrecisionTests(device, Small,
         }
         const int C = 8;
         float[] wte = Normal(V * C), wpe = Normal(5 * C);
-        // 0.02/√(2L) for what adds to the residual stream.
+        // 0.02/√(2L) for the projections onto the residual stream.
         var layers = Enumerable.Range(0, 2).Select(_ => (Qkvw: Normal(3 * C * C), Attprojw: Normal(C * C, 0.01),
             Fcw: Normal(4 * C * C), Fcprojw: Normal(4 * C * C, 0.01))).ToArray();
         float[] ones = [.. Enumerable.Repeat(1f, 2 * C)], zeros = new float[2 * C];
@@ -235,7 +233,7 @@ public abstract class ModelTests(IDevice device) : PrecisionTests(device, Small,
 
     [Test]
     public async Task ASavedModelLoadsInFp32AndInBf16() {
-        // wte has more elements than pass through the host at a time, and not a multiple of them.
+        // wte has more elements than are copied at a time, and no multiple of them.
         var config = new Config(MaxT: 3, V: 35_003, Vp: 35_008, L: 2, NH: 2, C: 40);
         using var folder = new TemporaryFolder();
         var model = new Model(config, device, 1, 1, Purpose.Evaluate);
@@ -296,7 +294,7 @@ public abstract class ModelTests(IDevice device) : PrecisionTests(device, Small,
             ushort[] Row() => [.. context, .. Draw(random.Next(1, 5))];
             return new MultipleChoice(0, context.Length, [Row(), Row(), Row(), Row()]);
         }).ToArray();
-        // Each row by itself, from its logits.
+        // The loss of a row by itself, from its logits.
         double Score(MultipleChoice question, ushort[] row) {
             for (var t = 0; t < T; t++)
                 alone.Tokens[t] = t < row.Length ? row[t] : 0;
@@ -308,7 +306,7 @@ public abstract class ModelTests(IDevice device) : PrecisionTests(device, Small,
             var scores = question.Rows.Select(row => Score(question, row)).ToArray();
             return Array.IndexOf(scores, scores.Min());
         })];
-        // The right answers, with one wrong one more each time.
+        // All labels are right at first, then one more is wrong each time.
         for (var wrong = 0; wrong <= count; wrong++) {
             var labeled = questions.Select((question, i) =>
                 question with { Label = (answers[i] + (i < wrong ? 1 : 0)) % 4 }).ToArray();
@@ -341,9 +339,9 @@ public class SamplerTests {
     [Test]
     [Arguments(1f, 0, 1f, 8), Arguments(1.7f, 0, 1f, 8), Arguments(0.6f, 0, 1f, 8), Arguments(1f, 3, 1f, 3)]
     [Arguments(2f, 100, 1f, 8)]
-    // The likeliest tokens have probabilities of about .50, .30, .11, .041, .025: .5 is not .6, and .5 and .3 are more.
+    // The likeliest tokens have probabilities of about .50, .30, .11, .041 and .025: two reach .6, and three .85.
     [Arguments(1f, 0, 0.6f, 2), Arguments(1f, 0, 0.85f, 3)]
-    // Of the first three alone, the first two have .88.
+    // Among the first three, the first two have .88.
     [Arguments(1f, 3, 0.87f, 2)]
     public async Task FrequenciesAreThoseOfTheSoftmax(float temperature, int topK, float topP, int kept) {
         const int draws = 20_000;
@@ -369,10 +367,10 @@ public class SamplerTests {
 
 /// <summary>Learning rates worked out by hand.</summary>
 public class ScheduleTests {
-    /// <summary>Rates at some steps: all schedules warm up from a part of the highest rate, 0.1, to all of it, and those
+    /// <summary>Rates at some steps. All schedules warm up from a part of the highest rate, 0.1, to all of it; those
     /// that decay end at 0.01.</summary>
     static readonly (Schedule Schedule, int Warmup, int MaxSteps, (int Step, double Rate)[] Points)[] curves = [
-        // A quarter, a half, three quarters and all of the 80 steps.
+        // After a quarter, a half, three quarters and all of the 80 steps.
         (Schedule.Cosine, 20, 100, [(0, 0.005), (20, 0.1), (40, 0.01 + 0.09 * 0.8535533905932737), (60, 0.055),
             (80, 0.01 + 0.09 * 0.1464466094067262), (100, 0.01)]),
         (Schedule.Linear, 20, 100, [(4, 0.025), (20, 0.1), (40, 0.0775), (60, 0.055), (100, 0.01)]),
@@ -388,8 +386,7 @@ public class ScheduleTests {
         curves.SelectMany(curve => curve.Points.Select(point =>
             (curve.Schedule, curve.Warmup, curve.MaxSteps, point.Step, point.Rate)));
 
-    [Test]
-    [MethodDataSource(nameof(Rates))]
+    [Test, MethodDataSource(nameof(Rates))]
     public async Task TheRateIsAsByHand(Schedule schedule, int warmup, int maxSteps, int step, double rate) {
         var options = Models.Options with { Schedule = schedule, Warmup = warmup, MaxSteps = maxSteps };
         await Assert.That(RelativeError(options.LearningRateAt(step), rate)).IsLessThan(1e-6);

@@ -3,8 +3,8 @@ using static Gpt2.Tests.Support;
 
 namespace Gpt2.Tests;
 
-/// <summary>Tests of operations that each device takes as they are: their results are known beforehand.</summary>
-/// <param name="multiple">What the device needs sizes to be multiples of.</param>
+/// <summary>Operations whose results are known without another device, on any device.</summary>
+/// <param name="multiple">The device takes sizes that are multiples of this.</param>
 public abstract class KnownResultTests(IDevice device, DataType precision, Func<IDevice> open, int multiple) {
     protected readonly IDevice device = device;
 
@@ -15,10 +15,13 @@ public abstract class KnownResultTests(IDevice device, DataType precision, Func<
         [CallerArgumentExpression(nameof(found))] string name = "") =>
         await Assert.That(RelativeError(device.Download(found), expected)).IsLessThan(bound).Because(name);
 
+    /// <summary>Updates 1 to 3: the second has another rate, and the third no decay.</summary>
+    protected static AdamWStep Step(int number) => new(number, LearningRate: number == 2 ? 0.1f : 0.05f,
+        WeightDecay: number == 3 ? 0 : 0.1f, GradientScale: 0.7f, Beta1: 0.9f, Beta2: 0.95f, Epsilon: 1e-8f, Seed: 42);
+
     int Multiple(int size) => (size + multiple - 1) / multiple * multiple;
 
-    [Test]
-    [Arguments(1), Arguments(67), Arguments(70_001)]
+    [Test, Arguments(1), Arguments(67), Arguments(70_001)]
     public async Task ClearFillsWithZerosAndNoFurther(int count) {
         foreach (var type in (DataType[])[precision, DataType.Fp32]) {
             var x = device.Upload(Floats(1, count), type);
@@ -45,19 +48,17 @@ public abstract class KnownResultTests(IDevice device, DataType precision, Func<
         }
     }
 
-    [Test]
-    [Arguments(20, 0f), Arguments(67, 3f), Arguments(48, -1000f)]
+    [Test, Arguments(20, 0f), Arguments(67, 3f), Arguments(48, -1000f)]
     public async Task LayerNormOfAConstantRowIsTheBias(int columns, float value) {
         // Whole numbers: the mean is exact, and nothing remains to be divided by √1e-5.
         var C = Multiple(columns);
-        float[] row = [.. Enumerable.Repeat(value, 3 * C)], b = Rounded(Floats(2, C), precision);
-        var (x, w, bias) = (device.Upload(row, [3, C], precision), Floats(1, C), device.Upload(b, precision));
-        for (var time = 0; time < 2; time++) {
-            var (y, statistics) = (device.Poisoned([3, C], precision), device.Poisoned([3, 2]));
-            device.LayerNorm(x, device.Upload(w, precision), bias, y, statistics);
-            await Same(device.Download(y), [.. b, .. b, .. b]);
-            await Near(statistics, Reference.Statistics(Doubles(row), C));
-        }
+        float[] values = [.. Enumerable.Repeat(value, 3 * C)], b = Rounded(Floats(2, C), precision);
+        Tensor x = device.Upload(values, [3, C], precision), bias = device.Upload(b, precision);
+        var w = device.Upload(Floats(1, C), precision);
+        var (y, statistics) = (device.Poisoned([3, C], precision), device.Poisoned([3, 2]));
+        device.LayerNorm(x, w, bias, y, statistics);
+        await Same(device.Download(y), [.. b, .. b, .. b]);
+        await Near(statistics, Reference.Statistics(Doubles(values), C));
     }
 
     [Test]
@@ -87,8 +88,7 @@ public abstract class KnownResultTests(IDevice device, DataType precision, Func<
         await Near(logits, gradient, precision == DataType.Bf16 ? Arrays.Bf16Bound : Bound);
     }
 
-    [Test]
-    [Arguments(1), Arguments(67), Arguments(1_023), Arguments(5_000_001)]
+    [Test, Arguments(1), Arguments(67), Arguments(1_023), Arguments(5_000_001)]
     public async Task SumOfSquares(int count) {
         var draws = Floats(1, Math.Min(count, 70_001));
         float[] values = [.. Enumerable.Range(0, count).Select(i => draws[i % draws.Length])];
@@ -111,7 +111,7 @@ sealed record Operand(Tensor Tensor, double[] Values, bool IsAddedTo = true) {
 [InheritsTests]
 public sealed class OperationTests()
     : KnownResultTests(new Cpu(), DataType.Fp32, () => new Cpu(), multiple: 1), IDisposable {
-    /// <summary>How many derivatives of an array are checked, at most.</summary>
+    /// <summary>The most derivatives of an array that are checked.</summary>
     const int Samples = 200;
 
     public void Dispose() => device.Dispose();
@@ -145,8 +145,7 @@ public sealed class OperationTests()
 
     // ---- Embedding
 
-    [Test]
-    [Arguments(1, 1, 5, 0), Arguments(2, 5, 20, 0), Arguments(3, 7, 67, 0), Arguments(1, 3, 48, 4)]
+    [Test, Arguments(1, 1, 5, 0), Arguments(2, 5, 20, 0), Arguments(3, 7, 67, 0), Arguments(1, 3, 48, 4)]
     public async Task Embed(int B, int T, int C, int start) {
         const int V = 11;
         var (tokens, wte, wpe) = (Tokens(3, B * T, V), Input(1, [V, C]), Input(2, [start + T, C]));
@@ -155,13 +154,13 @@ public sealed class OperationTests()
         await Near(x, Reference.Embed(tokens, wte.Values, wpe.Values, start, T, C));
     }
 
-    [Test]
-    [Arguments(1, 1, 5), Arguments(2, 5, 20), Arguments(3, 7, 67), Arguments(2, 3, 130)]
+    [Test, Arguments(1, 1, 5), Arguments(2, 5, 20), Arguments(3, 7, 67), Arguments(2, 3, 130)]
     public async Task EmbedBackward(int B, int T, int C) {
-        // Few tokens, so that some repeat and others do not occur; positions past T get no gradient.
+        // Few tokens, so that some repeat and others do not occur; positions from T on get no gradient.
         const int V = 5;
         var maxT = T + 2;
-        var (tokens, dx, dwte, dwpe) = (Tokens(3, B * T, V), Input(4, [B, T, C]), Input(5, [V, C]), Input(6, [maxT, C]));
+        var (tokens, dx) = (Tokens(3, B * T, V), Input(4, [B, T, C]));
+        var (dwte, dwpe) = (Input(5, [V, C]), Input(6, [maxT, C]));
         device.EmbedBackward(tokens, dx, dwte, dwpe);
         var (wte, wpe) = (new double[V * C], new double[maxT * C]);
         double Function() => Reference.Dot(Reference.Embed(tokens, wte, wpe, 0, T, C), dx.Values);
@@ -181,8 +180,7 @@ public sealed class OperationTests()
         await Near(statistics, Reference.Statistics(x.Values, C));
     }
 
-    [Test]
-    [Arguments(1, 5), Arguments(3, 20), Arguments(5, 48), Arguments(7, 67), Arguments(130, 100)]
+    [Test, Arguments(1, 5), Arguments(3, 20), Arguments(5, 48), Arguments(7, 67), Arguments(130, 100)]
     public async Task LayerNormBackward(int rows, int C) {
         var (dy, x, w, b) = (Input(3, [rows, C]), Input(1, [rows, C], 2), Input(2, [C]), new double[C]);
         var statistics = Input(Reference.Statistics(x.Values, C), [rows, 2]);
@@ -198,14 +196,13 @@ public sealed class OperationTests()
 
     // ---- Linear and GELU
 
-    /// <summary>Rows, C and OC of the products: in each of the three layouts of training, some are ragged.</summary>
+    /// <summary>Rows, C and OC of the products: some are ragged in each of the three layouts of training.</summary>
     public static IEnumerable<(int Rows, int C, int OC)> Products() => [
         (1, 1, 1), (5, 7, 3), (1, 5, 7), (3, 20, 9), (7, 9, 67), (5, 20, 48), (7, 67, 20), (1, 1000, 768), (3, 50, 33),
         (2, 300, 400), (97, 96, 384), (130, 400, 300), (385, 33, 97), (400, 257, 385), (13, 1025, 31),
     ];
 
-    [Test]
-    [MethodDataSource(nameof(Products))]
+    [Test, MethodDataSource(nameof(Products))]
     public async Task Linear(int rows, int C, int OC) {
         var (x, w, b, residual) = (Input(1, [rows, C]), Input(2, [OC, C]), Input(3, [OC]), Input(4, [rows, OC]));
         var (y, withoutBias, sum) = (Output(rows, OC), Output(rows, OC), Output(rows, OC));
@@ -219,8 +216,7 @@ public sealed class OperationTests()
         await Same(Doubles(device.Download(residual)), residual.Values);
     }
 
-    [Test]
-    [MethodDataSource(nameof(Products))]
+    [Test, MethodDataSource(nameof(Products))]
     public async Task LinearBackward(int rows, int C, int OC) {
         var (dy, x, w) = (Input(1, [rows, OC]), Input(2, [rows, C]), Input(3, [OC, C]));
         var (dx, dw) = (Output(rows, C), Input(4, [OC, C]));
@@ -236,8 +232,7 @@ public sealed class OperationTests()
         await NearGradient(dw, w.Values, Function);
     }
 
-    [Test]
-    [Arguments(1, 5, 20), Arguments(3, 48, 67), Arguments(130, 20, 80)]
+    [Test, Arguments(1, 5, 20), Arguments(3, 48, 67), Arguments(130, 20, 80)]
     public async Task LinearGelu(int rows, int C, int OC) {
         var (x, w, b) = (Input(1, [rows, C]), Input(2, [OC, C]), Input(3, [OC]));
         var (input, y) = (Output(rows, OC), Output(rows, OC));
@@ -247,8 +242,7 @@ public sealed class OperationTests()
         await Near(y, Reference.Gelu(expected));
     }
 
-    [Test]
-    [Arguments(1, 20, 5), Arguments(3, 67, 9), Arguments(7, 48, 20)]
+    [Test, Arguments(1, 20, 5), Arguments(3, 67, 9), Arguments(7, 48, 20)]
     public async Task LinearGeluBackward(int rows, int C, int OC) {
         var (dy, input, w) = (Input(1, [rows, OC]), Input(2, [rows, C], 2), Input(3, [OC, C]));
         var (x, bias) = (Input(Reference.Gelu(input.Values), [rows, C]), new double[C]);
@@ -262,8 +256,7 @@ public sealed class OperationTests()
         await NearGradient(dbias, bias, Function);
     }
 
-    [Test]
-    [Arguments(1), Arguments(67), Arguments(70_001)]
+    [Test, Arguments(1), Arguments(67), Arguments(70_001)]
     public async Task Gelu(int count) {
         var (x, y) = (Input(1, [count], 3), Output(count));
         device.Gelu(x, y);
@@ -305,7 +298,7 @@ public sealed class OperationTests()
 
     [Test]
     public async Task AttentionOfALongSequence() {
-        // So many keys that fewer queries than usual are taken at once; one derivative, in a random direction, must do.
+        // So many keys that fewer queries are taken at once. One derivative in a random direction must do.
         const int T = 1500, HS = 5;
         var (qkv, dy) = (Input(1, [T, 3 * HS]), Input(2, [T, HS]));
         var (y, lse, dqkv) = (Output(1, T, HS), Output(1, 1, T), Output(1, T, 3 * HS));
@@ -319,7 +312,7 @@ public sealed class OperationTests()
         double Along() => Reference.Dot(dy.Values, Reference.Attention(
             [.. qkv.Values.Zip(direction, (x, d) => x + d * at[0])], 1, T, 0, 1, HS).Y);
         var difference = Reference.Gradient(at, Along)[0] - Reference.Dot(gradient, direction);
-        // A gradient wrong anywhere changes its product with normal draws by about the norm of what is wrong.
+        // An error in the gradient changes its product with normal draws by about the error's norm.
         var norm = Math.Sqrt(Reference.Dot(gradient, gradient));
         await Assert.That(RelativeError(norm + difference, norm)).IsLessThan(Bound);
     }
@@ -333,7 +326,7 @@ public sealed class OperationTests()
         const float scale = 0.125f;
         var (values, targets) = (Floats(1, B * T * Vp, 3), Tokens(2, B * T, V));
         targets[^1] = V - 1;
-        // What the padding holds must take no part.
+        // The padding must take no part.
         for (var row = 0; row < B * T; row++)
             values.AsSpan(row * Vp + V, Vp - V).Fill(float.NaN);
         var (logits, losses) = (Input(values, [B, T, Vp]), Output(B, T));
@@ -374,7 +367,7 @@ public sealed class OperationTests()
 
     [Test]
     [Arguments(1, 1.0), Arguments(67, 0.3), Arguments(70_001, 1.0)]
-    // Gradients as small as epsilon, which then counts.
+    // Gradients as small as epsilon, so that epsilon matters.
     [Arguments(20, 1e-8)]
     public async Task AdamW(int count, double gradientStd) {
         // Two parts of different lengths, of which the second does not decay.
@@ -382,9 +375,7 @@ public sealed class OperationTests()
         Operand Zeros(int n) => Input(new float[n], [n]);
         var parts = counts.Select((n, i) => (W: Input(10 + i, [n]), Dw: Zeros(n), M: Zeros(n), V: Zeros(n))).ToArray();
         for (var number = 1; number <= 3; number++) {
-            // The second update has another rate, and the third no decay.
-            var step = new AdamWStep(number, number == 2 ? 0.1f : 0.05f, number == 3 ? 0 : 0.1f, 0.7f, 0.9f, 0.95f,
-                1e-8f, Seed: 42);
+            var step = Step(number);
             float[] Gradient(int i) => Floats(20 * number + i, counts[i], gradientStd);
             foreach (var (i, part) in parts.Index())
                 device.Write(part.Dw, Gradient(i));
@@ -403,11 +394,11 @@ public sealed class OperationTests()
     }
 }
 
-/// <summary>What only the CPU promises: the same bits on any number of threads.</summary>
+/// <summary>The same bits on any number of threads.</summary>
 public class CpuTests {
     [Test]
     [Arguments(1, 1000, 768), Arguments(3, 50, 33)]
-    // Halved and halved again, 97 rows leave one; they do so on some numbers of threads alone.
+    // On some numbers of threads, halving 97 rows again and again leaves one.
     [Arguments(97, 48, 384), Arguments(97, 384, 384), Arguments(384, 384, 97), Arguments(130, 400, 300)]
     [Arguments(400, 257, 385)]
     public async Task ProductsHaveTheSameBitsOnAnyNumberOfThreads(int rows, int C, int OC) =>
@@ -420,8 +411,7 @@ public class CpuTests {
             return [.. device.Download(y), .. device.Download(dx), .. device.Download(dw)];
         });
 
-    [Test]
-    [Arguments(1, 97, 3, 96), Arguments(2, 65, 5, 100), Arguments(3, 1, 1, 68)]
+    [Test, Arguments(1, 97, 3, 96), Arguments(2, 65, 5, 100), Arguments(3, 1, 1, 68)]
     public async Task ATrainingStepHasTheSameBitsOnAnyNumberOfThreads(int B, int T, int NH, int C) =>
         await SameBitsOnAnyNumberOfThreads(device => {
             // Recomputation, so that every operation takes part.

@@ -1,7 +1,7 @@
 namespace Gpt2.Tests;
 
-/// <summary>The forward pass of each operation in float64, one number at a time, from its formula; derivatives come
-/// from differences of these. Arrays are row-major.</summary>
+/// <summary>The forward pass of each operation in float64, from its formula; tests take derivatives by differences.
+/// Arrays are row-major.</summary>
 static class Reference {
     /// <summary>x (B, T, C) = wte[token] + wpe[start + t].</summary>
     public static double[] Embed(int[] tokens, double[] wte, double[] wpe, int start, int T, int C) {
@@ -14,19 +14,10 @@ static class Reference {
     }
 
     /// <summary>The mean and 1/√(variance + 1e-5) of each row of x (…, C), in pairs.</summary>
-    public static double[] Statistics(double[] x, int C) {
-        var statistics = new double[x.Length / C * 2];
-        for (var row = 0; row < x.Length / C; row++) {
-            var values = x.AsSpan(row * C, C);
-            double mean = 0, variance = 0;
-            foreach (var value in values)
-                mean += value / C;
-            foreach (var value in values)
-                variance += (value - mean) * (value - mean) / C;
-            (statistics[2 * row], statistics[2 * row + 1]) = (mean, 1 / Math.Sqrt(variance + 1e-5));
-        }
-        return statistics;
-    }
+    public static double[] Statistics(double[] x, int C) => [.. x.Chunk(C).SelectMany(row => {
+        var mean = row.Average();
+        return (double[])[mean, 1 / Math.Sqrt(row.Average(value => (value - mean) * (value - mean)) + 1e-5)];
+    })];
 
     /// <summary>y = (x − mean)·rstd·w + b.</summary>
     public static double[] LayerNorm(double[] x, double[] w, double[] b) {
@@ -113,10 +104,8 @@ static class Reference {
 
     /// <summary>ln Σ eˣ.</summary>
     public static double LogSumExp(double[] x) {
-        var (max, sum) = (x.Max(), 0.0);
-        foreach (var value in x)
-            sum += Math.Exp(value - max);
-        return max + Math.Log(sum);
+        var max = x.Max();
+        return max + Math.Log(x.Sum(value => Math.Exp(value - max)));
     }
 
     /// <summary>The derivative of a function of <paramref name="x"/> in each of its elements, or in those at

@@ -18,8 +18,7 @@ static class Support {
     /// <summary>The path of a file in tests/golden.</summary>
     public static string Golden(string name) => Path.Combine(Root, "tests", "golden", name);
 
-    /// <summary>Writes a header, whose first integers are given, and what follows it, without the code under
-    /// test.</summary>
+    /// <summary>Writes a header that begins with these integers, then the content: not by the code under test.</summary>
     public static void WriteFile(string path, ReadOnlySpan<int> header, params ReadOnlySpan<byte> content) {
         using var file = File.Create(path);
         var all = new int[256];
@@ -32,7 +31,7 @@ static class Support {
     public static void WriteShard(string path, params ReadOnlySpan<ushort> tokens) =>
         WriteFile(path, [20240520, 1, tokens.Length], MemoryMarshal.AsBytes(tokens));
 
-    /// <summary>Normal draws that depend on the seed alone.</summary>
+    /// <summary>Normal draws; a seed always gives the same.</summary>
     public static float[] Floats(int seed, long count, double std = 1) {
         var random = new Random(seed);
         var values = new float[count];
@@ -51,14 +50,14 @@ static class Support {
                 : BitConverter.UInt32BitsToSingle((bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000);
         })];
 
-    /// <summary>Uniform ids below a vocabulary that depend on the seed alone.</summary>
+    /// <summary>Uniform ids below a vocabulary; a seed always gives the same.</summary>
     public static int[] Tokens(int seed, int count, int vocabulary) {
         var random = new Random(seed);
         return [.. Enumerable.Range(0, count).Select(_ => random.Next(vocabulary))];
     }
 
-    /// <summary>‖found − expected‖/‖expected‖; infinite if anything found is not a number, for which IsLessThan would
-    /// hold, or if the lengths differ.</summary>
+    /// <summary>‖found − expected‖/‖expected‖; infinite if the lengths differ, or if anything found is NaN, for which
+    /// IsLessThan would hold.</summary>
     public static double RelativeError(ReadOnlySpan<float> found, ReadOnlySpan<double> expected) {
         if (found.Length != expected.Length)
             return double.PositiveInfinity;
@@ -81,7 +80,7 @@ static class Support {
         return double.IsNaN(error) ? double.PositiveInfinity : error;
     }
 
-    /// <summary>Requires equal elements in the same order, and shows the first one that is not.</summary>
+    /// <summary>Requires equal sequences, and shows the first difference.</summary>
     public static async Task Same<T>(IEnumerable<T> found, IEnumerable<T> expected) {
         T[] left = [.. found], right = [.. expected];
         var same = 0;
@@ -101,15 +100,11 @@ static class Support {
     }
 
     /// <summary>The values in float64.</summary>
-    public static double[] Doubles(ReadOnlySpan<float> values) {
-        var doubles = new double[values.Length];
-        for (var i = 0; i < values.Length; i++)
-            doubles[i] = values[i];
-        return doubles;
-    }
+    public static double[] Doubles(ReadOnlySpan<float> values) =>
+        Array.ConvertAll(values.ToArray(), value => (double)value);
 }
 
-/// <summary>An empty folder that goes away with everything in it.</summary>
+/// <summary>A temporary folder, deleted with everything in it.</summary>
 sealed class TemporaryFolder : IDisposable {
     /// <summary>Its path.</summary>
     public string Path { get; } = Directory.CreateTempSubdirectory("gpt2-tests-").FullName;
