@@ -116,7 +116,7 @@ public abstract class ModelTests(IDevice device) : PrecisionTests(device, Small,
             await Assert.That(relative < Verification.Tolerance(device.Precision)).IsFalse().Because(name);
     }
 
-    /// <summary>Requires the tensors of two checkpoints to be near, except keys' biases: noise, as golden.py says.</summary>
+    /// <summary>Requires two checkpoints to have near tensors, except keys' biases: noise, as golden.py says.</summary>
     internal static async Task CompareWeights(string found, string expected) {
         var (left, config) = Config.Open(found);
         var (right, sameConfig) = Config.Open(expected);

@@ -18,7 +18,7 @@ static class Support {
     /// <summary>The path of a file in tests/golden.</summary>
     public static string Golden(string name) => Path.Combine(Root, "tests", "golden", name);
 
-    /// <summary>Writes a header that begins with these integers, then the content: not by the code under test.</summary>
+    /// <summary>Writes a file without the code under test: a header that begins with these integers, and content.</summary>
     public static void WriteFile(string path, ReadOnlySpan<int> header, params ReadOnlySpan<byte> content) {
         using var file = File.Create(path);
         var all = new int[256];
