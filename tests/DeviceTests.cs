@@ -2,7 +2,7 @@ using static Gpt2.Tests.Support;
 
 namespace Gpt2.Tests;
 
-/// <summary>Skips a test, and says so, where the binary is a build without kernels.</summary>
+/// <summary>Skips a test, visibly, where the binary is a build without kernels.</summary>
 sealed class RequiresKernelsAttribute() : SkipAttribute("./gpt2 is a build without GPU kernels") {
     static readonly Lazy<Task<Result>> version = new(() => Gpt2Process.Run(Root, "--version"));
 
@@ -12,8 +12,8 @@ sealed class RequiresKernelsAttribute() : SkipAttribute("./gpt2 is a build witho
     public override async Task<bool> ShouldSkip(TestRegisteredContext context) => !await AreThere();
 }
 
-/// <summary>Which device the binary takes, and what it says about a GPU that it cannot use, with a driver and a /dev of
-/// the tests.</summary>
+/// <summary>Which device the binary takes, and what it says about a GPU that it cannot use. The driver and /dev are
+/// fakes.</summary>
 public sealed class DeviceTests {
     const string Driver = """
         #include <stdlib.h>
@@ -28,8 +28,8 @@ public sealed class DeviceTests {
     const string NotStarted =
         "--device cuda: starting CUDA: expected success, found CUDA_ERROR_OF_THE_TESTS (no such thing)";
 
-    /// <summary>Runs the binary with the tests' driver and a /dev that holds nothing but what is named.</summary>
-    /// <param name="status">What starting the driver gives; null for a driver that cannot be loaded.</param>
+    /// <summary>Runs the binary with the fake driver and a /dev that holds only the named device.</summary>
+    /// <param name="status">The driver's status at its start; null for a driver that cannot be loaded.</param>
     static async Task<Result> Run(int? status, string device, string environment, string arguments) {
         using var folder = Folders.Goldens();
         File.WriteAllText(folder["driver.c"], Driver);
@@ -55,8 +55,11 @@ public sealed class DeviceTests {
     [Arguments(803, "/dev/nvidia1", "CUDA_VISIBLE_DEVICES=0", NotStarted)]
     [Arguments(100, "/dev/nvidia0", "CUDA_VISIBLE_DEVICES=", "")]
     [Arguments(100, "/dev/nvidia0", "CUDA_VISIBLE_DEVICES=-1", "")]
-    public async Task AGpuThatCannotBeUsedIsMentionedOnce(int? status, string device, string environment, string why) {
-        var result = await Run(status, device, environment, "sample -e model.bin --prompt-ids 1 -n 1");
+    // A CPU that is asked for needs no mention.
+    [Arguments(803, "/dev/nvidia0", "", "", " --device cpu")]
+    public async Task AGpuThatCannotBeUsedIsMentionedOnce(int? status, string device, string environment, string why,
+        string option = "") {
+        var result = await Run(status, device, environment, $"sample -e model.bin --prompt-ids 1 -n 1{option}");
         await Assert.That(result.ExitCode).IsEqualTo(0).Because(result.ToString());
         await Assert.That(result.Error)
             .IsEqualTo(why == "" ? "" : $"gpt2: using the CPU although there is a GPU: {why}\n");
@@ -76,13 +79,6 @@ public sealed class DeviceTests {
             await Assert.That(result.Sentences[0])
                 .IsEqualTo($"gpt2: using the CPU although there is a GPU: {NoKernels}");
         }
-    }
-
-    [Test]
-    public async Task ACpuThatIsAskedForNeedsNoMention() {
-        var result = await Run(803, "/dev/nvidia0", "", "sample -e model.bin --prompt-ids 1 -n 1 --device cpu");
-        await Assert.That(result.ExitCode).IsEqualTo(0).Because(result.ToString());
-        await Assert.That(result.Error).IsEqualTo("");
     }
 
     [Test]

@@ -1,69 +1,99 @@
 using System.Globalization;
 using System.Runtime.InteropServices;
-using System.Text.RegularExpressions;
-using Microsoft.Extensions.Logging.Abstractions;
 using static Gpt2.Tests.Support;
 
 namespace Gpt2.Tests;
 
-/// <summary>The model's tests on the CPU.</summary>
-[InheritsTests]
-[MethodDataSource(typeof(Support), nameof(Support.Devices))]
-public sealed class CpuModelTests(DeviceUnderTest deviceUnderTest) : ModelTests(deviceUnderTest);
+/// <summary>The model and its training in any precision: against PyTorch's, and against itself where there are two ways
+/// to one result.</summary>
+/// <param name="T">Tokens in each of the batch's two sequences.</param>
+public abstract class PrecisionTests(IDevice device, Config small, int T) {
+    protected readonly IDevice device = device;
 
-/// <summary>The whole model and its training in fp32 against PyTorch's, and against itself where two ways lead to one
-/// result.</summary>
-public abstract class ModelTests(DeviceUnderTest deviceUnderTest) : IDisposable {
-    static readonly Config Small = new(MaxT: 13, V: 67, Vp: 80, L: 3, NH: 3, C: 24);
-
-    readonly IDevice device = deviceUnderTest.Open();
-
-    public void Dispose() => device.Dispose();
-
-    /// <summary>A model with a batch of random tokens and with random weights, biases included.</summary>
-    Model RandomModel(Config config, int B, int T, Purpose purpose, int recompute = 0) {
-        var model = new Model(config, device, B, T, purpose, recompute);
-        device.Write(model.Weights.All, Floats(1, model.Weights.All.Count, 0.3));
-        // Padded rows of wte must not matter.
-        device.Write(model.Weights.Wte[0].Slice(config.V, config.Vp - config.V),
-            Enumerable.Repeat(1000f, (config.Vp - config.V) * config.C).ToArray());
-        Tokens(2, B * T, config.V).CopyTo(model.Tokens, 0);
-        Tokens(3, B * T, config.V).CopyTo(model.Targets, 0);
-        return model;
-    }
-
-    /// <summary>The gradients of the mean loss of the model's batch.</summary>
-    float[] Gradients(Model model) {
-        model.Forward();
-        model.Loss(1f / model.Tokens.Length);
-        model.Backward();
-        return device.Values(model.Gradients!.All);
-    }
-
-    // ---- PyTorch
+    /// <summary>A small model with a batch of two sequences.</summary>
+    protected Model RandomModel(Purpose purpose, int recompute = 0) =>
+        Models.Random(small, device, 2, T, purpose, recompute);
 
     [Test]
     public async Task LogitsLossAndGradientsEqualPyTorchs() {
         var results = Verification.Run(Golden("model.bin"), Golden("state.bin"), device).ToArray();
         string[] parameters = [.. Config.Of("d12")!.Parameters.Select(shape => shape.Name)];
         await Same(results.Select(result => result.Name), ["logits", "loss", .. parameters]);
+        var tolerance = Verification.Tolerance(device.Precision);
         foreach (var (name, largest, relative) in results) {
-            await Assert.That(double.IsFinite(largest) && relative is >= 0 and < 1e-4).IsTrue()
+            await Assert.That(double.IsFinite(largest) && relative >= 0 && relative < tolerance).IsTrue()
                 .Because($"{name} differs by {relative:g3}, at most by {largest:g3}");
         }
     }
 
     [Test]
-    [Arguments("logits", 0, 0.1f)]
-    [Arguments("loss", 1, 0.01f)]
-    [Arguments("wte", 2, 0.01f)]
-    [Arguments("qkvb", 7, 0.01f)]
-    [Arguments("lnfb", 17, 0.01f)]
-    [Arguments("lnfb", 17, float.NaN)]
+    public async Task TenStepsOfTrainingEqualPyTorchs() {
+        var bound = Verification.Tolerance(device.Precision);
+        using var folder = new TemporaryFolder();
+        var options = Models.Options with {
+            TrainData = Golden("tokens_train.bin"), ValData = Golden("tokens_val.bin"), Init = Golden("model.bin"),
+            Out = folder["run"], B = 2, T = 21, TotalBatch = 3 * 2 * 21, LearningRate = 1e-2f, Warmup = 4,
+        };
+        var (found, validation) = Models.Train(options, device);
+        await Assert.That(found.Length).IsEqualTo(10);
+        // The number, loss, norm and learning rate of each step, then the validation loss.
+        var lines = File.ReadAllLines(Golden("train.txt")).Select(line => line.Split(' ')).ToArray();
+        foreach (var (i, step) in found.Index()) {
+            var expected = lines[i].Select(Parse).ToArray();
+            await Assert.That(step[0]).IsEqualTo(expected[0]);
+            // The learning rate is printed with three digits.
+            foreach (var (column, tolerance) in ((int, double)[])[(1, bound), (2, bound), (3, 5e-3)])
+                await Assert.That(RelativeError(step[column], expected[column])).IsLessThan(tolerance);
+            await Assert.That(RelativeError(options.LearningRateAt(i), expected[3])).IsLessThan(1e-6);
+        }
+        await Assert.That(RelativeError(validation, Parse(lines[10][1]))).IsLessThan(bound);
+        if (device.Precision == DataType.Fp32)
+            await ModelTests.CompareWeights(folder["run/model_00000010.bin"], Golden("trained.bin"));
+
+        static double Parse(string text) => double.Parse(text, CultureInfo.InvariantCulture);
+    }
+
+    [Test, Arguments(1), Arguments(2)]
+    public async Task RecomputationGivesTheSameBits(int recompute) {
+        var (kept, recomputed) = (RandomModel(Purpose.Train), RandomModel(Purpose.Train, recompute));
+        await SameBits(recomputed.Pass().Gradients, kept.Pass().Gradients);
+        await Assert.That(recomputed.Memory.Sum(part => part.Bytes)).IsLessThan(kept.Memory.Sum(part => part.Bytes));
+    }
+
+    [Test]
+    public async Task EvaluationGivesTheSameBitsAsTraining() {
+        var (train, evaluate) = (RandomModel(Purpose.Train), RandomModel(Purpose.Evaluate));
+        foreach (var model in (Model[])[train, evaluate]) {
+            model.Forward();
+            model.Loss();
+            model.MeanLoss();
+        }
+        await SameBits(evaluate.Losses, train.Losses);
+    }
+}
+
+/// <summary>The model's tests on the CPU.</summary>
+[InheritsTests]
+public sealed class CpuModelTests() : ModelTests(new Cpu());
+
+/// <summary>The whole model in fp32.</summary>
+[InheritsTests]
+public abstract class ModelTests(IDevice device) : PrecisionTests(device, Small, T: 13), IDisposable {
+    static readonly Config Small = new(MaxT: 13, V: 67, Vp: 80, L: 3, NH: 3, C: 24);
+
+    public void Dispose() => device.Dispose();
+
+    Model RandomModel(int B, int T, Purpose purpose) => Models.Random(Small, device, B, T, purpose);
+
+    // ---- PyTorch
+
+    [Test]
+    [Arguments("logits", 0, 0.1f), Arguments("loss", 1, 0.01f), Arguments("wte", 2, 0.01f)]
+    [Arguments("qkvb", 7, 0.01f), Arguments("lnfb", 17, 0.01f), Arguments("lnfb", 17, float.NaN)]
     public async Task VerificationFindsAWrongNumber(string name, int index, float change) {
         using var folder = new TemporaryFolder();
         var numbers = MemoryMarshal.Cast<byte, float>(File.ReadAllBytes(Golden("state.bin"))).ToArray();
-        // The last number of what follows 2·21 tokens and targets: logits, loss, the parameters' gradients.
+        // After 2·21 tokens and targets come the logits, the loss and the gradients; the last number of one changes.
         var (file, config) = Config.Open(Golden("model.bin"));
         file.Dispose();
         long[] counts = [2 * 21 * config.V, 1, .. config.Parameters.Select(shape => shape.Count)];
@@ -86,44 +116,7 @@ public abstract class ModelTests(DeviceUnderTest deviceUnderTest) : IDisposable 
             await Assert.That(relative < Verification.Tolerance(device.Precision)).IsFalse().Because(name);
     }
 
-    [Test]
-    public Task TenStepsOfTrainingEqualPyTorchs() => TenStepsOfTrainingEqualPyTorchs(device);
-
-    /// <summary>The same in any precision, each within its bound.</summary>
-    internal static async Task TenStepsOfTrainingEqualPyTorchs(IDevice device) {
-        var bound = Verification.Tolerance(device.Precision);
-        using var folder = new TemporaryFolder();
-        var options = new TrainOptions(Golden("tokens_train.bin"), Golden("tokens_val.bin"), Golden("model.bin"),
-            folder["run"], B: 2, T: 21, TotalBatch: 3 * 2 * 21, MaxSteps: 10, LearningRate: 1e-2f, Warmup: 4,
-            FinalFraction: 0.1f, WeightDecay: 0.1f, Schedule.Cosine, ValEvery: 0, ValBatches: 5, SampleEvery: 0,
-            GenTokens: 4, CheckpointEvery: 0, Keep: 1, Resume: false, Recompute: 0, Overfit: false, Shuffle: false,
-            Seed: 42);
-        using var output = new StringWriter(CultureInfo.InvariantCulture);
-        using (var trainer = new Trainer(options, device, output, NullLogger.Instance))
-            trainer.Run();
-        var lines = File.ReadAllLines(Golden("train.txt"));
-        var found = Regex.Matches(output.ToString(), @"step +(\d+)/10 \| loss (\S+) \| norm (\S+) \| lr (\S+) ");
-        await Assert.That(found.Count).IsEqualTo(10);
-        for (var i = 0; i < 10; i++) {
-            var expected = lines[i].Split(' ').Select(Parse).ToArray();
-            await Assert.That(Parse(found[i].Groups[1].Value)).IsEqualTo(expected[0]);
-            await Near(found[i].Groups[2].Value, expected[1], bound);
-            await Near(found[i].Groups[3].Value, expected[2], bound);
-            // Printed with three digits, and here with all.
-            await Near(found[i].Groups[4].Value, expected[3], 5e-3);
-            await Assert.That(RelativeError(options.LearningRateAt(i), expected[3])).IsLessThan(1e-6);
-        }
-        var validation = Regex.Match(output.ToString(), @"val loss (\S+)").Groups[1].Value;
-        await Near(validation, Parse(lines[10].Split(' ')[1]), bound);
-        if (device.Precision == DataType.Fp32)
-            await CompareWeights(folder[Path.Combine("run", "model_00000010.bin")], Golden("trained.bin"));
-
-        static double Parse(string text) => double.Parse(text, CultureInfo.InvariantCulture);
-        static async Task Near(string found, double expected, double bound) =>
-            await Assert.That(RelativeError(Parse(found), expected)).IsLessThan(bound);
-    }
-
-    /// <summary>Requires two checkpoints' tensors to be near, but for the noise that golden.py tells of.</summary>
+    /// <summary>Requires two checkpoints to have near tensors, except keys' biases: noise, as golden.py says.</summary>
     internal static async Task CompareWeights(string found, string expected) {
         var (left, config) = Config.Open(found);
         var (right, sameConfig) = Config.Open(expected);
@@ -144,42 +137,18 @@ public abstract class ModelTests(DeviceUnderTest deviceUnderTest) : IDisposable 
         }
     }
 
-    // ---- Two ways to one result
-
-    [Test]
-    [Arguments(1)]
-    [Arguments(2)]
-    public async Task RecomputationGivesTheSameBits(int recompute) {
-        var kept = RandomModel(Small, 2, 13, Purpose.Train);
-        var recomputed = RandomModel(Small, 2, 13, Purpose.Train, recompute);
-        await Same(Bits(Gradients(recomputed)), Bits(Gradients(kept)));
-        await Assert.That(recomputed.Memory.Sum(part => part.Bytes)).IsLessThan(kept.Memory.Sum(part => part.Bytes));
-    }
-
-    [Test]
-    public async Task EvaluationGivesTheSameBitsAsTraining() {
-        var train = RandomModel(Small, 2, 13, Purpose.Train);
-        var evaluate = RandomModel(Small, 2, 13, Purpose.Evaluate);
-        foreach (var model in (Model[])[train, evaluate]) {
-            model.Forward();
-            model.Loss();
-            model.MeanLoss();
-        }
-        await Same(Bits(evaluate.Losses), Bits(train.Losses));
-    }
-
-    static IEnumerable<int> Bits(float[] values) => values.Select(BitConverter.SingleToInt32Bits);
+    // ---- Batches
 
     [Test]
     [Arguments(2, 1)]
-    // So many rows that their logits are computed in two parts, and by halves in one.
+    // So many rows that their logits take two parts, and those of half the rows one.
     [Arguments(700, 2)]
     public async Task TwoMicroBatchesEqualOneOfTwiceTheSize(int B, int parts) {
         var T = Small.MaxT;
-        var whole = RandomModel(Small, 2 * B, T, Purpose.Train);
+        var whole = RandomModel(2 * B, T, Purpose.Train);
         await Assert.That(whole.LogitParts).IsEqualTo(parts);
-        var expected = Gradients(whole);
-        var half = RandomModel(Small, B, T, Purpose.Train);
+        var (expectedLosses, expectedGradients) = whole.Pass();
+        var half = RandomModel(B, T, Purpose.Train);
         await Assert.That(half.LogitParts).IsEqualTo(1);
         var losses = new List<float>();
         for (var part = 0; part < 2; part++) {
@@ -191,52 +160,40 @@ public abstract class ModelTests(DeviceUnderTest deviceUnderTest) : IDisposable 
             half.MeanLoss();
             losses.AddRange(half.Losses);
         }
-        await Assert.That(RelativeError(device.Values(half.Gradients!.All), expected)).IsLessThan(1e-5);
-        whole.MeanLoss();
-        await Assert.That(RelativeError(whole.Losses, losses.ToArray())).IsLessThan(1e-6);
+        await Assert.That(RelativeError(device.Values(half.Gradients!.All), expectedGradients)).IsLessThan(1e-5);
+        await Assert.That(RelativeError(losses.ToArray(), expectedLosses)).IsLessThan(1e-6);
     }
 
-    [Test]
-    [Arguments(2)]
-    [Arguments(1300)]
+    [Test, Arguments(2), Arguments(1300)]
     public async Task TheLossIsThatOfTheLogits(int B) {
-        var model = RandomModel(Small, B, 13, Purpose.Evaluate);
-        model.Forward();
-        var logits = Enumerable.Range(0, model.LogitParts).SelectMany(i => device.Values(model.Logits(i))).ToArray();
+        var model = RandomModel(B, 13, Purpose.Evaluate);
+        double[] logits = [.. model.ForwardLogits().SelectMany(row => Doubles(row))];
         model.Loss();
         var mean = model.MeanLoss();
-        var expected = Reference.Losses(Doubles(logits), model.Targets, Small.V, Small.Vp);
+        var expected = Reference.Losses(logits, model.Targets, Small.V, Small.V);
         await Assert.That(RelativeError(model.Losses, expected)).IsLessThan(1e-5);
         await Assert.That(RelativeError(mean, expected.Average())).IsLessThan(1e-6);
     }
 
     // ---- Generation
 
-    /// <summary>What a sampler picks after each position of a sequence, from one on, by one forward pass.</summary>
-    int[] Picks(Model model, int[] sequence, int first, Sampler sampler) {
-        sequence.CopyTo(model.Tokens, 0);
-        model.Forward();
-        var rows = device.Values(model.Logits(0)).Chunk(Small.Vp);
-        return [.. rows.Take(sequence.Length).Skip(first).Select(row => sampler.Next(row[..Small.V]))];
-    }
-
     [Test]
-    [Arguments(1, 0f)]
-    [Arguments(5, 0f)]
-    [Arguments(13, 0f)]
-    // Random picks from the same seed, whose sequence is a more varied one.
-    [Arguments(1, 2f)]
-    [Arguments(5, 2f)]
+    [Arguments(1, 0f), Arguments(5, 0f), Arguments(13, 0f)]
+    // Random picks with the same seed make a more varied sequence.
+    [Arguments(1, 2f), Arguments(5, 2f)]
     public async Task GenerationPicksAsFullForwardPassesDo(int promptLength, float temperature) {
-        var model = RandomModel(Small, 1, 1, Purpose.Generate);
-        var whole = RandomModel(Small, 1, Small.MaxT, Purpose.Evaluate);
+        var model = RandomModel(1, 1, Purpose.Generate);
+        var whole = RandomModel(1, Small.MaxT, Purpose.Evaluate);
         var prompt = Tokens(5, promptLength, Small.V);
         Sampler NewSampler() => new(temperature, 0, 1, 1);
         int[] generated = [.. model.Generate(prompt, NewSampler())];
         // The last token follows a full context.
         await Assert.That(generated.Length).IsEqualTo(Small.MaxT - promptLength + 1);
-        await Same(generated, Picks(whole, [.. prompt, .. generated[..^1]], promptLength - 1, NewSampler()));
-        // Nothing of the first time is left when it is done again, after the beginning of another prompt.
+        int[] sequence = [.. prompt, .. generated[..^1]];
+        sequence.CopyTo(whole.Tokens, 0);
+        var (rows, sampler) = (whole.ForwardLogits().Skip(promptLength - 1), NewSampler());
+        await Same(generated, rows.Select(row => sampler.Next(row)));
+        // Generated again, after the beginning of another prompt: nothing is left of the first time.
         _ = model.Generate([1, 2, 3], NewSampler()).First();
         await Same(model.Generate(prompt, NewSampler()), generated);
     }
@@ -245,9 +202,8 @@ public abstract class ModelTests(DeviceUnderTest deviceUnderTest) : IDisposable 
 
     [Test]
     [Arguments(11)]
-    // Just as many elements as are drawn at a time, and with a last group that overlaps the one before.
-    [Arguments(131_073)]
-    [Arguments(131_075)]
+    // As many elements as are drawn at a time, and a last group that overlaps the one before.
+    [Arguments(131_073), Arguments(131_075)]
     public async Task WeightsFromScratchAreDrawnInTheDocumentedOrder(int V) {
         var config = new Config(MaxT: 5, V, Vp: V + 5, L: 2, NH: 1, C: 8);
         var model = new Model(config, device, 1, 5, Purpose.Evaluate);
@@ -259,19 +215,17 @@ public abstract class ModelTests(DeviceUnderTest deviceUnderTest) : IDisposable 
             return values;
         }
         const int C = 8;
-        // 0.02/√(2L) for what adds to the residual stream.
         float[] wte = Normal(V * C), wpe = Normal(5 * C);
-        float[] qkvw = Normal(3 * C * C), attprojw = Normal(C * C, 0.01);
-        float[] fcw = Normal(4 * C * C), fcprojw = Normal(4 * C * C, 0.01);
-        qkvw = [.. qkvw, .. Normal(3 * C * C)];
-        attprojw = [.. attprojw, .. Normal(C * C, 0.01)];
-        fcw = [.. fcw, .. Normal(4 * C * C)];
-        fcprojw = [.. fcprojw, .. Normal(4 * C * C, 0.01)];
+        // 0.02/√(2L) for the projections onto the residual stream.
+        var layers = Enumerable.Range(0, 2).Select(_ => (Qkvw: Normal(3 * C * C), Attprojw: Normal(C * C, 0.01),
+            Fcw: Normal(4 * C * C), Fcprojw: Normal(4 * C * C, 0.01))).ToArray();
         float[] ones = [.. Enumerable.Repeat(1f, 2 * C)], zeros = new float[2 * C];
         float[] expected = [
             .. wte, .. new float[5 * C], .. wpe,
-            .. ones, .. zeros, .. qkvw, .. new float[2 * 3 * C], .. attprojw, .. zeros,
-            .. ones, .. zeros, .. fcw, .. new float[2 * 4 * C], .. fcprojw, .. zeros,
+            .. ones, .. zeros, .. layers.SelectMany(layer => layer.Qkvw), .. new float[2 * 3 * C],
+            .. layers.SelectMany(layer => layer.Attprojw), .. zeros,
+            .. ones, .. zeros, .. layers.SelectMany(layer => layer.Fcw), .. new float[2 * 4 * C],
+            .. layers.SelectMany(layer => layer.Fcprojw), .. zeros,
             .. ones[..C], .. zeros[..C],
         ];
         await Same(device.Values(model.Weights.All), expected);
@@ -279,7 +233,7 @@ public abstract class ModelTests(DeviceUnderTest deviceUnderTest) : IDisposable 
 
     [Test]
     public async Task ASavedModelLoadsInFp32AndInBf16() {
-        // wte has more elements than pass through the host at a time, and not a multiple of them.
+        // wte has more elements than are copied at a time, and no multiple of them.
         var config = new Config(MaxT: 3, V: 35_003, Vp: 35_008, L: 2, NH: 2, C: 40);
         using var folder = new TemporaryFolder();
         var model = new Model(config, device, 1, 1, Purpose.Evaluate);
@@ -314,7 +268,7 @@ public abstract class ModelTests(DeviceUnderTest deviceUnderTest) : IDisposable 
         WriteShard(folder["val.bin"], tokens);
         using var shards = new TokenShards(folder["val.bin"], Small.V);
         var rows = shards.Rows(T, 1, 0);
-        var model = RandomModel(Small, B, T, Purpose.Evaluate);
+        var model = RandomModel(B, T, Purpose.Evaluate);
         double[] losses = [.. Enumerable.Range(0, 3).Select(i => {
             for (var j = 0; j < B * T; j++)
                 (model.Tokens[j], model.Targets[j]) = (tokens[i * B * T + j], tokens[i * B * T + j + 1]);
@@ -331,8 +285,8 @@ public abstract class ModelTests(DeviceUnderTest deviceUnderTest) : IDisposable 
     [Test]
     public async Task AccuracyCountsTheQuestionsWhoseLabelHasTheLowestLoss() {
         const int B = 3, T = 9, count = 7;
-        var model = RandomModel(Small, B, T, Purpose.Evaluate);
-        var alone = RandomModel(Small, 1, T, Purpose.Evaluate);
+        var model = RandomModel(B, T, Purpose.Evaluate);
+        var alone = RandomModel(1, T, Purpose.Evaluate);
         var random = new Random(4);
         ushort[] Draw(int length) => [.. Enumerable.Range(0, length).Select(_ => (ushort)random.Next(Small.V))];
         var questions = Enumerable.Range(0, count).Select(_ => {
@@ -340,20 +294,19 @@ public abstract class ModelTests(DeviceUnderTest deviceUnderTest) : IDisposable 
             ushort[] Row() => [.. context, .. Draw(random.Next(1, 5))];
             return new MultipleChoice(0, context.Length, [Row(), Row(), Row(), Row()]);
         }).ToArray();
-        // Each row by itself, from its logits.
+        // The loss of a row by itself, from its logits.
         double Score(MultipleChoice question, ushort[] row) {
             for (var t = 0; t < T; t++)
                 alone.Tokens[t] = t < row.Length ? row[t] : 0;
-            alone.Forward();
-            var logits = Doubles(device.Values(alone.Logits(0)));
+            double[] logits = [.. alone.ForwardLogits().SelectMany(row => Doubles(row))];
             var targets = row.Skip(1).Select(token => (int)token).ToArray();
-            return Reference.Losses(logits, targets, Small.V, Small.Vp).Skip(question.ContextLength - 1).Average();
+            return Reference.Losses(logits, targets, Small.V, Small.V).Skip(question.ContextLength - 1).Average();
         }
         int[] answers = [.. questions.Select(question => {
             var scores = question.Rows.Select(row => Score(question, row)).ToArray();
             return Array.IndexOf(scores, scores.Min());
         })];
-        // The right answers, with one wrong one more each time.
+        // All labels are right at first, then one more is wrong each time.
         for (var wrong = 0; wrong <= count; wrong++) {
             var labeled = questions.Select((question, i) =>
                 question with { Label = (answers[i] + (i < wrong ? 1 : 0)) % 4 }).ToArray();
@@ -378,24 +331,17 @@ public class SamplerTests {
         [.. Enumerable.Range(0, count).Select(_ => sampler.Next([.. Logits]))];
 
     [Test]
-    [Arguments(0f, 0, 1f)]
-    [Arguments(0f, 5, 0.9f)]
-    [Arguments(1f, 1, 1f)]
-    [Arguments(1f, 0, 0.01f)]
+    [Arguments(0f, 0, 1f), Arguments(0f, 5, 0.9f), Arguments(1f, 1, 1f), Arguments(1f, 0, 0.01f)]
     [Arguments(0.001f, 0, 1f)]
     public async Task TakesTheLikeliest(float temperature, int topK, float topP) =>
         await Same(Draw(new Sampler(temperature, topK, topP, 1), 100).Distinct(), [2]);
 
     [Test]
-    [Arguments(1f, 0, 1f, 8)]
-    [Arguments(1.7f, 0, 1f, 8)]
-    [Arguments(0.6f, 0, 1f, 8)]
-    [Arguments(1f, 3, 1f, 3)]
+    [Arguments(1f, 0, 1f, 8), Arguments(1.7f, 0, 1f, 8), Arguments(0.6f, 0, 1f, 8), Arguments(1f, 3, 1f, 3)]
     [Arguments(2f, 100, 1f, 8)]
-    // The likeliest tokens have probabilities of about .50, .30, .11, .041, .025: .5 is not .6, and .5 and .3 are more.
-    [Arguments(1f, 0, 0.6f, 2)]
-    [Arguments(1f, 0, 0.85f, 3)]
-    // Of the first three alone, the first two have .88.
+    // The likeliest tokens have probabilities of about .50, .30, .11, .041 and .025: two reach .6, and three .85.
+    [Arguments(1f, 0, 0.6f, 2), Arguments(1f, 0, 0.85f, 3)]
+    // Among the first three, the first two have .88.
     [Arguments(1f, 3, 0.87f, 2)]
     public async Task FrequenciesAreThoseOfTheSoftmax(float temperature, int topK, float topP, int kept) {
         const int draws = 20_000;
@@ -421,37 +367,28 @@ public class SamplerTests {
 
 /// <summary>Learning rates worked out by hand.</summary>
 public class ScheduleTests {
-    static TrainOptions Options(Schedule schedule, int warmup, int maxSteps) => new("", "", null, "", 1, 1, 1, maxSteps,
-        LearningRate: 0.1f, warmup, FinalFraction: 0.1f, 0, schedule, 0, 0, 0, 0, 0, 1, false, 0, false, false, 0);
+    /// <summary>Rates at some steps. All schedules warm up from a part of the highest rate, 0.1, to all of it; those
+    /// that decay end at 0.01.</summary>
+    static readonly (Schedule Schedule, int Warmup, int MaxSteps, (int Step, double Rate)[] Points)[] curves = [
+        // After a quarter, a half, three quarters and all of the 80 steps.
+        (Schedule.Cosine, 20, 100, [(0, 0.005), (20, 0.1), (40, 0.01 + 0.09 * 0.8535533905932737), (60, 0.055),
+            (80, 0.01 + 0.09 * 0.1464466094067262), (100, 0.01)]),
+        (Schedule.Linear, 20, 100, [(4, 0.025), (20, 0.1), (40, 0.0775), (60, 0.055), (100, 0.01)]),
+        (Schedule.Constant, 20, 100, [(9, 0.05), (20, 0.1), (99, 0.1)]),
+        // Down from step 80 on: by √(1/20), √(1/4) and all.
+        (Schedule.Wsd, 20, 100, [(19, 0.1), (79, 0.1), (80, 0.1), (81, 0.1 - 0.09 * 0.22360679774997896), (85, 0.055),
+            (100, 0.01)]),
+        // Without a warm-up, and with nothing but one.
+        (Schedule.Cosine, 0, 10, [(0, 0.1)]), (Schedule.Linear, 10, 10, [(9, 0.1)]),
+    ];
 
-    [Test]
-    // All warm up from a part of the highest rate to all of it.
-    [Arguments(Schedule.Cosine, 20, 100, 0, 0.005)]
-    [Arguments(Schedule.Linear, 20, 100, 4, 0.025)]
-    [Arguments(Schedule.Constant, 20, 100, 9, 0.05)]
-    [Arguments(Schedule.Wsd, 20, 100, 19, 0.1)]
-    // 80 steps from 0.1 to 0.01: a quarter, a half, three quarters and all of the way.
-    [Arguments(Schedule.Cosine, 20, 100, 20, 0.1)]
-    [Arguments(Schedule.Cosine, 20, 100, 40, 0.01 + 0.09 * 0.8535533905932737)]
-    [Arguments(Schedule.Cosine, 20, 100, 60, 0.055)]
-    [Arguments(Schedule.Cosine, 20, 100, 80, 0.01 + 0.09 * 0.1464466094067262)]
-    [Arguments(Schedule.Cosine, 20, 100, 100, 0.01)]
-    [Arguments(Schedule.Linear, 20, 100, 20, 0.1)]
-    [Arguments(Schedule.Linear, 20, 100, 40, 0.0775)]
-    [Arguments(Schedule.Linear, 20, 100, 60, 0.055)]
-    [Arguments(Schedule.Linear, 20, 100, 100, 0.01)]
-    [Arguments(Schedule.Constant, 20, 100, 20, 0.1)]
-    [Arguments(Schedule.Constant, 20, 100, 99, 0.1)]
-    // Down from step 80 on: by √(1/20), √(1/4) and all.
-    [Arguments(Schedule.Wsd, 20, 100, 79, 0.1)]
-    [Arguments(Schedule.Wsd, 20, 100, 80, 0.1)]
-    [Arguments(Schedule.Wsd, 20, 100, 81, 0.1 - 0.09 * 0.22360679774997896)]
-    [Arguments(Schedule.Wsd, 20, 100, 85, 0.055)]
-    [Arguments(Schedule.Wsd, 20, 100, 100, 0.01)]
-    // Without a warm-up, and with nothing but one.
-    [Arguments(Schedule.Cosine, 0, 10, 0, 0.1)]
-    [Arguments(Schedule.Linear, 10, 10, 9, 0.1)]
-    public async Task TheRateIsAsByHand(Schedule schedule, int warmup, int maxSteps, int step, double expected) =>
-        await Assert.That(RelativeError(Options(schedule, warmup, maxSteps).LearningRateAt(step), expected))
-            .IsLessThan(1e-6);
+    public static IEnumerable<(Schedule, int Warmup, int MaxSteps, int Step, double Rate)> Rates() =>
+        curves.SelectMany(curve => curve.Points.Select(point =>
+            (curve.Schedule, curve.Warmup, curve.MaxSteps, point.Step, point.Rate)));
+
+    [Test, MethodDataSource(nameof(Rates))]
+    public async Task TheRateIsAsByHand(Schedule schedule, int warmup, int maxSteps, int step, double rate) {
+        var options = Models.Options with { Schedule = schedule, Warmup = warmup, MaxSteps = maxSteps };
+        await Assert.That(RelativeError(options.LearningRateAt(step), rate)).IsLessThan(1e-6);
+    }
 }

@@ -1,7 +1,7 @@
 namespace Gpt2.Tests;
 
-/// <summary>The forward pass of each operation in float64, one number at a time, from its formula; derivatives come
-/// from differences of these. Arrays are row-major.</summary>
+/// <summary>The forward pass of each operation in float64, from its formula; tests take derivatives by differences.
+/// Arrays are row-major.</summary>
 static class Reference {
     /// <summary>x (B, T, C) = wte[token] + wpe[start + t].</summary>
     public static double[] Embed(int[] tokens, double[] wte, double[] wpe, int start, int T, int C) {
@@ -14,19 +14,10 @@ static class Reference {
     }
 
     /// <summary>The mean and 1/√(variance + 1e-5) of each row of x (…, C), in pairs.</summary>
-    public static double[] Statistics(double[] x, int C) {
-        var statistics = new double[x.Length / C * 2];
-        for (var row = 0; row < x.Length / C; row++) {
-            var values = x.AsSpan(row * C, C);
-            double mean = 0, variance = 0;
-            foreach (var value in values)
-                mean += value / C;
-            foreach (var value in values)
-                variance += (value - mean) * (value - mean) / C;
-            (statistics[2 * row], statistics[2 * row + 1]) = (mean, 1 / Math.Sqrt(variance + 1e-5));
-        }
-        return statistics;
-    }
+    public static double[] Statistics(double[] x, int C) => [.. x.Chunk(C).SelectMany(row => {
+        var mean = row.Average();
+        return (double[])[mean, 1 / Math.Sqrt(row.Average(value => (value - mean) * (value - mean)) + 1e-5)];
+    })];
 
     /// <summary>y = (x − mean)·rstd·w + b.</summary>
     public static double[] LayerNorm(double[] x, double[] w, double[] b) {
@@ -36,8 +27,8 @@ static class Reference {
         return y;
     }
 
-    /// <summary>x + y.</summary>
-    public static double[] Add(double[] x, double[] y) => [.. x.Zip(y, (left, right) => left + right)];
+    /// <summary>x + y, where a shorter y is added to each row of x.</summary>
+    public static double[] Add(double[] x, double[] y) => [.. x.Select((value, i) => value + y[i % y.Length])];
 
     /// <summary>y (rows, OC) = x (rows, C)·wᵀ + b with w (OC, C); b may be null.</summary>
     public static double[] Linear(double[] x, double[] w, double[]? b, int C) {
@@ -99,12 +90,22 @@ static class Reference {
     public static double[] Losses(double[] logits, int[] targets, int V, int Vp) =>
         [.. targets.Select((target, row) => LogSumExp(logits[(row * Vp)..(row * Vp + V)]) - logits[row * Vp + target])];
 
+    /// <summary>Updates w, m and v as AdamW does.</summary>
+    public static void AdamW(double[] w, double[] dw, double[] m, double[] v, AdamWStep step, bool decays) {
+        double beta1 = step.Beta1, beta2 = step.Beta2, decay = decays ? step.WeightDecay : 0;
+        for (var i = 0; i < w.Length; i++) {
+            var g = dw[i] * step.GradientScale;
+            m[i] = beta1 * m[i] + (1 - beta1) * g;
+            v[i] = beta2 * v[i] + (1 - beta2) * g * g;
+            var (mean, square) = (m[i] / (1 - Math.Pow(beta1, step.Number)), v[i] / (1 - Math.Pow(beta2, step.Number)));
+            w[i] -= step.LearningRate * (mean / (Math.Sqrt(square) + step.Epsilon) + decay * w[i]);
+        }
+    }
+
     /// <summary>ln Σ eˣ.</summary>
     public static double LogSumExp(double[] x) {
-        var (max, sum) = (x.Max(), 0.0);
-        foreach (var value in x)
-            sum += Math.Exp(value - max);
-        return max + Math.Log(sum);
+        var max = x.Max();
+        return max + Math.Log(x.Sum(value => Math.Exp(value - max)));
     }
 
     /// <summary>The derivative of a function of <paramref name="x"/> in each of its elements, or in those at

@@ -2,13 +2,8 @@ using System.Runtime.InteropServices;
 
 namespace Gpt2.Tests;
 
-/// <summary>What several tests need: devices, files, random numbers, and how far arrays are apart.</summary>
+/// <summary>What several tests need: files, random numbers, and how far arrays are apart.</summary>
 static class Support {
-    /// <summary>The devices that the operations and the model are tested on.</summary>
-    public static IEnumerable<DeviceUnderTest> Devices() {
-        yield return new DeviceUnderTest("CPU", () => new Cpu());
-    }
-
     /// <summary>The repository's root: the folder above the tests' binary that holds tests/golden.</summary>
     public static string Root { get; } = FindRoot();
 
@@ -23,8 +18,7 @@ static class Support {
     /// <summary>The path of a file in tests/golden.</summary>
     public static string Golden(string name) => Path.Combine(Root, "tests", "golden", name);
 
-    /// <summary>Writes a header, whose first integers are given, and what follows it, without the code under
-    /// test.</summary>
+    /// <summary>Writes a file without the code under test: a header that begins with these integers, and content.</summary>
     public static void WriteFile(string path, ReadOnlySpan<int> header, params ReadOnlySpan<byte> content) {
         using var file = File.Create(path);
         var all = new int[256];
@@ -37,7 +31,7 @@ static class Support {
     public static void WriteShard(string path, params ReadOnlySpan<ushort> tokens) =>
         WriteFile(path, [20240520, 1, tokens.Length], MemoryMarshal.AsBytes(tokens));
 
-    /// <summary>Normal draws that depend on the seed alone.</summary>
+    /// <summary>Normal draws; a seed always gives the same.</summary>
     public static float[] Floats(int seed, long count, double std = 1) {
         var random = new Random(seed);
         var values = new float[count];
@@ -56,14 +50,14 @@ static class Support {
                 : BitConverter.UInt32BitsToSingle((bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000);
         })];
 
-    /// <summary>Uniform ids below a vocabulary that depend on the seed alone.</summary>
+    /// <summary>Uniform ids below a vocabulary; a seed always gives the same.</summary>
     public static int[] Tokens(int seed, int count, int vocabulary) {
         var random = new Random(seed);
         return [.. Enumerable.Range(0, count).Select(_ => random.Next(vocabulary))];
     }
 
-    /// <summary>‖found − expected‖/‖expected‖; infinite if anything found is not a number, for which IsLessThan would
-    /// hold, or if the lengths differ.</summary>
+    /// <summary>‖found − expected‖/‖expected‖; infinite if the lengths differ, or if anything found is NaN, for which
+    /// IsLessThan would hold.</summary>
     public static double RelativeError(ReadOnlySpan<float> found, ReadOnlySpan<double> expected) {
         if (found.Length != expected.Length)
             return double.PositiveInfinity;
@@ -86,7 +80,7 @@ static class Support {
         return double.IsNaN(error) ? double.PositiveInfinity : error;
     }
 
-    /// <summary>Requires equal elements in the same order, and shows the first one that is not.</summary>
+    /// <summary>Requires equal sequences, and shows the first difference.</summary>
     public static async Task Same<T>(IEnumerable<T> found, IEnumerable<T> expected) {
         T[] left = [.. found], right = [.. expected];
         var same = 0;
@@ -97,70 +91,20 @@ static class Support {
             .Because($"element {same} is {At(left, same)} and should be {At(right, same)}");
     }
 
+    /// <summary>Requires all bits to be equal.</summary>
+    public static async Task SameBits(ReadOnlyMemory<float> found, ReadOnlyMemory<float> expected, string name = "") {
+        static ReadOnlySpan<int> Bits(ReadOnlyMemory<float> values) => MemoryMarshal.Cast<float, int>(values.Span);
+        var same = Bits(found).CommonPrefixLength(Bits(expected));
+        await Assert.That(same == found.Length && same == expected.Length).IsTrue()
+            .Because($"{name}: the bits of element {same} should be the same");
+    }
+
     /// <summary>The values in float64.</summary>
-    public static double[] Doubles(ReadOnlySpan<float> values) {
-        var doubles = new double[values.Length];
-        for (var i = 0; i < values.Length; i++)
-            doubles[i] = values[i];
-        return doubles;
-    }
+    public static double[] Doubles(ReadOnlySpan<float> values) =>
+        Array.ConvertAll(values.ToArray(), value => (double)value);
 }
 
-/// <summary>A device, opened by each test for itself.</summary>
-public sealed record DeviceUnderTest(string Name, Func<IDevice> Open) {
-    /// <summary>What the tests' names show.</summary>
-    public override string ToString() => Name;
-}
-
-/// <summary>Arrays on a device, between guards: what is read past an array's end is not a number, and what is written
-/// there is found out.</summary>
-static class DeviceArrays {
-    // A few rows, and a multiple of what a GPU aligns an allocation to.
-    const int GuardBytes = 1 << 14;
-
-    static int Guard(DataType type) => GuardBytes / Tensor.SizeOf(type);
-
-    /// <summary>An array of given values.</summary>
-    public static Tensor Upload(this IDevice device, ReadOnlySpan<float> values, int depth, int rows, int columns,
-        DataType type = DataType.Fp32) {
-        var guarded = new float[values.Length + 2 * Guard(type)];
-        Array.Fill(guarded, float.NaN);
-        values.CopyTo(guarded.AsSpan(Guard(type)));
-        var address = device.Allocate((long)guarded.Length * Tensor.SizeOf(type));
-        device.Write(new Tensor(address, 1, 1, guarded.Length, type), guarded);
-        return new Tensor(address + GuardBytes, depth, rows, columns, type);
-    }
-
-    /// <summary>An array of one row.</summary>
-    public static Tensor Upload(this IDevice device, ReadOnlySpan<float> values, DataType type = DataType.Fp32) =>
-        device.Upload(values, 1, 1, values.Length, type);
-
-    /// <summary>An array for output, without a number in it yet.</summary>
-    public static Tensor Poisoned(this IDevice device, int depth, int rows, int columns,
-        DataType type = DataType.Fp32) {
-        var values = new float[depth * rows * columns];
-        Array.Fill(values, float.NaN);
-        return device.Upload(values, depth, rows, columns, type);
-    }
-
-    /// <summary>The values of any array.</summary>
-    public static float[] Values(this IDevice device, Tensor tensor) {
-        var values = new float[tensor.Count];
-        device.Read(tensor, values);
-        return values;
-    }
-
-    /// <summary>The values of an array made here.</summary>
-    public static float[] Download(this IDevice device, Tensor tensor) {
-        var guard = Guard(tensor.Type);
-        var values = device.Values(tensor.Flat(-guard, (int)tensor.Count + 2 * guard));
-        if (values[..guard].Concat(values[^guard..]).Any(value => !float.IsNaN(value)))
-            throw new InvalidOperationException("something was written outside an array");
-        return values[guard..^guard];
-    }
-}
-
-/// <summary>An empty folder that goes away with everything in it.</summary>
+/// <summary>A temporary folder, deleted with everything in it.</summary>
 sealed class TemporaryFolder : IDisposable {
     /// <summary>Its path.</summary>
     public string Path { get; } = Directory.CreateTempSubdirectory("gpt2-tests-").FullName;
