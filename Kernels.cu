@@ -501,13 +501,15 @@ KERNEL attention_any(const floatX* qkv, int start, floatX* y, float* lse, int T,
         lse[((int64_t)blockIdx.z * NH + blockIdx.y) * (T - start) + blockIdx.x] = all_max + __logf(all);
 }
 
-// dqkv (B, T, 3, NH·HS) from dy and y (B, T, NH·HS), qkv (B, T, 3, NH·HS) and lse (B, NH, T). Blocks as above: one's row
-// is the query of dq and the key of dk and dv. P = e^(scale·q·k − lse); dS = scale·P·dy·(v − y).
+// dqkv (B, T, 3, NH·HS) from dy and y (B, T, NH·HS), qkv (B, T, 3, NH·HS) and lse (B, NH, T). One block per row (x), head
+// and sequence; the row is the query of dq and the key of dk and dv. P = e^(scale·q·k − lse); dS = scale·P·dy·(v − y).
 KERNEL __launch_bounds__(HeadWarps * Warp, 3) attention_any_backward(const floatX* dy, const floatX* qkv,
     const floatX* y, const float* lse, floatX* dqkv, int T, int NH, int HS) {
     int C = NH * HS, own = blockIdx.x, warp = threadIdx.x / Warp;
     int64_t first = (int64_t)blockIdx.z * T * C, to = 3 * (first + (int64_t)own * C) + blockIdx.y * HS;
-    auto part = [&](int row, int i) { return Head(qkv + 3 * (first + (int64_t)row * C) + i * C + blockIdx.y * HS, HS); };
+    auto part = [&](int row, int i) {
+        return Head(qkv + 3 * (first + (int64_t)row * C) + i * C + blockIdx.y * HS, HS);
+    };
     auto of = [&](const floatX* x, int row) { return Head(x + first + (int64_t)row * C + blockIdx.y * HS, HS); };
     lse += ((int64_t)blockIdx.z * NH + blockIdx.y) * T;
     float scale = rsqrtf(HS);

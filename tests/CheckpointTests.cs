@@ -1,7 +1,3 @@
-using System.Diagnostics;
-using System.Runtime.InteropServices;
-using System.Text.RegularExpressions;
-
 namespace Gpt2.Tests;
 
 /// <summary>The real binary killed, stopped, out of disk space and resumed: nothing is lost.</summary>

@@ -1,8 +1,4 @@
-using System.Diagnostics;
-using System.Globalization;
 using System.IO.Compression;
-using System.Runtime.InteropServices;
-using System.Text;
 using static Gpt2.Tests.Support;
 
 namespace Gpt2.Tests;

@@ -1,7 +1,4 @@
-using System.Diagnostics;
 using System.IO.Hashing;
-using System.Runtime.InteropServices;
-using System.Text.RegularExpressions;
 
 namespace Gpt2.Tests;
 

@@ -1,4 +1,3 @@
-using System.Text.RegularExpressions;
 using static Gpt2.Tests.Support;
 
 namespace Gpt2.Tests;

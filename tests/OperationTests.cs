@@ -1,4 +1,3 @@
-using System.Runtime.CompilerServices;
 using static Gpt2.Tests.Support;
 
 namespace Gpt2.Tests;

@@ -1,5 +1,3 @@
-using System.Runtime.InteropServices;
-
 namespace Gpt2.Tests;
 
 /// <summary>What several tests need: files, random numbers, and how far arrays are apart.</summary>
@@ -18,7 +16,8 @@ static class Support {
     /// <summary>The path of a file in tests/golden.</summary>
     public static string Golden(string name) => Path.Combine(Root, "tests", "golden", name);
 
-    /// <summary>Writes a file without the code under test: a header that begins with these integers, and content.</summary>
+    /// <summary>Writes a file without the code under test: a header that begins with these integers, then content.
+    /// </summary>
     public static void WriteFile(string path, ReadOnlySpan<int> header, params ReadOnlySpan<byte> content) {
         using var file = File.Create(path);
         var all = new int[256];
