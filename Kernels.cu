@@ -501,8 +501,9 @@ KERNEL attention_any(const floatX* qkv, int start, floatX* y, float* lse, int T,
         lse[((int64_t)blockIdx.z * NH + blockIdx.y) * (T - start) + blockIdx.x] = all_max + __logf(all);
 }
 
-// dqkv (B, T, 3, NH·HS) from dy and y (B, T, NH·HS), qkv (B, T, 3, NH·HS) and lse (B, NH, T). One block per row (x), head
-// and sequence; the row is the query of dq and the key of dk and dv. P = e^(scale·q·k − lse); dS = scale·P·dy·(v − y).
+// dqkv (B, T, 3, NH·HS) from dy and y (B, T, NH·HS), qkv (B, T, 3, NH·HS) and lse (B, NH, T). One block per row (x),
+// head and sequence; the row is the query of dq and the key of dk and dv.
+// P = e^(scale·q·k − lse); dS = scale·P·dy·(v − y).
 KERNEL __launch_bounds__(HeadWarps * Warp, 3) attention_any_backward(const floatX* dy, const floatX* qkv,
     const floatX* y, const float* lse, floatX* dqkv, int T, int NH, int HS) {
     int C = NH * HS, own = blockIdx.x, warp = threadIdx.x / Warp;

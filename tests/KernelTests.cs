@@ -15,7 +15,7 @@ public sealed class KernelTests {
             .SelectMany(call => Names(call.Value, @"""([a-z_]+)"""));
         var kernels = File.ReadAllText(device);
         var flash = Names(kernels, @"\nFLASH_KERNEL\((\w+)");
-        var defined = Names(kernels, @"\nKERNEL (?:__\w+__\(\w+\) )?(\w+)\(")
+        var defined = Names(kernels, @"\nKERNEL (?:__\w+__\([^)]*\) )?(\w+)\(")
             .Concat(Names(kernels, @"\nPRODUCT_KERNEL\((\w+)"))
             .Concat(flash).Concat(flash.Select(name => $"{name}_hopper"));
         await Same(launched.Distinct().Order(), defined.Order());
