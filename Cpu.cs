@@ -357,6 +357,8 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
         return sum;
     }
 
+    public void Muon(ReadOnlySpan<MuonPart> parts, in MuonStep step) => throw new Gpt2Exception("no Muon yet");
+
     public void AdamW(ReadOnlySpan<AdamWPart> parts, in AdamWStep step) {
         var rate = step.LearningRate / (1 - MathF.Pow(step.Beta1, step.Number));
         var correction = 1 / (1 - MathF.Pow(step.Beta2, step.Number));
