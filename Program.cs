@@ -225,7 +225,8 @@ internal sealed class Commands(GlobalOptions global) {
     /// <param name="optimizer">As in training: adamw or muon.</param>
     /// <param name="portable">Do without the instructions that only Hopper GPUs have.</param>
     public int Bench(string init = "d12", int? batch = null, int? seq = null, int? totalBatch = null, int steps = 5,
-        int recompute = 0, OptimizerKind optimizer = OptimizerKind.AdamW, bool portable = false) => Guard(global.Verbose, () => {
+        int recompute = 0, OptimizerKind optimizer = OptimizerKind.AdamW, bool portable = false) =>
+        Guard(global.Verbose, () => {
             using var device = Open(portable);
             var (B, T) = Sizes(device, batch, seq, (64, 1024), (4, 64));
             totalBatch ??= device is Cpu ? B * T : 524_288;

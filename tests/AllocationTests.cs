@@ -5,12 +5,13 @@ namespace Gpt2.Tests;
 /// <summary>A training step leaves nothing for the garbage collector.</summary>
 public sealed class AllocationTests {
     [Test, NotInParallel]
-    [Arguments(1)]
-    [Arguments(2)]
-    public async Task AStepAllocatesNothing(int threads) {
+    [Arguments(1, OptimizerKind.AdamW)]
+    [Arguments(2, OptimizerKind.AdamW)]
+    [Arguments(2, OptimizerKind.Muon)]
+    public async Task AStepAllocatesNothing(int threads, OptimizerKind kind) {
         using var device = new Cpu(threads);
         var config = new Config(MaxT: 32, V: 211, Vp: 256, L: 2, NH: 3, C: 48);
-        var model = new Model(config, device, 2, 21, Purpose.Train, recompute: 2);
+        var model = new Model(config, device, 2, 21, Purpose.Train, recompute: 2, optimizer: kind);
         var optimizer = new Optimizer(model);
         model.Load(null, 42);
         Tokens(1, 42, config.V).CopyTo(model.Tokens, 0);
