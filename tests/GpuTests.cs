@@ -869,7 +869,10 @@ public sealed class GpuTrainingTests(GpuUnderTest gpu) {
     }
 
     [Test]
-    public Task TenStepsOfTrainingEqualPyTorchs() => ModelTests.TenStepsOfTrainingEqualPyTorchs(gpu.Shared);
+    [Arguments(OptimizerKind.AdamW)]
+    [Arguments(OptimizerKind.Muon)]
+    public Task TenStepsOfTrainingEqualPyTorchs(OptimizerKind optimizer) =>
+        ModelTests.TenStepsOfTrainingEqualPyTorchs(gpu.Shared, optimizer);
 
     [Test]
     public async Task LogitsLossesAndGradientsEqualTheCpus() {
