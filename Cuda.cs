@@ -558,6 +558,8 @@ public sealed unsafe class Cuda : IDevice {
     readonly record struct PartArguments(
         long First, long Count, long Decays, nint W, nint Master, nint Dw, nint M, nint V);
 
+    public void Muon(ReadOnlySpan<MuonPart> parts, in MuonStep step) => throw new Gpt2Exception("no Muon yet");
+
     public void AdamW(ReadOnlySpan<AdamWPart> parts, in AdamWStep step) {
         const int threads = 256, blocksPerMultiprocessor = 8;
         Span<PartArguments> arguments = stackalloc PartArguments[parts.Length];

@@ -59,6 +59,15 @@ public readonly record struct AdamWStep(int Number, float LearningRate, float We
 public readonly record struct AdamWPart(
     long First, bool Decays, Tensor W, Tensor Master, Tensor Dw, Tensor M, Tensor V);
 
+/// <summary>Settings of one update of Muon (Jordan et al., 2024); the others are as in <see cref="AdamWStep"/>.</summary>
+/// <param name="Momentum">Weight of the old momentum in the new one, and of the momentum in the update (Nesterov).</param>
+public readonly record struct MuonStep(
+    float LearningRate, float WeightDecay, float GradientScale, float Momentum, uint Seed);
+
+/// <summary>Matrices of one shape that Muon updates together, as arrays (matrices, rows, columns): weights, their fp32
+/// master copy (the same array if W is fp32), gradients and momentum, both fp32. First is as in AdamWPart.</summary>
+public readonly record struct MuonPart(long First, Tensor W, Tensor Master, Tensor Dw, Tensor M);
+
 /// <summary>Calls, seconds, floating-point operations and bytes read and written, by operation.</summary>
 public sealed class Profile {
     public Dictionary<string, (int Calls, double Seconds, double Flops, double Bytes)> Operations { get; } = [];
@@ -143,4 +152,10 @@ public interface IDevice : IDisposable {
     double SumOfSquares(Tensor x);
     /// <summary>Updates weights and moments, and clears the gradients.</summary>
     void AdamW(ReadOnlySpan<AdamWPart> parts, in AdamWStep step);
+    /// <summary>Updates weights and momentum, and clears the gradients, for each matrix w with gradient g (scaled) and
+    /// momentum m: m = lerp(m, g, 1 − Momentum); u = lerp(g, m, Momentum); x = u / max(‖u‖, 1e-7); five times
+    /// x = a·x + (b·A + c·A²)·x with A = x·xᵀ (x·(b·A + c·A²) with A = xᵀ·x if there are more rows than columns) and
+    /// (a, b, c) = (3.4445, −4.7750, 2.0315); w = w·(1 − lr·decay) − lr·0.2·√max(rows, columns)·x. x and the products
+    /// have the device's precision, with fp32 sums.</summary>
+    void Muon(ReadOnlySpan<MuonPart> parts, in MuonStep step);
 }

@@ -1,16 +1,22 @@
 namespace Gpt2;
 
+/// <summary>What updates the weights: AdamW all of them, or Muon the layers' matrices and AdamW the others.</summary>
+public enum OptimizerKind { AdamW, Muon }
+
 /// <summary>A parameter tensor's name in llm.c, and shape: one layer outside of layers, one row for vectors.</summary>
 public readonly record struct ParameterShape(string Name, int Layers, int Rows, int Columns) {
     /// <summary>Matrices are drawn at random and decayed; vectors are neither.</summary>
     public bool IsMatrix => Rows > 1;
 
+    /// <summary>The layers' matrices are Muon's if it is the optimizer.</summary>
+    public bool IsMuons => IsMatrix && Name is not ("wte" or "wpe");
+
     /// <summary>Number of elements, all layers together.</summary>
     public long Count => (long)Layers * Rows * Columns;
 }
 
-/// <summary>A rank's part of one layer of a parameter tensor, or a whole tensor: elements [First, First + Count) of the
-/// tensor. Index is the position of the first one among all parameters.</summary>
+/// <summary>A rank's part of one layer of a parameter tensor, or whole layers of it: elements [First, First + Count) of
+/// the tensor. Index is the position of the first one among all parameters.</summary>
 public readonly record struct Cut(int Tensor, int Layer, long First, long Count, long Index) {
     /// <summary>A rank's part of n elements: [rank·n/ranks, (rank + 1)·n/ranks), as in llm.c's states.</summary>
     public static (long First, long Count) Of(long n, int rank, int ranks) =>
@@ -34,15 +40,17 @@ public sealed record Config(int MaxT, int V, int Vp, int L, int NH, int C) {
         new("lnfw", 1, 1, C), new("lnfb", 1, 1, C),
     ];
 
-    /// <summary>A rank's part of every layer's tensors, in checkpoints' order; one rank has whole tensors.</summary>
-    public IEnumerable<Cut> Cuts(int rank, int ranks) {
+    /// <summary>A rank's part of every layer's tensors, in checkpoints' order; one rank has whole tensors. Muon's
+    /// tensors are cut into whole layers, as a matrix must be whole.</summary>
+    public IEnumerable<Cut> Cuts(int rank, int ranks, OptimizerKind optimizer = OptimizerKind.AdamW) {
         var index = 0L;
         foreach (var (i, shape) in Parameters.Index()) {
-            var layers = ranks == 1 ? 1 : shape.Layers;
+            var isMuons = optimizer == OptimizerKind.Muon && shape.IsMuons;
+            var (layers, unit) = isMuons ? (1, shape.Rows * shape.Columns) : (ranks == 1 ? 1 : shape.Layers, 1);
             var n = shape.Count / layers;
-            var (first, count) = Cut.Of(n, rank, ranks);
+            var (first, count) = Cut.Of(n / unit, rank, ranks);
             for (var l = 0; l < layers; l++, index += n)
-                yield return new(i, l, l * n + first, count, index + first);
+                yield return new(i, l, l * n + first * unit, count * unit, index + first * unit);
         }
     }
 
@@ -91,16 +99,18 @@ public sealed record Config(int MaxT, int V, int Vp, int L, int NH, int C) {
 public sealed class Parameters {
     /// <summary>Lays out the tensors from an address on, or as parts of <paramref name="whole"/>.</summary>
     public Parameters(
-        Config config, DataType type, nint address, int rank = 0, int ranks = 1, Parameters? whole = null) {
+        Config config, DataType type, nint address, Cut[] cuts, Parameters? whole = null) {
         // Whole tensors follow each other, in rows of C elements; a part begins at a multiple of 8, as kernels want it.
-        var (shapes, group, groups) = (config.Parameters, ranks == 1 ? config.C : 8, 0);
-        Cuts = [.. config.Cuts(rank, ranks)];
+        var (shapes, groups) = (config.Parameters, 0);
+        var isWhole = cuts.All(cut => cut.Count == shapes[cut.Tensor].Count);
+        var group = isWhole ? config.C : 8;
+        Cuts = cuts;
         Tensors = [.. Cuts.Select(cut => {
             if (whole != null)
                 return whole.Tensors[cut.Tensor].Flat(cut.First, (int)cut.Count);
             var (shape, start) = (shapes[cut.Tensor], address + (nint)groups * group * Tensor.SizeOf(type));
             groups += (int)((cut.Count + group - 1) / group);
-            return ranks == 1 ? new Tensor(start, shape.Layers, shape.Rows, shape.Columns, type)
+            return isWhole ? new Tensor(start, shape.Layers, shape.Rows, shape.Columns, type)
                 : new Tensor(start, 1, 1, (int)cut.Count, type);
         })];
         All = whole?.All ?? new Tensor(address, 1, groups, group, type);
@@ -194,21 +204,24 @@ public sealed class Model {
     readonly Activations activations;
     readonly nint cache; // memory for the activations of generation
     readonly Purpose purpose;
-    readonly int recompute, rank, ranks;
+    readonly int recompute;
+    readonly Cut[] wholes, cuts; // of all parameters, and of those that this rank updates
 
     /// <summary>Allocates a model for batches of (B, T) tokens, with all weights zero.</summary>
     /// <param name="rank">Which of <paramref name="ranks"/> parts of the parameters this process updates.</param>
+    /// <param name="optimizer">Decides how the parameters are cut, and which have second moments.</param>
     /// <exception cref="Gpt2Exception">The device has too little memory.</exception>
     public Model(Config config, IDevice device, int B, int T, Purpose purpose, int recompute = 0, int rank = 0,
-        int ranks = 1) {
+        int ranks = 1, OptimizerKind optimizer = OptimizerKind.AdamW) {
         (Config, Device, this.B, this.T, this.purpose, this.recompute) = (config, device, B, T, purpose, recompute);
-        (this.rank, this.ranks) = (rank, ranks);
+        (IsCut, Optimizer) = (ranks > 1, optimizer);
+        (wholes, cuts) = ([.. config.Cuts(0, 1)], [.. config.Cuts(rank, ranks, optimizer)]);
         Memory = Plan(B, recompute);
         CheckMemory();
-        Weights = Allocate(device.Precision);
-        WeightParts = IsCut ? new Parameters(config, device.Precision, 0, rank, ranks, Weights) : Weights;
+        Weights = Allocate(device.Precision, wholes);
+        WeightParts = IsCut ? new Parameters(config, device.Precision, 0, cuts, Weights) : Weights;
         Master = purpose == Purpose.Train && device.Precision == DataType.Bf16 ? AllocateParts() : WeightParts;
-        Gradients = purpose == Purpose.Train ? Allocate(DataType.Fp32) : null;
+        Gradients = purpose == Purpose.Train ? Allocate(DataType.Fp32, wholes) : null;
         GradientParts = IsCut ? AllocateParts() : Gradients;
         activations = Layout(B, recompute, device.Allocate(Layout(B, recompute, 0).Bytes));
         cache = purpose == Purpose.Evaluate ? 0 : device.Allocate(Cache(config.MaxT, 0).Bytes);
@@ -234,7 +247,9 @@ public sealed class Model {
     public Parameters? GradientParts { get; }
 
     /// <summary>True under ZeRO-1: this rank updates a part of the parameters.</summary>
-    public bool IsCut => ranks > 1;
+    public bool IsCut { get; }
+
+    public OptimizerKind Optimizer { get; }
 
     /// <summary>Called when the gradients of a layer are complete, or with −1 those outside of layers.</summary>
     public Action<int>? Completed { get; set; }
@@ -253,12 +268,13 @@ public sealed class Model {
 
     (string Name, long Bytes)[] Plan(int B, int recompute) {
         var (type, training) = (Device.Precision, purpose == Purpose.Train ? 1 : 0);
-        var (whole, part) = (Config.ParameterCount, new Parameters(Config, DataType.Fp32, 0, rank, ranks).All.Bytes);
+        var (whole, part) = (Config.ParameterCount, new Parameters(Config, DataType.Fp32, 0, cuts).All.Bytes);
         (string Name, long Bytes)[] all = [
             ("parameters", whole * Tensor.SizeOf(type)),
             ("master weights", training * (type == DataType.Fp32 ? 0 : part)),
             ("gradients", training * (whole * sizeof(float) + (IsCut ? part : 0))),
-            ("moments", training * 2 * part), ("activations", Layout(B, recompute, 0).Bytes),
+            ("moments", training * (part + new Parameters(Config, DataType.Fp32, 0, AdamWs(cuts)).All.Bytes)),
+            ("activations", Layout(B, recompute, 0).Bytes),
             ("keys and values", purpose == Purpose.Evaluate ? 0 : Cache(Config.MaxT, 0).Bytes),
         ];
         return [.. all.Where(each => each.Bytes > 0)];
@@ -292,11 +308,19 @@ public sealed class Model {
     Activations Cache(int T, nint address) =>
         new(Config, Device.Precision, 1, T, Config.MaxT, Purpose.Generate, 0, address);
 
-    /// <summary>Allocates an fp32 number for each parameter that this rank updates.</summary>
-    public Parameters AllocateParts() => Allocate(DataType.Fp32, rank, ranks);
+    /// <summary>Allocates an fp32 number for each parameter that this rank updates, or that it updates by AdamW.
+    /// </summary>
+    public Parameters AllocateParts(bool onlyAdamWs = false) =>
+        Allocate(DataType.Fp32, onlyAdamWs ? AdamWs(cuts) : cuts);
 
-    Parameters Allocate(DataType type, int rank = 0, int ranks = 1) => new(Config, type,
-        Device.Allocate(new Parameters(Config, type, 0, rank, ranks).All.Bytes), rank, ranks);
+    Parameters Allocate(DataType type, Cut[] cuts) =>
+        new(Config, type, Device.Allocate(new Parameters(Config, type, 0, cuts).All.Bytes), cuts);
+
+    /// <summary>Whether Muon, and not AdamW, updates a part.</summary>
+    public bool IsMuons(Cut cut) => Optimizer == OptimizerKind.Muon && Config.Parameters[cut.Tensor].IsMuons;
+
+    /// <summary>Those parts that AdamW updates.</summary>
+    public Cut[] AdamWs(Cut[] cuts) => [.. cuts.Where(cut => !IsMuons(cut))];
 
     // ---- Forward and backward
 
@@ -439,13 +463,13 @@ public sealed class Model {
         if (file == null)
             Initialize(seed);
         else
-            Read(file, 0, 1, Weights, Master);
+            Read(file, wholes, Weights, Master);
     }
 
-    /// <summary>Reads a rank's part of all parameters into those that hold any of it.</summary>
-    public void Read(BinaryFile file, int rank, int ranks, params Parameters[] holders) {
+    /// <summary>Reads parts of the parameters into those that hold any of them.</summary>
+    public void Read(BinaryFile file, Cut[] cuts, params Parameters[] holders) {
         var buffer = new float[Tensor.ChunkSize];
-        foreach (var cut in Config.Cuts(rank, ranks)) {
+        foreach (var cut in cuts) {
             for (long done = 0; done < cut.Count; done += buffer.Length) {
                 var values = buffer.AsSpan(0, (int)Math.Min(buffer.Length, cut.Count - done));
                 if (file.Header[1] == 5)

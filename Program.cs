@@ -46,7 +46,7 @@ internal sealed class Commands(GlobalOptions global) {
     /// <param name="seq">-t, Tokens in a sequence (1 to 131072). [1024; 128 on a CPU]</param>
     /// <param name="totalBatch">-d, Tokens in an update (0 or more): n x batch x seq x GPUs; 0 for n = 1.</param>
     /// <param name="maxSteps">-x, Updates in all (1 or more).</param>
-    /// <param name="lr">-l, Highest learning rate (above 0).</param>
+    /// <param name="lr">-l, Highest learning rate (above 0). [2.5e-3; 1e-3 for adamw]</param>
     /// <param name="warmup">-u, Updates until the highest learning rate (0 or more).</param>
     /// <param name="finalLrFrac">-q, Last learning rate as a fraction of the highest (0 to 1).</param>
     /// <param name="weightDecay">-c, Weight decay of the matrices (0 or more).</param>
@@ -64,24 +64,26 @@ internal sealed class Commands(GlobalOptions global) {
     /// <param name="skipOutliers">Skip updates with a loss or norm N deviations above the last 128 (0 or more).</param>
     /// <param name="seed">Seed of weights, order and samples.</param>
     /// <param name="gpus">GPUs of this machine (1 or more). [all; those of mpirun, srun or torchrun]</param>
+    /// <param name="optimizer">What updates the layers' matrices (AdamW does the rest): muon or adamw.</param>
     /// <param name="zero">-z, Which ZeRO stage (0 or 1) divides the optimizer's state among GPUs: 0 for none.</param>
     /// <param name="timeout">Seconds that one GPU's process waits for another's (1 to 1000000).</param>
     public int Train(string trainData = "data/*train_*.bin", string valData = "data/*val_*.bin", string? init = null,
         string @out = "log", int? batch = null, int? seq = null, int totalBatch = 0, int maxSteps = 300,
-        float lr = 1e-3f, int warmup = 20, float finalLrFrac = 0.1f, float weightDecay = 0.1f,
+        float? lr = null, int warmup = 20, float finalLrFrac = 0.1f, float weightDecay = 0.1f,
         Schedule schedule = Schedule.Cosine, int valEvery = 50, int valBatches = 0, int sampleEvery = 0,
         int genTokens = 64, int checkpointEvery = 200, int keep = 2, bool resume = false, int recompute = 0,
         bool overfit = false, bool noShuffle = false, float skipOutliers = 0, uint seed = 42, int? gpus = null,
-        int zero = 1, int timeout = 600) =>
+        OptimizerKind optimizer = OptimizerKind.Muon, int zero = 1, int timeout = 600) =>
         OnEachGpu(gpus, timeout, (device, ranks) => {
             using var logs = LoggerFactory.Create(logging => logging.AddZLoggerConsole(options =>
                 options.LogToStandardErrorThreshold = LogLevel.Trace));
             var (B, T) = Sizes(device, batch, seq, (16, 1024), (4, 128), ranks.Size);
             totalBatch = totalBatch == 0 ? B * T * ranks.Size : totalBatch;
+            lr ??= optimizer == OptimizerKind.AdamW ? 1e-3f : 2.5e-3f;
             var options = new TrainOptions(Shards(trainData, "train"), Shards(valData, "val"), init, @out, B, T,
-                totalBatch, maxSteps, lr, warmup, finalLrFrac, weightDecay, schedule, valEvery, valBatches,
+                totalBatch, maxSteps, lr.Value, warmup, finalLrFrac, weightDecay, schedule, valEvery, valBatches,
                 sampleEvery, genTokens, checkpointEvery, keep, resume, recompute, overfit, !noShuffle, seed,
-                skipOutliers, device is Cpu ? "d6" : "d12", zero, global.Precision);
+                skipOutliers, device is Cpu ? "d6" : "d12", zero, global.Precision, optimizer);
             using var trainer = new Trainer(options, device, ranks.Rank == 0 ? Console.Out : TextWriter.Null,
                 ranks.Rank == 0 ? logs.CreateLogger("gpt2") : NullLogger.Instance, ranks);
             trainer.Run();
@@ -220,13 +222,15 @@ internal sealed class Commands(GlobalOptions global) {
     /// <param name="totalBatch">-d, Tokens in an update (1 or more): n x batch x seq. [524288; on a CPU n = 1]</param>
     /// <param name="steps">-x, Steps (1 or more), of which the median counts.</param>
     /// <param name="recompute">-r, As in training (0 to 2).</param>
+    /// <param name="optimizer">As in training: adamw or muon.</param>
     /// <param name="portable">Do without the instructions that only Hopper GPUs have.</param>
     public int Bench(string init = "d12", int? batch = null, int? seq = null, int? totalBatch = null, int steps = 5,
-        int recompute = 0, bool portable = false) => Guard(global.Verbose, () => {
+        int recompute = 0, OptimizerKind optimizer = OptimizerKind.AdamW, bool portable = false) =>
+        Guard(global.Verbose, () => {
             using var device = Open(portable);
             var (B, T) = Sizes(device, batch, seq, (64, 1024), (4, 64));
             totalBatch ??= device is Cpu ? B * T : 524_288;
-            Benchmark.Run(init, B, T, totalBatch.Value, steps, recompute, device, Console.Out);
+            Benchmark.Run(init, B, T, totalBatch.Value, steps, recompute, optimizer, device, Console.Out);
             return 0;
         });
 

@@ -26,15 +26,18 @@ public interface ICollective : IDisposable {
     }
     /// <summary>Sums arrays of any shape over ranks, in place.</summary>
     void AllReduce(ReadOnlySpan<Tensor> arrays) { }
-    /// <summary>Sums arrays of any shape over ranks, each into this rank's flat part of it (as <see cref="Cut.Of"/>
-    /// cuts).</summary>
-    void ReduceScatter(ReadOnlySpan<Tensor> arrays, ReadOnlySpan<Tensor> parts) { }
-    /// <summary>Completes arrays of any shape, of which each rank holds its part.</summary>
-    void AllGather(ReadOnlySpan<Tensor> arrays) { }
+    /// <summary>Sums arrays over ranks, each into the parts of it that its ranks own.</summary>
+    void ReduceScatter(ReadOnlySpan<Share> shares) { }
+    /// <summary>Completes arrays on all ranks from the parts that their ranks own.</summary>
+    void AllGather(ReadOnlySpan<Share> shares) { }
     /// <summary>Makes the device's later work wait for the operations queued so far.</summary>
     void Join() { }
     void IDisposable.Dispose() { }
 }
+
+/// <summary>An array of any shape, of which every rank owns a part (as <see cref="Cut.Of"/> cuts), or one rank, the
+/// owner, all. Part is where this rank sums what it owns, flat.</summary>
+public readonly record struct Share(Tensor Whole, Tensor Part, int? Owner = null);
 
 /// <summary>A single process.</summary>
 public sealed class Alone : ICollective;
@@ -471,20 +474,22 @@ public sealed unsafe partial class Nccl : ICollective {
 
     public void Sum(Span<double> values) => peers.Sum(values);
 
-    public void AllReduce(ReadOnlySpan<Tensor> arrays) => Group("summing", arrays, arrays, (x, sum) =>
-        ncclAllReduce(x.Address, sum.Address, x.Count, Type(x), Sums, communicator, stream));
+    public void AllReduce(ReadOnlySpan<Tensor> arrays) => Group("summing", arrays, x =>
+        ncclAllReduce(x.Address, x.Address, x.Count, Type(x), Sums, communicator, stream));
 
-    public void ReduceScatter(ReadOnlySpan<Tensor> arrays, ReadOnlySpan<Tensor> parts) =>
-        Group("summing", arrays, parts, (x, own) => x.Count % Size == 0
-            ? ncclReduceScatter(x.Address, own.Address, own.Count, Type(x), Sums, communicator, stream)
-            : ForEachPart(x, (part, rank) =>
-                ncclReduce(part.Address, own.Address, part.Count, Type(x), Sums, rank, communicator, stream)));
+    public void ReduceScatter(ReadOnlySpan<Share> shares) =>
+        Group("summing", shares, share => share.Owner == null && share.Whole.Count % Size == 0
+            ? ncclReduceScatter(share.Whole.Address, share.Part.Address, share.Part.Count, Type(share.Whole), Sums,
+                communicator, stream)
+            : ForEachPart(share, (part, rank) => ncclReduce(
+                part.Address, share.Part.Address, part.Count, Type(part), Sums, rank, communicator, stream)));
 
-    public void AllGather(ReadOnlySpan<Tensor> arrays) => Group("gathering", arrays, arrays, (x, all) =>
-        x.Count % Size == 0
-            ? ncclAllGather(x.PartOf(Rank, Size).Address, all.Address, x.Count / Size, Type(x), communicator, stream)
-            : ForEachPart(x, (part, rank) =>
-                ncclBroadcast(part.Address, part.Address, part.Count, Type(x), rank, communicator, stream)));
+    public void AllGather(ReadOnlySpan<Share> shares) =>
+        Group("gathering", shares, share => share.Owner == null && share.Whole.Count % Size == 0
+            ? ncclAllGather(share.Whole.PartOf(Rank, Size).Address, share.Whole.Address, share.Whole.Count / Size,
+                Type(share.Whole), communicator, stream)
+            : ForEachPart(share, (part, rank) =>
+                ncclBroadcast(part.Address, part.Address, part.Count, Type(part), rank, communicator, stream)));
 
     public void Join() {
         device.Enter();
@@ -495,18 +500,17 @@ public sealed unsafe partial class Nccl : ICollective {
 
     /// <summary>Queues a call for each rank's part: NCCL's own ReduceScatter and AllGather need equal parts.</summary>
     /// <returns>The first error, or 0.</returns>
-    int ForEachPart(Tensor x, Func<Tensor, int, int> queue) =>
-        Enumerable.Range(0, Size).Select(rank => queue(x.PartOf(rank, Size), rank)).FirstOrDefault(IsError);
+    int ForEachPart(Share share, Func<Tensor, int, int> queue) => share.Owner is { } owner ? queue(share.Whole, owner)
+        : Enumerable.Range(0, Size).Select(rank => queue(share.Whole.PartOf(rank, Size), rank)).FirstOrDefault(IsError);
 
-    /// <summary>Queues a call for each array and its result, as one group after the device's work so far.</summary>
-    void Group(
-        string doing, ReadOnlySpan<Tensor> arrays, ReadOnlySpan<Tensor> results, Func<Tensor, Tensor, int> queue) {
+    /// <summary>Queues a call for each array, as one group after the device's work so far.</summary>
+    void Group<T>(string doing, ReadOnlySpan<T> arrays, Func<T, int> queue) {
         device.Enter();
         Check(cuEventRecord(before, device.Stream), "ordering streams");
         Check(cuStreamWaitEvent(stream, before, 0), "ordering streams");
         CheckNccl(ncclGroupStart(), "grouping");
-        for (var i = 0; i < arrays.Length; i++)
-            CheckNccl(queue(arrays[i], results[i]), doing);
+        foreach (var array in arrays)
+            CheckNccl(queue(array), doing);
         CheckNccl(ncclGroupEnd(), "grouping");
         peers.Meetings++;
         Volatile.Write(ref begun, Stopwatch.GetTimestamp()); // before Watch can find them under way

@@ -16,7 +16,7 @@ public sealed record TrainOptions(
     float LearningRate, int Warmup, float FinalFraction, float WeightDecay, Schedule Schedule, int ValEvery,
     int ValBatches, int SampleEvery, int GenTokens, int CheckpointEvery, int Keep, bool Resume, int Recompute,
     bool Overfit, bool Shuffle, uint Seed, float SkipOutliers = 0, string DefaultInit = "d6", int Zero = 1,
-    DataType? Precision = null) {
+    DataType? Precision = null, OptimizerKind Optimizer = OptimizerKind.AdamW) {
     /// <summary>The options that a run's folder keeps, and --resume takes up unless they are given again.</summary>
     public IEnumerable<(string Option, object? Value)> Settings => [
         ("--train-data", TrainData), ("--val-data", ValData), ("--batch", B), ("--seq", T),
@@ -26,6 +26,7 @@ public sealed record TrainOptions(
         ("--gen-tokens", GenTokens), ("--checkpoint-every", CheckpointEvery), ("--keep", Keep),
         ("--recompute", Recompute), ("--overfit", Overfit), ("--no-shuffle", !Shuffle),
         ("--skip-outliers", SkipOutliers), ("--seed", Seed), ("--zero", Zero), ("--precision", Precision),
+        ("--optimizer", Optimizer),
     ];
 
     /// <summary>The learning rate of the update that follows <paramref name="step"/> others.</summary>
@@ -52,7 +53,7 @@ public sealed record TrainOptions(
     }
 }
 
-/// <summary>The training loop: accumulation, clipping, AdamW, validation, samples, checkpoints and logs. Each rank runs
+/// <summary>The training loop: accumulation, clipping, updates, validation, samples, checkpoints and logs. Each rank runs
 /// it, but only rank 0 has an output and a log.</summary>
 public sealed class Trainer : IDisposable {
     readonly TrainOptions options;
@@ -93,7 +94,8 @@ public sealed class Trainer : IDisposable {
         val = new TokenShards(options.ValData, config.V);
         valRows = val.Rows(options.T, options.B * ranks.Size, options.ValBatches, rows: 128);
         var (part, parts) = options.Zero == 1 ? (ranks.Rank, ranks.Size) : (0, 1);
-        model = new Model(config, device, options.B, options.T, Purpose.Train, options.Recompute, part, parts);
+        model = new Model(
+            config, device, options.B, options.T, Purpose.Train, options.Recompute, part, parts, options.Optimizer);
         optimizer = new Optimizer(model, ranks);
         model.Load(file, options.Seed);
         if (last != null)
@@ -266,40 +268,68 @@ public sealed class Trainer : IDisposable {
     }
 }
 
-/// <summary>AdamW over a model's parameters, and its moments. Under ZeRO-1 (Rajbhandari et al., 2020) each rank updates
-/// its part of the weights and gathers the others'.</summary>
+/// <summary>AdamW over a model's parameters, or Muon over its layers' matrices and AdamW over the others, and their
+/// moments. Under ZeRO-1 (Rajbhandari et al., 2020) each rank updates its part of the weights and gathers the others'.
+/// </summary>
 public sealed class Optimizer {
     readonly Model model;
     readonly ICollective ranks, owners; // all ranks, and those of them that update the other parts
-    readonly AdamWPart[] parts;
-    readonly Tensor[] layers; // the layer's whole tensor for each part
+    readonly AdamWPart[] adamWs;
+    readonly MuonPart[] muons;
+    readonly Share[] adamWShares; // the weights of each part
+    readonly Share[][] muonShares; // of each part, layer by layer
 
     public Optimizer(Model model, ICollective? collective = null) {
-        (this.model, ranks, M, V) = (model, collective ?? new Alone(), model.AllocateParts(), model.AllocateParts());
-        (owners, var cuts) = (model.IsCut ? ranks : new Alone(), model.Master.Cuts);
-        layers = [.. cuts.Select(cut => model.Weights.Tensors[cut.Tensor][cut.Layer])];
-        parts = [.. cuts.Select((cut, i) => new AdamWPart(cut.Index, model.Config.Parameters[cut.Tensor].IsMatrix,
-            model.WeightParts.Tensors[i], model.Master.Tensors[i], model.GradientParts!.Tensors[i], M.Tensors[i],
-            V.Tensors[i]))];
+        (this.model, ranks) = (model, collective ?? new Alone());
+        (M, V, owners) = (model.AllocateParts(), model.AllocateParts(true), model.IsCut ? ranks : new Alone());
+        var (cuts, config) = (model.Master.Cuts, model.Config);
+        var (weights, master, gradients) = (model.WeightParts, model.Master, model.GradientParts!);
+        int[] all = [.. Enumerable.Range(0, cuts.Length)];
+        int[] own = [.. all.Where(i => !model.IsMuons(cuts[i]))], others = [.. all.Except(own)];
+        adamWs = [.. own.Select((i, v) => new AdamWPart(cuts[i].Index, config.Parameters[cuts[i].Tensor].IsMatrix,
+            weights.Tensors[i], master.Tensors[i], gradients.Tensors[i], M.Tensors[i], V.Tensors[v]))];
+        adamWShares = [.. own.Select(i => Share(i, 0, model.Weights, weights))];
+        muons = [.. others.Select(i => new MuonPart(cuts[i].Index, Matrices(i, weights), Matrices(i, master),
+            Matrices(i, gradients), Matrices(i, M)))];
+        muonShares = [.. others.Select(i => Enumerable.Range(0, config.L)
+            .Select(l => Share(i, l, model.Weights, weights)).ToArray())];
+
+        // The matrices (n, rows, columns) of a part; queries, keys and values have one each.
+        Tensor Matrices(int i, Parameters parts) {
+            var shape = config.Parameters[cuts[i].Tensor];
+            var rows = shape.Name == "qkvw" ? shape.Columns : shape.Rows;
+            return parts.Tensors[i] with {
+                Depth = (int)(cuts[i].Count / rows / shape.Columns), Rows = rows, Columns = shape.Columns,
+            };
+        }
     }
 
-    /// <summary>The first and the second moments.</summary>
+    /// <summary>The first moments, and the second ones of what AdamW updates.</summary>
     public Parameters M { get; }
     public Parameters V { get; }
 
     /// <summary>Seed of the next update's stochastic rounding.</summary>
     public uint RoundingSeed { get; set; } = 42;
 
+    /// <summary>One layer of a part: under ZeRO-1 one of Muon's has an owner.</summary>
+    Share Share(int i, int layer, Parameters whole, Parameters parts) {
+        var cut = model.Master.Cuts[i];
+        if (!model.IsMuons(cut))
+            return new(whole.Tensors[cut.Tensor][cut.Layer], parts.Tensors[i]);
+        var (all, owner) = (whole.Tensors[cut.Tensor][layer], ((layer + 1) * ranks.Size - 1) / model.Config.L);
+        return new(all, owner != ranks.Rank ? default
+            : parts.Tensors[i].Flat(layer * all.Count - cut.First, (int)all.Count), owner);
+    }
+
     /// <summary>Sums a layer's gradients over ranks, for −1 those outside of layers; the norm waits for it.</summary>
     public void Reduce(int layer) {
         var (cuts, l) = (model.Master.Cuts, Math.Max(0, layer));
-        int[] own = [.. Enumerable.Range(0, cuts.Length).Where(i => (cuts[i].Layer == l || !model.IsCut) &&
-            (cuts[i].Tensor is >= 2 and < 14) == layer >= 0)];
-        Tensor[] arrays = [.. own.Select(i => model.Gradients!.Tensors[cuts[i].Tensor][l])];
+        int[] own = [.. Enumerable.Range(0, cuts.Length).Where(i => (cuts[i].Tensor is >= 2 and < 14) == layer >= 0 &&
+            (cuts[i].Layer == l || !model.IsCut || model.IsMuons(cuts[i])))];
         if (model.IsCut)
-            ranks.ReduceScatter(arrays, [.. own.Select(i => model.GradientParts!.Tensors[i])]);
+            ranks.ReduceScatter([.. own.Select(i => Share(i, l, model.Gradients!, model.GradientParts!))]);
         else
-            ranks.AllReduce(arrays);
+            ranks.AllReduce([.. own.Select(i => model.Gradients!.Tensors[cuts[i].Tensor][l])]);
     }
 
     /// <summary>The norm of all gradients together.</summary>
@@ -312,15 +342,23 @@ public sealed class Optimizer {
     public void Update(int number, float rate, float decay, float norm) {
         const float clip = 1;
         var scale = norm > clip ? clip / norm : 1;
-        var step = new AdamWStep(number, rate, decay, scale, 0.9f, 0.95f, 1e-8f, RoundingSeed++);
-        // Under ZeRO-1 a quarter of the parts at a time, which is gathered while the next one is updated.
-        var count = parts.Length / (model.IsCut ? 4 : 1);
-        for (var first = 0; first < parts.Length; first += count) {
-            model.Device.AdamW(parts.AsSpan(first, count), step);
-            owners.AllGather(layers.AsSpan(first, count));
+        var step = new AdamWStep(number, rate, decay, scale, 0.9f, 0.95f, 1e-8f, RoundingSeed);
+        var momentum = 0.85f + 0.1f * Math.Min((number - 1) / 300f, 1);
+        var muonStep = new MuonStep(rate, decay, scale, momentum, RoundingSeed++);
+        // Under ZeRO-1 a quarter of AdamW's parts at a time, then one of Muon's, and each is gathered while the next
+        // one is updated.
+        var count = adamWs.Length / (model.IsCut ? 4 : 1);
+        for (var first = 0; first < adamWs.Length; first += count) {
+            model.Device.AdamW(adamWs.AsSpan(first, count), step);
+            owners.AllGather(adamWShares.AsSpan(first, count));
+        }
+        for (var i = 0; i < muons.Length; i++) {
+            if (muons[i].W.Depth > 0) // more ranks than layers leave some without
+                model.Device.Muon(muons.AsSpan(i, 1), muonStep);
+            owners.AllGather(muonShares[i]);
         }
         if (model.IsCut)
-            model.Device.Clear(model.Gradients!.All); // AdamW has cleared the parts alone
+            model.Device.Clear(model.Gradients!.All); // the updates have cleared the parts alone
         ranks.Join();
     }
 
@@ -334,7 +372,7 @@ public sealed class Optimizer {
 /// <summary>The checkpoints in a run's folder: a model and state files each, complete once DONE is there.</summary>
 public sealed class Checkpoints(string folder) {
     const int Magic = 20240527;
-    const int SampleTokens = 40; // where a state's header has them; llm.c leaves 0 there
+    const int SampleTokens = 40, OptimizerField = 41; // where a state's header has them; llm.c leaves 0 there
 
     /// <summary>Whether the folder holds anything of a run.</summary>
     public bool HasRun => Steps("*").Length > 0 || File.Exists(Path.Combine(folder, "main.log")) &&
@@ -379,10 +417,12 @@ public sealed class Checkpoints(string folder) {
 
     string SettingsPath => Path.Combine(folder, "settings.txt");
 
-    /// <summary>A run's settings as words of a command line; none if its folder has no checkpoint.</summary>
+    /// <summary>A run's settings as words of a command line; none if its folder has no checkpoint. Runs of llm.c and
+    /// of earlier versions do not name their optimizer, AdamW.</summary>
     public static IEnumerable<string> SettingsOf(string folder) =>
-        new Checkpoints(folder) is { Last: not null } run && File.Exists(run.SettingsPath)
-            ? File.ReadLines(run.SettingsPath).SelectMany(line => line.Split(' ', 2)) : [];
+        new Checkpoints(folder) is not { Last: not null } run ? [] : ["--optimizer", "adamw",
+            .. File.Exists(run.SettingsPath) ? File.ReadLines(run.SettingsPath).SelectMany(line => line.Split(' ', 2))
+                : []];
 
     /// <summary>The path of a model: that of the last complete checkpoint if it is a folder.</summary>
     public static string ModelOf(string path) => !Directory.Exists(path) ? path
@@ -430,6 +470,7 @@ public sealed class Checkpoints(string folder) {
         var header = new int[BinaryFile.HeaderLength];
         (header[0], header[1], header[2], header[3]) = (Magic, 1, parts, ranks.Rank);
         (header[5], header[10], header[SampleTokens]) = (loader.Shuffles ? 1 : 0, step, loader.SampleTokens);
+        header[OptimizerField] = (int)model.Optimizer;
         (header[4], header[20], header[22]) =
             (model.Master == model.Weights ? 0 : 1, (int)optimizer.RoundingSeed, (int)optimizer.RoundingSeed - 1);
         (header[30], header[32]) = loader.Position;
@@ -479,15 +520,19 @@ public sealed class Checkpoints(string folder) {
             file.Check("upper half of the shard index", 31, header[31] == 0, "0");
             file.Check("upper half of the sample index", 33, header[33] == 0, "0");
             file.Check("step", 10, header[10] == step, $"{step} as its name says");
+            var written = (OptimizerKind)header[OptimizerField];
+            if (written != model.Optimizer)
+                throw file.Fail($"a state of --optimizer {model.Optimizer}", $"one of --optimizer {written}");
             optimizer.RoundingSeed = (uint)header[20];
             // Without ZeRO-1, llm.c writes everything for every rank.
             var everything = (2 + header[4]) * sizeof(float) * model.Config.ParameterCount;
             if (header[SampleTokens] == 0 && file.Length > everything)
                 parts = 1;
-            model.Read(file, part, parts, optimizer.M);
-            model.Read(file, part, parts, optimizer.V);
+            Cut[] cuts = [.. model.Config.Cuts(part, parts, model.Optimizer)];
+            model.Read(file, cuts, optimizer.M);
+            model.Read(file, model.AdamWs(cuts), optimizer.V);
             if (header[4] == 1)
-                model.Read(file, part, parts, model.Master);
+                model.Read(file, cuts, model.Master);
             loader.Load(file, header[5] == 1, (header[30], header[32]), header[SampleTokens]);
             file.CheckEnd();
         }
@@ -678,12 +723,12 @@ public static class Verification {
 public static class Benchmark {
     /// <summary>Prints the median time of a training step on random tokens and of each of its operations, compared with
     /// what the device reaches now in a large product or a large copy.</summary>
-    public static void Run(string init, int B, int T, int totalBatch, int steps, int recompute, IDevice device,
-        TextWriter output) {
+    public static void Run(string init, int B, int T, int totalBatch, int steps, int recompute,
+        OptimizerKind kind, IDevice device, TextWriter output) {
         var (file, config) = Trainer.Open(init);
         TrainOptions.CheckSizes(config, B, T, totalBatch);
         var ceilings = device.MeasureCeilings();
-        var model = new Model(config, device, B, T, Purpose.Train, recompute);
+        var model = new Model(config, device, B, T, Purpose.Train, recompute, optimizer: kind);
         var optimizer = new Optimizer(model);
         model.Load(file, 42);
         var random = new Random(1);

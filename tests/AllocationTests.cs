@@ -3,12 +3,13 @@ namespace Gpt2.Tests;
 /// <summary>A training step allocates no managed memory.</summary>
 public sealed class AllocationTests {
     [Test, NotInParallel]
-    [Arguments(1)]
-    [Arguments(2)]
-    public async Task AStepAllocatesNothing(int threads) {
+    [Arguments(1, OptimizerKind.AdamW)]
+    [Arguments(2, OptimizerKind.AdamW)]
+    [Arguments(2, OptimizerKind.Muon)]
+    public async Task AStepAllocatesNothing(int threads, OptimizerKind kind) {
         using var device = new Cpu(threads);
         var config = new Config(MaxT: 32, V: 211, Vp: 256, L: 2, NH: 3, C: 48);
-        var model = Models.Random(config, device, 2, 21, Purpose.Train, recompute: 2);
+        var model = Models.Random(config, device, 2, 21, Purpose.Train, recompute: 2, kind);
         var optimizer = new Optimizer(model);
         void Step(int number) {
             model.Forward();

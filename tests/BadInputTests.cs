@@ -207,7 +207,7 @@ public partial class BadInputTests {
 
     static readonly Lazy<Task<TemporaryFolder>> twoSteps = new(async () => {
         var folder = Folders.Goldens();
-        await Gpt2Process.Succeed(folder.Path, $"train {Data} -e model.bin -x 2 -o run");
+        await Gpt2Process.Succeed(folder.Path, $"train {Data} -e model.bin -x 2 -o run --optimizer adamw");
         return folder;
     });
 
@@ -256,6 +256,8 @@ public partial class BadInputTests {
             32 96 96
             32 -1 -1
             33 1 expected
+            41 1 --optimizer AdamW Muon
+            41 2 --optimizer AdamW 2
             {shards} 2 shards 2
             {shards} -1 shards
             {shards + 2} 1 permutation
@@ -376,6 +378,7 @@ public partial class BadInputTests {
             train final-lr-frac x 0,1
             train weight-decay x 0,1
             train schedule cos 7 0 ''
+            train optimizer sgd 0 ''
             train val-every x
             train val-batches x
             train sample-every x
@@ -410,6 +413,7 @@ public partial class BadInputTests {
             tokenize out ''
             tokenize val-tokens x 1,000
             bench steps x
+            bench optimizer sgd
             """;
         foreach (var line in unreadable.Split('\n')) {
             var fields = line.Split(' ');

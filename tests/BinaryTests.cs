@@ -6,7 +6,7 @@ namespace Gpt2.Tests;
 public partial class BinaryTests {
     // golden.py's ten steps: three micro-batches each, in order.
     const string TenSteps = "train -i train.bin -j val.bin -e model.bin -b 2 -t 21 -d 126 -x 10 -l 1e-2 -u 4 -q 0.1 " +
-        "-c 0.1 --no-shuffle -m 5 -o out";
+        "-c 0.1 --no-shuffle -m 5 -o out --optimizer adamw";
 
     [Test]
     public async Task Ten_steps_equal_PyTorchs() {
@@ -322,7 +322,7 @@ public partial class BinaryTests {
     [Arguments("train", "-i,--train-data -j,--val-data -e,--init -o,--out -b,--batch -t,--seq -d,--total-batch " +
         "-x,--max-steps -l,--lr -u,--warmup -q,--final-lr-frac -c,--weight-decay -k,--schedule -v,--val-every " +
         "-m,--val-batches -s,--sample-every -g,--gen-tokens -n,--checkpoint-every --keep -y,--resume -r,--recompute " +
-        "-a,--overfit --no-shuffle --skip-outliers --device --precision --seed --verbose")]
+        "-a,--overfit --no-shuffle --skip-outliers --optimizer --device --precision --seed --verbose")]
     [Arguments("sample", "-e,--init -p,--prompt --prompt-ids -n,--tokens --temperature --top-k --top-p --num --seed " +
         "--device --precision --verbose")]
     [Arguments("eval", "-e,--init -j,--val-data -m,--val-batches -b,--batch -t,--seq --hellaswag --device " +
@@ -330,7 +330,7 @@ public partial class BinaryTests {
     [Arguments("tokenize", "-o,--out --val-tokens --verbose")]
     [Arguments("verify", "-e,--init --state --device --precision --verbose")]
     [Arguments("bench", "-e,--init -b,--batch -t,--seq -d,--total-batch -x,--steps -r,--recompute --device " +
-        "--precision --portable --verbose")]
+        "--precision --optimizer --portable --verbose")]
     public async Task Help_names_every_option(string command, string options) {
         using var folder = new TemporaryFolder();
         var overview = await Gpt2Process.Succeed(folder.Path, "--help");

@@ -3,7 +3,8 @@ namespace Gpt2.Tests;
 /// <summary>The real binary killed, stopped, out of disk space and resumed: nothing is lost.</summary>
 public partial class CheckpointTests {
     // Three batches an update, 36 an epoch: it ends, and both shards are left, between checkpoints.
-    const string Train = "train -i train_*.bin -j val.bin -e model.bin -b 2 -t 16 -d 96 -l 1e-2 -u 4 -m 3 -g 8";
+    const string Train = "train -i train_*.bin -j val.bin -e model.bin -b 2 -t 16 -d 96 -l 1e-2 -u 4 -m 3 -g 8 " +
+        "--optimizer adamw";
     const string Run = $"{Train} -x 20 -v 4 -s 6 -n 5 --keep 10";
 
     [Test]
@@ -13,6 +14,7 @@ public partial class CheckpointTests {
     [Arguments("--overfit")]
     [Arguments("--recompute 2")]
     [Arguments("--schedule wsd")]
+    [Arguments("--optimizer muon")]
     public async Task A_resumed_run_equals_an_unbroken_one(string option) {
         using var folder = Folders.Inputs();
         var whole = await Gpt2Process.Succeed(folder.Path, $"{Run} {option} -o whole");
@@ -162,6 +164,8 @@ public partial class CheckpointTests {
             await Assert.That(header[10]).IsEqualTo(step);
             await Assert.That(header[20]).IsEqualTo(42 + step);
             await Assert.That(header[22]).IsEqualTo(41 + step);
+            // As in llm.c's states: AdamW.
+            await Assert.That(header[41]).IsEqualTo(0);
         }
     }
 

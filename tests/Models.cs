@@ -7,8 +7,9 @@ namespace Gpt2.Tests;
 static class Models {
     /// <summary>A model with a batch of random tokens and with random weights, biases included; no weight is zero.
     /// Weights are bf16 numbers, so that they are the same in any precision.</summary>
-    public static Model Random(Config config, IDevice device, int B, int T, Purpose purpose, int recompute = 0) {
-        var model = new Model(config, device, B, T, purpose, recompute);
+    public static Model Random(Config config, IDevice device, int B, int T, Purpose purpose, int recompute = 0,
+        OptimizerKind optimizer = OptimizerKind.AdamW) {
+        var model = new Model(config, device, B, T, purpose, recompute, optimizer: optimizer);
         foreach (var parameters in (Parameters[])[model.Weights, model.Master]) {
             foreach (var (i, tensor) in parameters.Tensors.Index()) {
                 var values = Floats(i + 1, tensor.Count, 0.1);

@@ -388,6 +388,94 @@ public sealed class OperationTests()
             await Near(w, w.Values);
         }
     }
+
+    [Test]
+    [Arguments(1, 5, 5, 1)]
+    [Arguments(3, 20, 67, 1)]
+    [Arguments(2, 67, 20, 1e-5)]
+    [Arguments(2, 2, 33, 1)]
+    [Arguments(2, 33, 2, 1)]
+    [Arguments(4, 48, 48, 1e3)]
+    [Arguments(1, 130, 400, 1)]
+    public async Task Muon(int matrices, int rows, int columns, double gradientStd) {
+        // A second part of another shape; small weights, so that the updates make up most of them at the end.
+        (int Count, int Rows, int Columns)[] shapes = [(matrices, rows, columns), (2, columns + 1, rows)];
+        var w = shapes.Select((s, part) => Floats(10 + part, s.Count * s.Rows * s.Columns, 0.01)).ToArray();
+        double[][] weights = [.. w.Select(values => Doubles(values))], m = [.. w.Select(x => new double[x.Length])];
+        Tensor[] Upload(IEnumerable<float[]> all) =>
+            [.. all.Zip(shapes, (x, s) => device.Upload(x, [s.Count, s.Rows, s.Columns]))];
+        var (wOnDevice, mOnDevice) = (Upload(w), Upload(w.Select(values => new float[values.Length])));
+        for (var number = 1; number <= 3; number++) {
+            var (rate, decay) = (number == 2 ? 0.1f : 0.05f, number == 3 ? 0 : 0.1f);
+            var step = new MuonStep(rate, decay, 0.7f, 0.8f + 0.05f * number, 42);
+            var dw = w.Select((x, part) => Floats(20 * number + part, x.Length, gradientStd)).ToArray();
+            var dwOnDevice = Upload(dw);
+            device.Muon([.. shapes.Select((s, part) => new MuonPart(part * w[0].Length, wOnDevice[part],
+                wOnDevice[part], dwOnDevice[part], mOnDevice[part]))], step);
+            foreach (var (part, s) in shapes.Index()) {
+                double[] g = [.. dw[part].Select(value => value * (double)step.GradientScale)];
+                m[part] = Lerp(m[part], g, 1 - (double)step.Momentum);
+                var x = Lerp(g, m[part], step.Momentum).Chunk(s.Rows * s.Columns)
+                    .SelectMany(u => Reference.Orthogonalize(u, s.Columns)).ToArray();
+                for (var i = 0; i < x.Length; i++)
+                    weights[part][i] = weights[part][i] * (1 - (double)step.LearningRate * step.WeightDecay) -
+                        step.LearningRate * 0.2 * Math.Sqrt(Math.Max(s.Rows, s.Columns)) * x[i];
+                await Assert.That(device.Download(dwOnDevice[part]).All(value => value == 0)).IsTrue();
+            }
+        }
+        for (var part = 0; part < 2; part++) {
+            await Near(mOnDevice[part], m[part]);
+            // Newton-Schulz multiplies what rounding does to small singular values by up to 3.4445⁵ = 485.
+            await Near(wOnDevice[part], weights[part], 10 * Bound);
+        }
+
+        static double[] Lerp(double[] from, double[] to, double weight) =>
+            [.. from.Zip(to, (left, right) => left + weight * (right - left))];
+    }
+
+    /// <summary>Of a matrix with known singular vectors and values, Muon's update has the same vectors, and values near
+    /// 1 where those of the normalized matrix are above 0.005.</summary>
+    [Test]
+    [Arguments(24, 24)]
+    [Arguments(24, 70)]
+    [Arguments(70, 24)]
+    public async Task MuonsUpdateHasTheGradientsSingularVectors(int rows, int columns) {
+        var n = Math.Min(rows, columns);
+        var (left, right) = (Orthonormal(1, n, rows), Orthonormal(2, n, columns));
+        double[] values = [.. Enumerable.Range(0, n).Select(i => Math.Pow(0.74, i))]; // from 1 to 0.001
+        var norm = Math.Sqrt(Reference.Dot(values, values));
+        var g = new float[rows * columns];
+        for (var i = 0; i < g.Length; i++)
+            g[i] = (float)values.Select((value, k) => value * left[k][i / columns] * right[k][i % columns]).Sum();
+        var w = device.Upload(new float[g.Length], [rows, columns]);
+        var rate = -5 / MathF.Sqrt(Math.Max(rows, columns)); // such that w becomes Newton-Schulz's result
+        device.Muon([new MuonPart(0, w, w, device.Upload(g, [rows, columns]),
+            device.Upload(new float[g.Length], [rows, columns]))], new MuonStep(rate, 0, 1, 0.95f, 42));
+        var x = Doubles(device.Download(w));
+        for (var i = 0; i < n; i++) {
+            for (var j = 0; j < n; j++) {
+                var row = Enumerable.Range(0, rows).Sum(r =>
+                    left[i][r] * Reference.Dot(x.AsSpan(r * columns, columns), right[j]));
+                if (i != j)
+                    await Assert.That(Math.Abs(row)).IsLessThan(1e-3).Because($"{i}, {j}");
+                else if (values[i] / norm > 0.005)
+                    await Assert.That(row).IsBetween(0.65, 1.25).Because($"{values[i] / norm}");
+            }
+        }
+
+        static double[][] Orthonormal(int seed, int count, int size) {
+            var vectors = Floats(seed, count * size).Chunk(size).Select(v => Doubles(v)).ToArray();
+            for (var i = 0; i < count; i++) {
+                for (var k = 0; k < 2 * i; k++) { // twice, against rounding
+                    var along = Reference.Dot(vectors[i], vectors[k % i]);
+                    vectors[i] = [.. vectors[i].Zip(vectors[k % i], (value, other) => value - along * other)];
+                }
+                var length = Math.Sqrt(Reference.Dot(vectors[i], vectors[i]));
+                vectors[i] = [.. vectors[i].Select(value => value / length)];
+            }
+            return vectors;
+        }
+    }
 }
 
 /// <summary>The same bits on any number of threads.</summary>

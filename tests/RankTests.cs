@@ -60,7 +60,9 @@ sealed class ThreadRanks : ICollective {
     static unsafe Span<float> Floats(Tensor x) => new((void*)x.Address, (int)x.Count);
 
     // The rule of formats.md, written anew: the code under test must agree with it.
-    (int First, int End) Part(Tensor x, int rank) => ((int)(x.Count * rank / Size), (int)(x.Count * (rank + 1) / Size));
+    (int First, int End) Part(Share share, int rank) => share.Owner == null
+        ? ((int)(share.Whole.Count * rank / Size), (int)(share.Whole.Count * (rank + 1) / Size))
+        : (0, share.Owner == rank ? (int)share.Whole.Count : 0);
 
     public void AllReduce(ReadOnlySpan<Tensor> arrays) {
         meeting.Arrays[Rank] = arrays.ToArray();
@@ -74,12 +76,14 @@ sealed class ThreadRanks : ICollective {
         Meet();
     }
 
-    public void ReduceScatter(ReadOnlySpan<Tensor> arrays, ReadOnlySpan<Tensor> parts) {
-        meeting.Arrays[Rank] = arrays.ToArray();
+    public void ReduceScatter(ReadOnlySpan<Share> shares) {
+        meeting.Arrays[Rank] = [.. shares.ToArray().Select(share => share.Whole)];
         Meet();
-        for (var a = 0; a < arrays.Length; a++) {
-            var (first, end) = Part(arrays[a], Rank);
-            SumOver(a, first, end).CopyTo(Floats(parts[a]));
+        for (var a = 0; a < shares.Length; a++) {
+            var (first, end) = Part(shares[a], Rank);
+            if (shares[a].Part.Count != end - first)
+                throw new InvalidOperationException($"a part of {shares[a].Part.Count} numbers, not {end - first}");
+            SumOver(a, first, end).CopyTo(Floats(shares[a].Part));
         }
         Meet();
     }
@@ -94,14 +98,14 @@ sealed class ThreadRanks : ICollective {
         return sum;
     }
 
-    public void AllGather(ReadOnlySpan<Tensor> arrays) {
-        meeting.Arrays[Rank] = arrays.ToArray();
+    public void AllGather(ReadOnlySpan<Share> shares) {
+        meeting.Arrays[Rank] = [.. shares.ToArray().Select(share => share.Whole)];
         Meet();
-        for (var a = 0; a < arrays.Length; a++) {
+        for (var a = 0; a < shares.Length; a++) {
             for (var rank = 0; rank < Size; rank++) {
-                var (first, end) = Part(arrays[a], rank);
+                var (first, end) = Part(shares[a], rank);
                 if (rank != Rank)
-                    Floats(meeting.Arrays[rank][a])[first..end].CopyTo(Floats(arrays[a])[first..end]);
+                    Floats(meeting.Arrays[rank][a])[first..end].CopyTo(Floats(shares[a].Whole)[first..end]);
             }
         }
         Meet();
@@ -141,7 +145,8 @@ public sealed class RankTests {
 
     /// <summary>Trains, and gives the losses, norms and validation losses that were printed.</summary>
     static double[] Train(TemporaryFolder folder, string name, int ranks, int B, int zero, int steps = 6,
-        bool resume = false, bool shuffle = true, int totalSequences = Sequences) {
+        bool resume = false, bool shuffle = true, int totalSequences = Sequences,
+        OptimizerKind optimizer = OptimizerKind.AdamW) {
         using var output = new StringWriter(CultureInfo.InvariantCulture);
         ThreadRanks.Run(ranks, collective => {
             using var cpu = new Cpu(1);
@@ -149,7 +154,7 @@ public sealed class RankTests {
                 resume ? null : folder["model.bin"], folder[name], B, Odd.MaxT, totalSequences * Odd.MaxT, steps,
                 LearningRate: 1e-2f, Warmup: 2, FinalFraction: 1, WeightDecay: 0.1f, Schedule.Constant, ValEvery: 2,
                 ValBatches: 3, SampleEvery: 0, GenTokens: 4, CheckpointEvery: 0, Keep: 1, resume, Recompute: 0,
-                Overfit: false, shuffle, Seed: 42, Zero: zero);
+                Overfit: false, shuffle, Seed: 42, Zero: zero, Optimizer: optimizer);
             var writer = collective.Rank == 0 ? output : TextWriter.Null;
             using var trainer = new Trainer(options, cpu, writer, NullLogger.Instance, collective);
             trainer.Run();
@@ -164,17 +169,12 @@ public sealed class RankTests {
     }
 
     [Test]
-    [Arguments(1, 1)]
-    [Arguments(2, 0)]
-    [Arguments(2, 1)]
-    [Arguments(3, 0)]
-    [Arguments(3, 1)]
-    [Arguments(4, 0)]
-    [Arguments(4, 1)]
-    public async Task RanksTrainAsOneDoes(int ranks, int zero) {
+    [MatrixDataSource]
+    public async Task RanksTrainAsOneDoes([Matrix(1, 2, 3, 4)] int ranks, [Matrix(0, 1)] int zero,
+        [Matrix(OptimizerKind.AdamW, OptimizerKind.Muon)] OptimizerKind optimizer) {
         using var folder = Inputs();
-        var expected = Train(folder, "one", 1, Sequences, 0);
-        var found = Train(folder, "many", ranks, Sequences / ranks, zero);
+        var expected = Train(folder, "one", 1, Sequences, 0, optimizer: optimizer);
+        var found = Train(folder, "many", ranks, Sequences / ranks, zero, optimizer: optimizer);
         await Assert.That(expected.Length).IsEqualTo(6 * 2 + 4);
         await Near(found, expected);
         await ModelTests.CompareWeights(folder["many/model_00000006.bin"], folder["one/model_00000006.bin"]);
@@ -196,17 +196,19 @@ public sealed class RankTests {
     }
 
     [Test]
-    [Arguments(1)]
-    [Arguments(0)]
-    public async Task ARunGoesOnWithAnyNumberOfRanks(int zero) {
+    [Arguments(1, OptimizerKind.AdamW)]
+    [Arguments(0, OptimizerKind.AdamW)]
+    [Arguments(1, OptimizerKind.Muon)]
+    [Arguments(0, OptimizerKind.Muon)]
+    public async Task ARunGoesOnWithAnyNumberOfRanks(int zero, OptimizerKind optimizer) {
         using var folder = Inputs();
-        var expected = Train(folder, "whole", 4, 3, zero, steps: 8);
-        Train(folder, "parts", 4, 3, zero, steps: 2);
+        var expected = Train(folder, "whole", 4, 3, zero, steps: 8, optimizer: optimizer);
+        Train(folder, "parts", 4, 3, zero, steps: 2, optimizer: optimizer);
         foreach (var (ranks, steps) in ((int, int)[])[(2, 4), (1, 6), (3, 7)]) {
             var B = ranks == 3 ? 4 : 3;
-            Train(folder, "parts", ranks, B, zero, steps, resume: true);
+            Train(folder, "parts", ranks, B, zero, steps, resume: true, optimizer: optimizer);
         }
-        var found = Train(folder, "parts", 4, 3, 1 - zero, steps: 8, resume: true);
+        var found = Train(folder, "parts", 4, 3, 1 - zero, steps: 8, resume: true, optimizer: optimizer);
         await Near(found, expected[^3..]);
         await ModelTests.CompareWeights(folder["parts/model_00000008.bin"], folder["whole/model_00000008.bin"]);
     }
@@ -238,11 +240,29 @@ public sealed class RankTests {
     public async Task RanksHaveOnlyTheirPartOfTheOptimizersState() {
         using var cpu = new Cpu();
         var config = Config.Of("d6")!;
-        long Bytes(int ranks) => new Model(config, cpu, 1, 8, Purpose.Train, 0, ranks - 1, ranks).Memory
-            .Single(part => part.Name == "moments").Bytes;
-        var (whole, part) = (Bytes(1), Bytes(4));
-        await Assert.That(whole).IsEqualTo(8 * config.ParameterCount);
-        await Assert.That(part).IsEqualTo(2 * config.ParameterCount);
+        long Bytes(int ranks, OptimizerKind optimizer) =>
+            new Model(config, cpu, 1, 8, Purpose.Train, 0, ranks - 1, ranks, optimizer).Memory
+                .Single(part => part.Name == "moments").Bytes;
+        await Assert.That(Bytes(1, OptimizerKind.AdamW)).IsEqualTo(8 * config.ParameterCount);
+        await Assert.That(Bytes(4, OptimizerKind.AdamW)).IsEqualTo(2 * config.ParameterCount);
+        // Muon's matrices, 12·C² a layer, have one moment, and lie in the layers that a rank owns.
+        var matrices = 12L * config.L * config.C * config.C;
+        foreach (var ranks in (int[])[1, 3]) {
+            await Assert.That(Bytes(ranks, OptimizerKind.Muon) * ranks)
+                .IsEqualTo(8 * config.ParameterCount - 4 * matrices);
+        }
+    }
+
+    [Test]
+    [Arguments(OptimizerKind.Muon, OptimizerKind.AdamW)]
+    [Arguments(OptimizerKind.AdamW, OptimizerKind.Muon)]
+    public async Task AStateOfTheOtherOptimizerIsRefused(OptimizerKind from, OptimizerKind to) {
+        using var folder = Inputs();
+        Train(folder, "run", 1, 6, 1, steps: 1, optimizer: from);
+        var error = Assert.Throws<Gpt2Exception>(() =>
+            Train(folder, "run", 1, 6, 1, steps: 2, resume: true, optimizer: to));
+        await Assert.That(error.Message).IsEqualTo($"{folder["run/state_00000001_00000.bin"]}: expected a state of " +
+            $"--optimizer {to}, found one of --optimizer {from}");
     }
 }
 
@@ -935,7 +955,8 @@ public sealed class GpuRankTests {
     static readonly Config Small = new(MaxT: 64, V: 300, Vp: 304, L: 2, NH: 2, C: 128);
 
     const string Share = "export CUDA_VISIBLE_DEVICES=0 GPT2_SHARE_GPUS=1; exec \"$@\"";
-    const string Data = "train -i train_*.bin -j val.bin -o run -t 64 -d 768 -l 1e-2 -u 2 -k constant -m 2 -g 0";
+    const string Data = "train -i train_*.bin -j val.bin -o run -t 64 -d 768 -l 1e-2 -u 2 -k constant -m 2 -g 0 " +
+        "--optimizer adamw";
 
     static TemporaryFolder Inputs() => RankTests.Inputs(Small, 20_000);
 
@@ -954,15 +975,20 @@ public sealed class GpuRankTests {
     static double Bound(string precision) => precision == "fp32" ? 1e-4 : 2e-2;
 
     [Test]
-    [Arguments(2, 0, "bf16")]
-    [Arguments(2, 1, "fp32")]
-    [Arguments(3, 1, "bf16")]
-    [Arguments(3, 1, "fp32")]
-    [Arguments(4, 0, "fp32")]
-    [Arguments(4, 1, "bf16")]
-    public async Task RanksTrainAsOneDoes(int ranks, int zero, string precision) {
+    [Arguments(2, 0, "bf16", "adamw")]
+    [Arguments(2, 1, "fp32", "adamw")]
+    [Arguments(3, 1, "bf16", "adamw")]
+    [Arguments(3, 1, "fp32", "adamw")]
+    [Arguments(4, 0, "fp32", "adamw")]
+    [Arguments(4, 1, "bf16", "adamw")]
+    [Arguments(2, 0, "fp32", "muon")]
+    [Arguments(2, 1, "fp32", "muon")]
+    [Arguments(2, 1, "bf16", "muon")]
+    [Arguments(3, 1, "fp32", "muon")]
+    [Arguments(4, 1, "bf16", "muon")]
+    public async Task RanksTrainAsOneDoes(int ranks, int zero, string precision, string optimizer) {
         using var folder = Inputs();
-        var common = $"-e model.bin -x 6 -v 3 -n 0 --precision {precision}";
+        var common = $"-e model.bin -x 6 -v 3 -n 0 --precision {precision} --optimizer {optimizer}";
         var expected = await Train(folder, $"{common} --gpus 1 -b 12");
         Directory.Delete(folder["run"], recursive: true);
         var found = await Train(folder, $"{common} --gpus {ranks} -b {12 / ranks} -z {zero}");
@@ -971,11 +997,13 @@ public sealed class GpuRankTests {
     }
 
     [Test]
-    [Arguments("bf16")]
-    [Arguments("fp32")]
-    public async Task ARunGoesOnWithAnyNumberOfRanks(string precision) {
+    [Arguments("bf16", "adamw")]
+    [Arguments("fp32", "adamw")]
+    [Arguments("bf16", "muon")]
+    [Arguments("fp32", "muon")]
+    public async Task ARunGoesOnWithAnyNumberOfRanks(string precision, string optimizer) {
         using var folder = Inputs();
-        var common = $"-v 0 -n 0 -b 3 --precision {precision}";
+        var common = $"-v 0 -n 0 -b 3 --precision {precision} --optimizer {optimizer}";
         var expected = await Train(folder, $"{common} -e model.bin -x 8 --gpus 4");
         Directory.Delete(folder["run"], recursive: true);
         await Train(folder, $"{common} -e model.bin -x 2 --gpus 4");

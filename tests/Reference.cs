@@ -108,6 +108,22 @@ static class Reference {
         return max + Math.Log(x.Sum(value => Math.Exp(value - max)));
     }
 
+    /// <summary>Muon's x of an update u (rows, columns): normalized, then nearly orthogonal, by five steps of a
+    /// Newton-Schulz iteration.</summary>
+    public static double[] Orthogonalize(double[] u, int columns) {
+        var (rows, norm) = (u.Length / columns, Math.Max(Math.Sqrt(Dot(u, u)), 1e-7));
+        if (rows > columns)
+            return Transpose(Orthogonalize(Transpose(u, columns), rows), rows);
+        double[] x = [.. u.Select(value => value / norm)];
+        for (var step = 0; step < 5; step++) {
+            var A = Linear(x, x, null, columns);
+            double[] B = [.. A.Zip(Linear(A, A, null, rows), (a, square) => -4.7750 * a + 2.0315 * square)];
+            var product = Linear(B, Transpose(x, columns), null, rows);
+            x = [.. x.Zip(product, (value, added) => 3.4445 * value + added)];
+        }
+        return x;
+    }
+
     /// <summary>The derivative of a function of <paramref name="x"/> in each of its elements, or in those at
     /// <paramref name="indices"/> alone, by central differences; x is as it was afterwards.</summary>
     public static double[] Gradient(double[] x, Func<double> function, int[]? indices = null) {

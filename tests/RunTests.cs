@@ -142,6 +142,31 @@ public partial class RunTests {
     }
 
     [Test]
+    public async Task An_optimizer_goes_on_as_it_was_without_being_named() {
+        using var folder = Folders.Inputs();
+        foreach (var optimizer in (string[])["muon", "adamw"]) {
+            await Gpt2Process.Succeed(folder.Path, $"{Train} -x 4 -k constant -n 2 --optimizer {optimizer} -o whole");
+            await Gpt2Process.Succeed(folder.Path, $"{Train} -x 2 -k constant -n 2 --optimizer {optimizer} -o out");
+            // Earlier versions, which have AdamW alone, do not write it down.
+            if (optimizer == "adamw")
+                File.WriteAllText(InRun(folder, "settings.txt"), File.ReadAllText(InRun(folder, "settings.txt"))
+                    .Replace("--optimizer AdamW\n", ""));
+            await Gpt2Process.Succeed(folder.Path, "train -y -o out -x 4");
+            await Assert.That(Folders.Contents(folder["out"])).IsEqualTo(Folders.Contents(folder["whole"]));
+            var other = optimizer == "muon" ? "AdamW" : "Muon";
+            await Refuses(await Gpt2Process.Run(folder.Path, $"train -y -o out -x 5 --optimizer {other}"),
+                "state_00000004_00000.bin: expected a state of --optimizer " + other);
+            // As llm.c leaves a run.
+            if (optimizer == "adamw") {
+                File.Delete(InRun(folder, "settings.txt"));
+                await Gpt2Process.Succeed(folder.Path, $"{Train} -x 5 -y -o out");
+            }
+            Directory.Delete(folder["out"], recursive: true);
+            Directory.Delete(folder["whole"], recursive: true);
+        }
+    }
+
+    [Test]
     [Arguments("--lr x\n")]
     [Arguments("--nonsense 1\n")]
     [Arguments("\0\0\0")]

@@ -9,7 +9,8 @@ state.bin         a batch, its logits, its mean loss and the gradients of one ba
 tokens_train.bin  4,000 tokens of a random Markov chain; tokens_val.bin: its next 500
 train.txt         ten AdamW steps from model.bin, samples in order, 3 micro-batches a step: on each line step (from 1),
                   loss, gradient norm before clipping, learning rate; at last "val" and the loss of 5 validation batches
-trained.bin       the checkpoint after them. The key third of its qkvb is noise: softmax ignores what is added to all of
+train_muon.txt    the same with Muon for the layers' matrices: torch.optim.Muon(adjust_lr_fn="match_rms_adamw") in fp32
+trained.bin       the checkpoint after AdamW's. The key third of its qkvb is noise: softmax ignores what is added to all of
                   a row's scores, so that gradient is rounding error, which Adam scales up. No loss depends on it.
 normals.txt       seed 42's first raw 32-bit numbers, and what normal_ makes of that seed
 """
@@ -25,6 +26,7 @@ SHAPE = {"heads": 3, "channels": 48, "layers": 2, "vocab": 211, "seq": 21, "batc
 DECAYED = {"wte", "wpe", "qkvw", "attprojw", "fcw", "fcprojw"}  # the others are vectors, one a layer
 STEPS, MICRO_BATCHES, VAL_BATCHES = 10, 3, 5
 LR, WARMUP, FINAL_LR = 1e-2, 4, 1e-3
+MUONS = ("qkvw", "attprojw", "fcw", "fcprojw")
 
 
 def random_parameters(V, Vp, maxT, L, C):
@@ -87,13 +89,29 @@ def write(path, header, *parts):
     path.write_bytes(b"".join(array.array(code, tensor.flatten().tolist()).tobytes() for code, tensor in parts))
 
 
-def train(p, train_tokens, val_tokens, V, NH, B, T):
-    """Ten steps on p, in place; yields the lines of train.txt."""
-    decayed, others = ([p[name] for name in p if (name in DECAYED) == wanted] for wanted in (True, False))
+def muon(w, g, m, lr, momentum):
+    """One update of the matrix w (rows, columns), by its gradient g, and of its momentum m."""
+    m.lerp_(g, 1 - momentum)
+    x = g.lerp(m, momentum)
+    x = x / x.norm().clamp(min=1e-7)
+    x = x.T if w.shape[0] > w.shape[1] else x
+    for _ in range(5):
+        A = x @ x.T
+        x = 3.4445 * x + (-4.7750 * A + 2.0315 * A @ A) @ x
+    x = x.T if w.shape[0] > w.shape[1] else x
+    w.mul_(1 - lr * 0.1).sub_(x, alpha=lr * 0.2 * math.sqrt(max(w.shape)))
+
+
+def train(p, train_tokens, val_tokens, V, NH, B, T, muons=()):
+    """Ten steps on p, in place; yields the lines of train.txt. The tensors named are updated by Muon."""
+    decayed, others = ([p[name] for name in p if name not in muons and (name in DECAYED) == wanted]
+                       for wanted in (True, False))
+    momentum = {name: torch.zeros_like(p[name]) for name in muons}
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.95), eps=1e-8, foreach=False)
     for step in range(STEPS):
-        optimizer.zero_grad()
+        for tensor in p.values():
+            tensor.grad = None
         losses = []
         for micro_batch in range(MICRO_BATCHES):
             _, loss = forward(p, *sample(train_tokens, step * MICRO_BATCHES + micro_batch, B, T), V, NH)
@@ -107,6 +125,13 @@ def train(p, train_tokens, val_tokens, V, NH, B, T):
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
+        with torch.no_grad():
+            for name in muons:
+                _, rows, columns = p[name].shape
+                rows = columns if name == "qkvw" else rows  # queries, keys and values are a matrix each
+                matrices = (tensor.view(-1, rows, columns) for tensor in (p[name], p[name].grad, momentum[name]))
+                for w, g, m in zip(*matrices):
+                    muon(w, g, m, lr, 0.85 + 0.1 * min(step / 300, 1))
         yield f"{step + 1} {sum(losses) / MICRO_BATCHES:.9g} {norm:.9g} {lr:.9g}\n"
     losses = [forward(p, *sample(val_tokens, i, B, T), V, NH)[1].item() for i in range(VAL_BATCHES)]
     yield f"val {sum(losses) / VAL_BATCHES:.9g}\n"
@@ -136,7 +161,9 @@ def main():
         train_tokens, val_tokens = markov_chain(4500, V).split([4000, 500])
         write(o.out / "tokens_train.bin", [20240520, 1, 4000], ("H", train_tokens))
         write(o.out / "tokens_val.bin", [20240520, 1, 500], ("H", val_tokens))
+        same = {name: tensor.detach().clone().requires_grad_() for name, tensor in p.items()}
         (o.out / "train.txt").write_text("".join(train(p, train_tokens, val_tokens, V, NH, B, T)))
+        (o.out / "train_muon.txt").write_text("".join(train(same, train_tokens, val_tokens, V, NH, B, T, MUONS)))
         write(o.out / "trained.bin", header, *(("f", tensor) for tensor in p.values()))
         # An int64 over its full range takes two raw numbers, the high half first.
         pairs = torch.empty(2, dtype=torch.int64).random_(-(2**63), None, generator=torch.manual_seed(42)).tolist()
