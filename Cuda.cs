@@ -402,8 +402,8 @@ public sealed unsafe class Cuda : IDevice {
         Launch("gelu", (Blocks(x.Count, 256 * Width), 1, 1), 256, 0, 0, 2.0 * x.Bytes, x, y, x.Count);
 
     /// <summary>c = alpha·a·b + bias + beta·addend by cuBLASLt, which takes our rows for columns: to it a is (M, K), or
-    /// (K, M) if transposed; b is (K, N) or (N, K); c and addend are (M, N); bias is (M). Each array may be a batch of as
-    /// many matrices.</summary>
+    /// (K, M) if transposed; b is (K, N) or (N, K); c and addend are (M, N); bias is (M). All but bias may be batches.
+    /// </summary>
     void Multiply(string operation, Tensor a, bool transposeA, Tensor b, bool transposeB, Tensor c,
         Tensor bias = default, Tensor addend = default, float alpha = 1, float beta = 1, int batch = 1) {
         Enter();
@@ -575,7 +575,7 @@ public sealed unsafe class Cuda : IDevice {
             1 / (1 - MathF.Pow(step.Beta2, step.Number)), (int)step.Seed);
     }
 
-    (nint Address, long Bytes) muon; // memory for some matrices, from the first update on
+    (nint Address, long Bytes) muon; // scratch memory, from the first update on
 
     public void Muon(ReadOnlySpan<MuonPart> parts, in MuonStep step) {
         const int threads = 256, blocks = 64, steps = 5, usualBytes = 256 << 20;

@@ -1653,7 +1653,7 @@ __device__ void store_some(T* to, int64_t count, Pack pack) {
     }
 }
 
-// Writes weights to master and, rounded, to w. first is the first one's index among all parameters.
+// Stores eight weights, or the first count, in master and, rounded, in w. first is the index of the first of them.
 __device__ void store_weights(float* master, floatX* w, int64_t count, Pack x, int64_t first, uint32_t seed) {
     store_some(master, count, x);
 #ifndef FP32
@@ -1690,8 +1690,8 @@ KERNEL adamw(const AdamWPart* parts, float learning_rate, float weight_decay, fl
     }
 }
 
-// m = lerp(m, g, 1 - momentum), x = u = lerp(g, m, momentum) and dw = 0, with g = dw * scale; all (matrices, size), one
-// matrix per y. partial (matrices, blocks, warps) = each warp's part of Σ u².
+// m = lerp(m, g, 1 − momentum), x = lerp(g, m, momentum) and dw = 0, with g = dw·scale; all (matrices, size), one of
+// the matrices per y. partial (matrices, blocks, warps) = each warp's part of Σ x².
 KERNEL muon_momentum(float* dw, float* m, floatX* x, float* partial, int size, float scale, float momentum) {
     int64_t matrix = (int64_t)blockIdx.y * size;
     int thread = blockIdx.x * blockDim.x + threadIdx.x, threads = gridDim.x * blockDim.x;
@@ -1700,8 +1700,8 @@ KERNEL muon_momentum(float* dw, float* m, floatX* x, float* partial, int size, f
         Pack u = load(dw + i), mean = load(m + i);
         for (int j = 0; j < Width; j++) {
             float g = u.x[j] * scale;
-            mean.x[j] += (1 - momentum) * (g - mean.x[j]);
-            u.x[j] = g + momentum * (mean.x[j] - g);
+            mean.x[j] = momentum * mean.x[j] + (1 - momentum) * g;
+            u.x[j] = momentum * mean.x[j] + (1 - momentum) * g;
         }
         store(dw + i, Pack{});
         store(m + i, mean);
@@ -1713,7 +1713,7 @@ KERNEL muon_momentum(float* dw, float* m, floatX* x, float* partial, int size, f
         partial[(blockIdx.y * threads + thread) / Warp] = squares;
 }
 
-// x (matrices, size) /= max(‖x‖, 1e-7), on muon_momentum's grid and from what it left in partial.
+// Divides each matrix of x (matrices, size) by its norm, or at least 1e-7. The grid and partial are muon_momentum's.
 KERNEL muon_normalize(floatX* x, const float* partial, int size) {
     int64_t matrix = (int64_t)blockIdx.y * size;
     int thread = blockIdx.x * blockDim.x + threadIdx.x, threads = gridDim.x * blockDim.x;
@@ -1725,13 +1725,13 @@ KERNEL muon_normalize(floatX* x, const float* partial, int size) {
         store(x + i, map(load(x + i), [=](float u) { return u / norm; }));
 }
 
-// master = master * keep - rate * x, and w = master, rounded; all (count). first as for AdamW.
-KERNEL muon(const floatX* x, float* master, floatX* w, int64_t count, int64_t first, float keep, float rate,
-    uint32_t seed) {
-    int64_t i = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * Width;
+// master = master·keep − rate·x and, rounded, w; all (count). first is as in AdamWPart.
+KERNEL muon(
+    const floatX* x, float* master, floatX* w, int count, int64_t first, float keep, float rate, uint32_t seed) {
+    int i = (blockIdx.x * blockDim.x + threadIdx.x) * Width;
     if (i < count) {
-        Pack change = map(load(x + i), [=](float u) { return -rate * u; });
         Pack kept = map(load(master + i), [=](float w) { return w * keep; });
+        Pack change = map(load(x + i), [=](float u) { return -rate * u; });
         store_weights(master + i, w + i, Width, kept + change, first + i, seed);
     }
 }
