@@ -401,17 +401,18 @@ public sealed unsafe class Cuda : IDevice {
     public void Gelu(Tensor x, Tensor y) =>
         Launch("gelu", (Blocks(x.Count, 256 * Width), 1, 1), 256, 0, 0, 2.0 * x.Bytes, x, y, x.Count);
 
-    /// <summary>c = a·b + bias + addend by cuBLASLt, which takes our rows for columns: to it a is (M, K), or (K, M) if
-    /// transposed; b is (K, N) or (N, K); c and addend are (M, N); bias is (M).</summary>
+    /// <summary>c = alpha·a·b + bias + beta·addend by cuBLASLt, which takes our rows for columns: to it a is (M, K), or
+    /// (K, M) if transposed; b is (K, N) or (N, K); c and addend are (M, N); bias is (M). All but bias may be batches.
+    /// </summary>
     void Multiply(string operation, Tensor a, bool transposeA, Tensor b, bool transposeB, Tensor c,
-        Tensor bias = default, Tensor addend = default) {
+        Tensor bias = default, Tensor addend = default, float alpha = 1, float beta = 1, int batch = 1) {
         Enter();
         var start = Begin();
-        var kind = new ProductKind(c.Columns, c.AllRows, transposeA ? a.Columns : a.AllRows, transposeA, transposeB,
-            bias.Address != 0, addend.Address != 0, a.Type, c.Type);
+        var kind = new ProductKind(c.Columns, c.AllRows / batch, transposeA ? a.Columns : a.AllRows / batch, transposeA,
+            transposeB, bias.Address != 0, alpha, addend.Address != 0 ? beta : 0, batch, a.Type, c.Type);
         products.Multiply(kind, a, b, c, bias, addend);
         if (Profile != null || verbose)
-            End(start, $"{operation} {kind.M} x {kind.N} x {kind.K}", 2.0 * kind.M * kind.N * kind.K, 0);
+            End(start, $"{operation} {kind.M} x {kind.N} x {kind.K}", 2.0 * batch * kind.M * kind.N * kind.K, 0);
     }
 
     /// <summary>True if products of x and w are for Hopper's own kernels: large ones, with rows that TMA can copy and
@@ -558,8 +559,6 @@ public sealed unsafe class Cuda : IDevice {
     readonly record struct PartArguments(
         long First, long Count, long Decays, nint W, nint Master, nint Dw, nint M, nint V);
 
-    public void Muon(ReadOnlySpan<MuonPart> parts, in MuonStep step) => throw new Gpt2Exception("no Muon yet");
-
     public void AdamW(ReadOnlySpan<AdamWPart> parts, in AdamWStep step) {
         const int threads = 256, blocksPerMultiprocessor = 8;
         Span<PartArguments> arguments = stackalloc PartArguments[parts.Length];
@@ -574,6 +573,40 @@ public sealed unsafe class Cuda : IDevice {
             Upload<PartArguments>(arguments), step.LearningRate, step.WeightDecay,
             step.GradientScale, step.Beta1, step.Beta2, step.Epsilon, 1 / (1 - MathF.Pow(step.Beta1, step.Number)),
             1 / (1 - MathF.Pow(step.Beta2, step.Number)), (int)step.Seed);
+    }
+
+    (nint Address, long Bytes) muon; // scratch memory, from the first update on
+
+    public void Muon(ReadOnlySpan<MuonPart> parts, in MuonStep step) {
+        const int threads = 256, blocks = 64, steps = 5, usualBytes = 256 << 20;
+        const float a = 3.4445f, b = -4.775f, c = 2.0315f;
+        foreach (var (index, w, master, dw, m) in parts) {
+            var (isTall, size, side) = (w.Rows > w.Columns, w.Rows * w.Columns, Math.Min(w.Rows, w.Columns));
+            var bytes = 2L * (size + side * side) * w.ElementSize; // of a matrix's x, next x, A and b·A + c·A²
+            if (bytes > muon.Bytes)
+                muon = (Allocate(Math.Max(bytes, usualBytes)), Math.Max(bytes, usualBytes));
+            var most = (int)(muon.Bytes / bytes);
+            for (var first = 0; first < w.Depth; first += most) {
+                var n = Math.Min(most, w.Depth - first);
+                var x = w with { Address = muon.Address, Depth = n };
+                var next = x with { Address = x.Address + (nint)x.Bytes };
+                var A = new Tensor(next.Address + (nint)x.Bytes, n, side, side, w.Type);
+                var B = A with { Address = A.Address + (nint)A.Bytes };
+                Launch("muon_momentum", (blocks, n, 1), threads, 0, 0, 4.0 * sizeof(float) * x.Count + x.Bytes,
+                    dw[first], m[first], x, scratch, size, step.GradientScale, step.Momentum);
+                Launch("muon_normalize", (blocks, n, 1), threads, 0, 0, 2.0 * x.Bytes, x, scratch, size);
+                for (var i = 0; i < steps; i++) {
+                    Multiply(nameof(Muon), x, !isTall, x, isTall, A, batch: n);
+                    Multiply(nameof(Muon), A, false, A, false, B, default, A, c, b, n);
+                    Multiply(nameof(Muon), isTall ? B : x, false, isTall ? x : B, false, next, default, x, 1, a, n);
+                    (x, next) = (next, x);
+                }
+                Launch("muon", (Blocks(x.Count, threads * Width), 1, 1), threads, 0, 0,
+                    2.0 * sizeof(float) * x.Count + 2.0 * x.Bytes, x, master[first], w[first], x.Count,
+                    index + (long)first * size, 1 - step.LearningRate * step.WeightDecay,
+                    step.LearningRate * 0.2f * MathF.Sqrt(Math.Max(w.Rows, w.Columns)), (int)step.Seed);
+            }
+        }
     }
 
     // ---- What the GPU can do
@@ -631,9 +664,9 @@ readonly record struct Argument(long Bits, nint Place = 0) {
     public static implicit operator Argument(float value) => new(BitConverter.SingleToInt32Bits(value));
 }
 
-/// <summary>A kind of product, with columns contiguous: c (M, N) = a (M, K)·b (K, N).</summary>
-readonly record struct ProductKind(int M, int N, int K, bool TransposeA, bool TransposeB, bool HasBias, bool Adds,
-    DataType Input, DataType Output);
+/// <summary>A kind of product, with columns contiguous: c (Batch, M, N) = a (Batch, M, K)·b (Batch, K, N).</summary>
+readonly record struct ProductKind(int M, int N, int K, bool TransposeA, bool TransposeB, bool HasBias, float Alpha,
+    float Beta, int Batch, DataType Input, DataType Output);
 
 /// <summary>Products by cuBLASLt.</summary>
 sealed unsafe class Products(nint stream, nint workspace, long workspaceBytes) : IDisposable {
@@ -653,15 +686,15 @@ sealed unsafe class Products(nint stream, nint workspace, long workspaceBytes) :
     /// <summary>cuBLASLt's descriptions of a product and its matrices, and the algorithm it proposes.</summary>
     sealed record Plan(nint Operation, nint A, nint B, nint C, Heuristic Algorithm);
 
-    /// <summary>c = a·b + bias + addend.</summary>
+    /// <summary>c = Alpha·a·b + bias + Beta·addend.</summary>
     public void Multiply(ProductKind kind, Tensor a, Tensor b, Tensor c, Tensor bias, Tensor addend) {
         if (!plans.TryGetValue(kind, out var plan))
             plans[kind] = plan = NewPlan(kind, a, b, c);
         if (kind.HasBias)
             Set(plan.Operation, Attribute.Bias, bias.Address);
-        var (alpha, beta, algorithm) = (1f, kind.Adds ? 1f : 0f, plan.Algorithm);
+        var (alpha, beta, algorithm) = (kind.Alpha, kind.Beta, plan.Algorithm);
         var status = cublasLtMatmul(handle, plan.Operation, &alpha, a.Address, plan.A, b.Address, plan.B, &beta,
-            kind.Adds ? addend.Address : c.Address, plan.C, c.Address, plan.C, &algorithm, workspace,
+            beta != 0 ? addend.Address : c.Address, plan.C, c.Address, plan.C, &algorithm, workspace,
             (nuint)workspaceBytes, stream);
         if (status != 0)
             CheckProducts(status, $"the product {kind}");
@@ -675,8 +708,13 @@ sealed unsafe class Products(nint stream, nint workspace, long workspaceBytes) :
         if (kind.HasBias)
             Set(operation, Attribute.Epilogue, addBias);
         nint Layout(Tensor x) {
+            const int batchCount = 5, batchStride = 6;
+            var (batch, rows) = (kind.Batch, x.AllRows / kind.Batch);
+            var stride = (long)rows * x.Columns;
             CheckProducts(cublasLtMatrixLayoutCreate(out var layout, x.Type == DataType.Fp32 ? fp32 : bf16,
-                (ulong)x.Columns, (ulong)x.AllRows, x.Columns), "describing a product");
+                (ulong)x.Columns, (ulong)rows, x.Columns), "describing a product");
+            CheckProducts(cublasLtMatrixLayoutSetAttribute(layout, batchCount, &batch, 4), "describing a batch");
+            CheckProducts(cublasLtMatrixLayoutSetAttribute(layout, batchStride, &stride, 8), "describing a batch");
             return layout;
         }
         var plan = new Plan(operation, Layout(a), Layout(b), Layout(c), default);
@@ -793,6 +831,8 @@ static unsafe partial class CublasLt {
     [LibraryImport(Library)] public static partial int cublasLtMatrixLayoutCreate(
         out nint layout, int type, ulong rows, ulong columns, long stride);
     [LibraryImport(Library)] public static partial int cublasLtMatrixLayoutDestroy(nint layout);
+    [LibraryImport(Library)] public static partial int cublasLtMatrixLayoutSetAttribute(
+        nint layout, int attribute, void* value, nuint bytes);
     [LibraryImport(Library)] public static partial int cublasLtMatmulPreferenceCreate(out nint preference);
     [LibraryImport(Library)] public static partial int cublasLtMatmulPreferenceDestroy(nint preference);
     [LibraryImport(Library)] public static partial int cublasLtMatmulPreferenceSetAttribute(

@@ -1657,6 +1657,20 @@ __device__ void store_some(T* to, int64_t count, Pack pack) {
     }
 }
 
+// Stores eight weights, or the first count, in master and, rounded, in w. first is the index of the first of them.
+__device__ void store_weights(float* master, floatX* w, int64_t count, Pack x, int64_t first, uint32_t seed) {
+    store_some(master, count, x);
+#ifndef FP32
+    for (int j = 0; j < Width; j += 2) {
+        uint64_t counter = (first + j) / 2;
+        uint32_t random = random_bits((uint32_t)counter, seed + (uint32_t)(counter >> 32));
+        x.x[j] = round_stochastically(x.x[j], random);
+        x.x[j + 1] = round_stochastically(x.x[j + 1], random >> 16);
+    }
+    store_some(w, count, x);
+#endif
+}
+
 // Updates all parts, one per y, and clears dw.
 KERNEL adamw(const AdamWPart* parts, float learning_rate, float weight_decay, float gradient_scale, float beta1,
     float beta2, float epsilon, float correction1, float correction2, uint32_t seed) {
@@ -1676,15 +1690,52 @@ KERNEL adamw(const AdamWPart* parts, float learning_rate, float weight_decay, fl
         store(part.dw + i, Pack{});
         store(part.m + i, m);
         store(part.v + i, v);
-        store_some(part.master + i, part.count - i, w);
-#ifndef FP32
-        for (int j = 0; j < Width; j += 2) {
-            uint64_t counter = (part.first + i + j) / 2;
-            uint32_t random = random_bits((uint32_t)counter, seed + (uint32_t)(counter >> 32));
-            w.x[j] = round_stochastically(w.x[j], random);
-            w.x[j + 1] = round_stochastically(w.x[j + 1], random >> 16);
+        store_weights(part.master + i, part.w + i, part.count - i, w, part.first + i, seed);
+    }
+}
+
+// m = lerp(m, g, 1 − momentum), x = lerp(g, m, momentum) and dw = 0, with g = dw·scale; all (matrices, size), one of
+// the matrices per y. partial (matrices, blocks, warps) = each warp's part of Σ x².
+KERNEL muon_momentum(float* dw, float* m, floatX* x, float* partial, int size, float scale, float momentum) {
+    int64_t matrix = (int64_t)blockIdx.y * size;
+    int thread = blockIdx.x * blockDim.x + threadIdx.x, threads = gridDim.x * blockDim.x;
+    float squares = 0;
+    for (int64_t i = matrix + thread * Width; i < matrix + size; i += threads * Width) {
+        Pack u = load(dw + i), mean = load(m + i);
+        for (int j = 0; j < Width; j++) {
+            float g = u.x[j] * scale;
+            mean.x[j] = momentum * mean.x[j] + (1 - momentum) * g;
+            u.x[j] = momentum * mean.x[j] + (1 - momentum) * g;
         }
-        store_some(part.w + i, part.count - i, w);
-#endif
+        store(dw + i, Pack{});
+        store(m + i, mean);
+        store(x + i, u);
+        squares += sum(u * u);
+    }
+    squares = warp_sum(squares);
+    if (threadIdx.x % Warp == 0)
+        partial[(blockIdx.y * threads + thread) / Warp] = squares;
+}
+
+// Divides each matrix of x (matrices, size) by its norm, or at least 1e-7. The grid and partial are muon_momentum's.
+KERNEL muon_normalize(floatX* x, const float* partial, int size) {
+    int64_t matrix = (int64_t)blockIdx.y * size;
+    int thread = blockIdx.x * blockDim.x + threadIdx.x, threads = gridDim.x * blockDim.x;
+    float squares = 0;
+    for (int i = threadIdx.x % Warp; i < threads / Warp; i += Warp)
+        squares += partial[blockIdx.y * (threads / Warp) + i];
+    float norm = fmaxf(sqrtf(warp_sum(squares)), 1e-7f);
+    for (int64_t i = matrix + thread * Width; i < matrix + size; i += threads * Width)
+        store(x + i, map(load(x + i), [=](float u) { return u / norm; }));
+}
+
+// master = master·keep − rate·x and, rounded, w; all (count). first is as in AdamWPart.
+KERNEL muon(
+    const floatX* x, float* master, floatX* w, int count, int64_t first, float keep, float rate, uint32_t seed) {
+    int i = (blockIdx.x * blockDim.x + threadIdx.x) * Width;
+    if (i < count) {
+        Pack kept = map(load(master + i), [=](float w) { return w * keep; });
+        Pack change = map(load(x + i), [=](float u) { return -rate * u; });
+        store_weights(master + i, w + i, Width, kept + change, first + i, seed);
     }
 }

@@ -364,11 +364,90 @@ public sealed class GpuOperationTests(DeviceUnderTest gpu)
         for (var i = 0; i < all; i++)
             await Assert.That(after[i] == before[i]).IsEqualTo(i < first || i >= first + count).Because($"element {i}");
     }
+
+    [Test]
+    [Arguments(3, 8, 8)]
+    [Arguments(2, 64, 256)]
+    [Arguments(5, 72, 72)]
+    [Arguments(1, 24, 4_104)]
+    [Arguments(1, 1_600, 6_400)]
+    // In fp32, more than the scratch memory holds at a time.
+    [Arguments(36, 768, 768)]
+    public async Task Muon(int matrices, int rows, int columns) {
+        // One part with wide matrices or square ones, and one with a tall matrix, which was seen as a wide one above.
+        (int Depth, int Rows, int Columns)[] shapes = [(matrices, rows, columns), (1, columns, rows)];
+        float[][] gradients = [.. Enumerable.Range(0, 4).Select(i => {
+            var (depth, height, width) = shapes[i % 2];
+            return Floats(i, depth * height * width, 0.02);
+        })];
+        await gpu.Compare(a => {
+            var parts = new List<MuonPart>();
+            foreach (var (i, (depth, height, width)) in shapes.Index()) {
+                Tensor Zeros(string name, double bf16, double fp32) => a.Result($"{name}{i}",
+                    a.Device.Upload(new float[depth * height * width], [depth, height, width]), bf16, fp32);
+                // Masters start at 0, so that what is compared is the change.
+                var master = Zeros("master", 4e-2, 1e-4);
+                var w = a.Device.Precision == DataType.Fp32 ? master
+                    : a.Device.Poisoned([depth, height, width], DataType.Bf16);
+                parts.Add(new(0, w, master, Zeros("dw", 1e-6, 1e-6), Zeros("m", 1e-6, 1e-6)));
+            }
+            for (var number = 0; number < 2; number++) {
+                foreach (var (i, part) in parts.Index())
+                    a.Device.Write(part.Dw, gradients[2 * number + i]);
+                a.Device.Muon(CollectionsMarshal.AsSpan(parts), new MuonStep(0.5f, 0.4f, 0.7f, 0.9f, Seed: 42));
+            }
+        });
+    }
+
+    [Test]
+    [Arguments(64, 64)]
+    [Arguments(64, 200)]
+    [Arguments(200, 64)]
+    public async Task MuonBringsSingularValuesNearOneAndLeavesTheSingularVectors(int rows, int columns) {
+        const int side = 64;
+        // Reflections are orthogonal: u·S·v has the singular values that are on the diagonal of S.
+        double[] u = Unit(1, rows), v = Unit(2, columns), S = new double[rows * columns];
+        for (var i = 0; i < side; i++)
+            S[i * (columns + 1)] = 1 - i / (side + 2.0); // 0.0095 to 0.21 of the norm
+        var gradient = Reflected(S).Select(value => (float)value).ToArray();
+        var (device, zeros) = (gpu.Shared, new float[rows * columns]);
+        Tensor m = device.Upload(zeros, [rows, columns]), master = device.Upload(zeros, [rows, columns]);
+        var w = gpu.Precision == DataType.Fp32 ? master : device.Poisoned([rows, columns], DataType.Bf16);
+        device.Muon([new(0, w, master, device.Upload(gradient, [rows, columns]), m)],
+            new MuonStep(-5 / MathF.Sqrt(Math.Max(rows, columns)), 0, 1, 0.95f, Seed: 42));
+        var found = Reflected(Doubles(device.Download(master)));
+        var others = 0.0;
+        for (var i = 0; i < found.Length; i++) {
+            if (i % (columns + 1) == 0 && i / columns < side)
+                await Assert.That(found[i]).IsBetween(0.65, 1.25).Because($"value {i / columns}");
+            else
+                others += found[i] * found[i];
+        }
+        await Assert.That(Math.Sqrt(others / side)).IsLessThan(gpu.Precision == DataType.Fp32 ? 1e-5 : 2e-2);
+
+        double[] Unit(int seed, int length) {
+            var draws = Doubles(Floats(seed, length));
+            return [.. draws.Select(value => value / Math.Sqrt(Reference.Dot(draws, draws)))];
+        }
+        static double[] Reflect(double[] x, double[] normal) {
+            var y = (double[])x.Clone();
+            for (var row = 0; row < x.Length; row += normal.Length) {
+                var distance = Reference.Dot(x.AsSpan(row, normal.Length), normal);
+                for (var i = 0; i < normal.Length; i++)
+                    y[row + i] -= 2 * distance * normal[i];
+            }
+            return y;
+        }
+        double[] Reflected(double[] x) =>
+            Reference.Transpose(Reflect(Reference.Transpose(Reflect(x, v), columns), u), rows);
+    }
 }
 
 /// <summary>Stochastic rounding of master weights to bf16: up or down at random, and right on average.</summary>
 [Category("gpu"), RequiresGpu, NotInParallel("gpu")]
-public sealed class GpuRoundingTests {
+[Arguments(false)]
+[Arguments(true)]
+public sealed class GpuRoundingTests(bool withMuon) {
     /// <summary>Standard deviations that a sum may be off. Seeds are fixed: a test passes always or never.</summary>
     const double Deviations = 5;
 
@@ -376,11 +455,16 @@ public sealed class GpuRoundingTests {
 
     /// <summary>The weights and their masters after an update. Without gradients the masters do not change.</summary>
     (float[] Weights, float[] Masters) Update(float[] masters, uint seed, long first = 0, double gradientStd = 0) {
-        var (w, master) = (device.Poisoned([masters.Length], DataType.Bf16), device.Upload(masters));
-        Tensor m = device.Upload(new float[masters.Length]), v = device.Upload(new float[masters.Length]);
-        var dw = device.Upload(Floats(9, masters.Length, gradientStd));
-        device.AdamW([new AdamWPart(first, true, w, master, dw, m, v)],
-            new AdamWStep(1, 0.1f, 0, 1, 0.9f, 0.95f, 1e-8f, seed));
+        const int columns = 8;
+        Tensor Matrix(float[] values) => device.Upload(values, [values.Length / columns, columns]);
+        var zeros = new float[masters.Length];
+        Tensor master = Matrix(masters), m = Matrix(zeros), dw = Matrix(Floats(9, masters.Length, gradientStd));
+        var w = device.Poisoned([master.Rows, columns], DataType.Bf16);
+        if (withMuon)
+            device.Muon([new(first, w, master, dw, m)], new MuonStep(0.1f, 0, 1, 0.95f, seed));
+        else
+            device.AdamW([new(first, true, w, master, dw, m, Matrix(zeros))],
+                new AdamWStep(1, 0.1f, 0, 1, 0.9f, 0.95f, 1e-8f, seed));
         return (device.Download(w), device.Download(master));
     }
 
