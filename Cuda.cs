@@ -483,18 +483,20 @@ public sealed unsafe class Cuda : IDevice {
     public void AttentionBackward(Tensor dy, Tensor qkv, Tensor y, Tensor lse, int heads, Tensor dqkv, Tensor dbias) {
         var (B, T, C, HS) = (qkv.Depth, qkv.Rows, y.Columns, y.Columns / heads);
         Require(B <= MostSequences, "the batch", $"at most {MostSequences} sequences", B);
-        // Scores and their gradients are computed for dq (three products) and again for dk and dv (four).
-        var flops = 1.0 * B * T * (T + 1) * C;
-        if (Precision != DataType.Bf16 || HS != FlashHead) {
-            Launch("attention_any_backward", (T, heads, B), AnyThreads, 0, 7 * flops, 0,
-                dy, qkv, y, lse, dqkv, T, heads, HS);
-            AddRows(dqkv, dbias);
-            return;
-        }
         // Scratch memory holds two numbers a query, padded to whole tiles, and then each block's sums.
         var statistics = (long)B * heads * Blocks(T, FlashTile) * FlashTile * 2 * sizeof(float);
         var all = statistics + (long)B * Blocks(T, FlashRows) * 2 * C * sizeof(float);
         Require(all <= ScratchBytes, "attention's scratch memory", $"at most {ScratchBytes} bytes", all);
+        // Scores and their gradients are computed for dq (three products) and again for dk and dv (four).
+        var flops = 1.0 * B * T * (T + 1) * C;
+        if (Precision != DataType.Bf16 || HS != FlashHead) {
+            Launch("attention_any_backward_q", (T, heads, B), AnyThreads, 0, 3 * flops, 0,
+                dy, qkv, y, lse, scratch, dqkv, T, heads, HS);
+            Launch("attention_any_backward_kv", (T, heads, B), AnyThreads, 0, 4 * flops, 0,
+                dy, qkv, lse, scratch, dqkv, T, heads, HS);
+            AddRows(dqkv, dbias);
+            return;
+        }
         var (partial, map, dyMap) = (scratch + (nint)statistics, HeadsMap(0, qkv), HeadsMap(1, dy));
         var (blocks, rows) = (Blocks(T, FlashRows), hopper ? 192 : FlashRows);
         Launch(hopper ? "attention_backward_q_hopper" : "attention_backward_q", (blocks, heads, B), FlashThreads,

@@ -501,36 +501,44 @@ KERNEL attention_any(const floatX* qkv, int start, floatX* y, float* lse, int T,
         lse[((int64_t)blockIdx.z * NH + blockIdx.y) * (T - start) + blockIdx.x] = all_max + __logf(all);
 }
 
-// dqkv (B, T, 3, NH·HS) from dy and y (B, T, NH·HS), qkv (B, T, 3, NH·HS) and lse (B, NH, T). One block per row (x),
-// head and sequence; the row is the query of dq and the key of dk and dv.
-// P = e^(scale·q·k − lse); dS = scale·P·dy·(v − y).
-KERNEL __launch_bounds__(HeadWarps * Warp, 3) attention_any_backward(const floatX* dy, const floatX* qkv,
-    const floatX* y, const float* lse, floatX* dqkv, int T, int NH, int HS) {
-    int C = NH * HS, own = blockIdx.x, warp = threadIdx.x / Warp;
-    int64_t first = (int64_t)blockIdx.z * T * C, to = 3 * (first + (int64_t)own * C) + blockIdx.y * HS;
-    auto part = [&](int row, int i) {
-        return Head(qkv + 3 * (first + (int64_t)row * C) + i * C + blockIdx.y * HS, HS);
-    };
-    auto of = [&](const floatX* x, int row) { return Head(x + first + (int64_t)row * C + blockIdx.y * HS, HS); };
-    lse += ((int64_t)blockIdx.z * NH + blockIdx.y) * T;
+// dq in dqkv (B, T, 3, NH·HS), and delta (B, NH, T) = Σ dy·y, from dy and y (B, T, NH·HS), qkv (B, T, 3, NH·HS) and lse
+// (B, NH, T). Blocks as above.
+KERNEL attention_any_backward_q(const floatX* dy, const floatX* qkv, const floatX* y, const float* lse, float* delta,
+    floatX* dqkv, int T, int NH, int HS) {
+    int C = NH * HS, row = blockIdx.x;
+    int64_t first = (int64_t)blockIdx.z * T, out = (first + row) * C + blockIdx.y * HS;
+    int64_t statistic = ((int64_t)blockIdx.z * NH + blockIdx.y) * T + row;
+    const floatX* head = qkv + first * 3 * C + blockIdx.y * HS;
+    Head q(head + (int64_t)row * 3 * C, HS), dout(dy + out, HS), own;
+    float scale = rsqrtf(HS), own_delta = dot(dout, Head(y + out, HS));
+    for (int key = threadIdx.x / Warp; key <= row; key += HeadWarps) {
+        const floatX* at = head + (int64_t)key * 3 * C;
+        Head k(at + C, HS);
+        float p = __expf(scale * dot(q, k) - lse[statistic]);
+        own.add(scale * p * (dot(dout, Head(at + 2 * C, HS)) - own_delta), k);
+    }
+    combine(own, 1, dqkv + (first + row) * 3 * C + blockIdx.y * HS, HS);
+    if (threadIdx.x == 0)
+        delta[statistic] = own_delta;
+}
+
+// dk and dv in dqkv, from the same arrays and delta. One block per key, whose warps divide the queries from it on.
+KERNEL attention_any_backward_kv(const floatX* dy, const floatX* qkv, const float* lse, const float* delta,
+    floatX* dqkv, int T, int NH, int HS) {
+    int C = NH * HS, key = blockIdx.x;
+    int64_t first = (int64_t)blockIdx.z * T, statistics = ((int64_t)blockIdx.z * NH + blockIdx.y) * T;
+    const floatX* head = qkv + first * 3 * C + blockIdx.y * HS;
+    Head k(head + (int64_t)key * 3 * C + C, HS), v(head + (int64_t)key * 3 * C + 2 * C, HS), dk, dv;
     float scale = rsqrtf(HS);
-    Head q = part(own, 0), own_dy = of(dy, own), own_y = of(y, own), dq;
-    for (int key = warp; key <= own; key += HeadWarps) {
-        Head other = part(key, 1), difference = part(key, 2);
-        difference.add(-1, own_y);
-        dq.add(scale * __expf(scale * dot(q, other) - lse[own]) * dot(own_dy, difference), other);
+    for (int row = key + threadIdx.x / Warp; row < T; row += HeadWarps) {
+        Head q(head + (int64_t)row * 3 * C, HS), dout(dy + (first + row) * C + blockIdx.y * HS, HS);
+        float p = __expf(scale * dot(q, k) - lse[statistics + row]);
+        dv.add(p, dout);
+        dk.add(scale * p * (dot(dout, v) - delta[statistics + row]), q);
     }
-    combine(dq, 1, dqkv + to, HS);
-    Head k = part(own, 1), v = part(own, 2), dk, dv;
-    for (int row = own + warp; row < T; row += HeadWarps) {
-        Head other = part(row, 0), other_dy = of(dy, row), difference = v;
-        difference.add(-1, of(y, row));
-        float p = __expf(scale * dot(other, k) - lse[row]);
-        dv.add(p, other_dy);
-        dk.add(scale * p * dot(other_dy, difference), other);
-    }
-    combine(dk, 1, dqkv + to + C, HS);
-    combine(dv, 1, dqkv + to + 2 * C, HS);
+    floatX* to = dqkv + (first + key) * 3 * C + blockIdx.y * HS;
+    combine(dk, 1, to + C, HS);
+    combine(dv, 1, to + 2 * C, HS);
 }
 
 // ---- Flash attention (Dao, 2023) for heads of 64
