@@ -484,12 +484,14 @@ public sealed class OperationTests(DeviceUnderTest deviceUnderTest) : IDisposabl
         // A second part of another shape; small weights, so that the updates make up most of them at the end.
         (int Count, int Rows, int Columns)[] shapes = [(matrices, rows, columns), (2, columns + 1, rows)];
         var w = shapes.Select((s, part) => Floats(10 + part, s.Count * s.Rows * s.Columns, 0.01)).ToArray();
-        var (weights, m) = (w.Select(values => Doubles(values)).ToArray(), w.Select(x => new double[x.Length]).ToArray());
+        var weights = w.Select(values => Doubles(values)).ToArray();
+        var m = w.Select(values => new double[values.Length]).ToArray();
         Tensor[] Upload(IEnumerable<float[]> all) =>
             [.. all.Zip(shapes, (x, s) => device.Upload(x, s.Count, s.Rows, s.Columns))];
         var (wOnDevice, mOnDevice) = (Upload(w), Upload(w.Select(values => new float[values.Length])));
         for (var number = 1; number <= 3; number++) {
-            var step = new MuonStep(number == 2 ? 0.1f : 0.05f, number == 3 ? 0 : 0.1f, 0.7f, 0.8f + 0.05f * number, 42);
+            var (rate, decay) = (number == 2 ? 0.1f : 0.05f, number == 3 ? 0 : 0.1f);
+            var step = new MuonStep(rate, decay, GradientScale: 0.7f, Momentum: 0.8f + 0.05f * number, Seed: 42);
             var dw = w.Select((x, part) => Floats(20 * number + part, x.Length, gradientStd)).ToArray();
             var dwOnDevice = Upload(dw);
             device.Muon([.. shapes.Select((s, part) => new MuonPart(part * w[0].Length, wOnDevice[part],
