@@ -165,8 +165,7 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
 
     public void LinearResidual(Tensor x, Tensor w, Tensor b, Tensor residual, Tensor y) {
         Linear(x, w, b, y);
-        ForParts(y.Count, FlatPart, (residual, y), static (s, first, n) =>
-            AddTo(Floats(s.y) + first, Floats(s.residual) + first, n));
+        Combine(1, y, 1, residual, y);
     }
 
     public void LinearGelu(Tensor x, Tensor w, Tensor b, Tensor input, Tensor y) {
@@ -384,15 +383,13 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
     public void Muon(ReadOnlySpan<MuonPart> parts, in MuonStep step) {
         const float a = 3.4445f, b = -4.7750f, c = 2.0315f;
         foreach (var (_, w, _, dw, m) in parts) {
-            var (rows, columns, least) = (w.Rows, w.Columns, Math.Min(w.Rows, w.Columns));
-            var size = new Tensor(0, 2, rows + columns, least);
+            var (least, isTall, momentum) = (Math.Min(w.Rows, w.Columns), w.Rows > w.Columns, step.Momentum);
+            var size = new Tensor(0, 2, w.Rows + w.Columns, least);
             if (scratch.Count < size.Count)
                 scratch = size with { Address = Allocate(size.Bytes) };
             Tensor x = w[0] with { Address = scratch.Address }, y = x with { Address = x.Address + (nint)x.Bytes };
-            Tensor square = new(y.Address + (nint)y.Bytes, 1, least, least);
-            var sum = square with { Address = square.Address + (nint)square.Bytes };
-            var (X, A, B) = (Matrix(x), Matrix(square), Matrix(sum));
-            var (momentum, decay) = (step.Momentum, 1 - step.LearningRate * step.WeightDecay);
+            var square = new Tensor(y.Address + (nint)y.Bytes, 2, least, least);
+            var (X, Y, A, B) = (Matrix(x), Matrix(y), Matrix(square[0]), Matrix(square[1]));
             for (var i = 0; i < w.Depth; i++) {
                 Combine(momentum, m[i], (1 - momentum) * step.GradientScale, dw[i], m[i]);
                 Combine(momentum, m[i], (1 - momentum) * step.GradientScale, dw[i], y);
@@ -400,25 +397,26 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
                 Combine(1 / MathF.Max((float)Math.Sqrt(SumOfSquares(y)), 1e-7f), y, 0, y, x);
                 for (var left = 5; left > 0; left--) {
                     // y = (a/c)·x + (b/c·A + A²)·x; x = c·y.
-                    Clear(square);
-                    Multiply(rows > columns ? X.Transposed : X, rows > columns ? X : X.Transposed, A);
-                    Combine(b / c, square, 0, square, sum);
+                    Clear(square[0]);
+                    Multiply(isTall ? X.Transposed : X, isTall ? X : X.Transposed, A);
+                    Combine(b / c, square[0], 0, square[0], square[1]);
                     Multiply(A, A, B);
                     Combine(a / c, x, 0, x, y);
-                    Multiply(rows > columns ? X : B, rows > columns ? B : X, Matrix(y));
+                    Multiply(isTall ? X : B, isTall ? B : X, Y);
                     Combine(c, y, 0, y, x);
                 }
-                Combine(decay, w[i], -step.LearningRate * 0.2f * MathF.Sqrt(Math.Max(rows, columns)), x, w[i]);
+                var rate = step.LearningRate * 0.2f * MathF.Sqrt(Math.Max(w.Rows, w.Columns));
+                Combine(1 - step.LearningRate * step.WeightDecay, w[i], -rate, x, w[i]);
             }
         }
-
-        // to = p·x + q·y
-        void Combine(float p, Tensor x, float q, Tensor y, Tensor to) =>
-            ForParts(x.Count, FlatPart, (p, x, q, y, to), static (s, i, n) => {
-                for (; n > 0; i += Lanes, n -= Lanes)
-                    Store(Floats(s.to) + i, n, s.p * Load(Floats(s.x) + i, n) + s.q * Load(Floats(s.y) + i, n));
-            }, nameof(Muon));
     }
+
+    /// <summary>z = p·x + q·y.</summary>
+    void Combine(float p, Tensor x, float q, Tensor y, Tensor z, [CallerMemberName] string operation = "") =>
+        ForParts(z.Count, FlatPart, (p, x, q, y, z), static (s, i, n) => {
+            for (; n > 0; i += Lanes, n -= Lanes)
+                Store(Floats(s.z) + i, n, s.p * Load(Floats(s.x) + i, n) + s.q * Load(Floats(s.y) + i, n));
+        }, operation);
 
     // ---- Threads, rows and lanes
 

@@ -8,16 +8,13 @@ public readonly record struct ParameterShape(string Name, int Layers, int Rows, 
     /// <summary>Matrices are drawn at random and decayed; vectors are neither.</summary>
     public bool IsMatrix => Rows > 1;
 
-    /// <summary>The layers' matrices are Muon's if it is the optimizer.</summary>
-    public bool IsMuons => IsMatrix && Name is not ("wte" or "wpe");
-
     /// <summary>Number of elements, all layers together.</summary>
     public long Count => (long)Layers * Rows * Columns;
 }
 
 /// <summary>A rank's part of one layer of a parameter tensor, or whole layers of it: elements [First, First + Count) of
-/// the tensor. Index is the position of the first one among all parameters.</summary>
-public readonly record struct Cut(int Tensor, int Layer, long First, long Count, long Index) {
+/// the tensor. Index is the position of the first one among all parameters. Muon updates it, or AdamW.</summary>
+public readonly record struct Cut(int Tensor, int Layer, long First, long Count, long Index, bool IsMuons) {
     /// <summary>A rank's part of n elements: [rank·n/ranks, (rank + 1)·n/ranks), as in llm.c's states.</summary>
     public static (long First, long Count) Of(long n, int rank, int ranks) =>
         (n * rank / ranks, n * (rank + 1) / ranks - n * rank / ranks);
@@ -45,12 +42,12 @@ public sealed record Config(int MaxT, int V, int Vp, int L, int NH, int C) {
     public IEnumerable<Cut> Cuts(int rank, int ranks, OptimizerKind optimizer = OptimizerKind.AdamW) {
         var index = 0L;
         foreach (var (i, shape) in Parameters.Index()) {
-            var isMuons = optimizer == OptimizerKind.Muon && shape.IsMuons;
+            var isMuons = optimizer == OptimizerKind.Muon && shape is { IsMatrix: true, Name: not ("wte" or "wpe") };
             var (layers, unit) = isMuons ? (1, shape.Rows * shape.Columns) : (ranks == 1 ? 1 : shape.Layers, 1);
             var n = shape.Count / layers;
             var (first, count) = Cut.Of(n / unit, rank, ranks);
             for (var l = 0; l < layers; l++, index += n)
-                yield return new(i, l, l * n + first * unit, count * unit, index + first * unit);
+                yield return new(i, l, l * n + first * unit, count * unit, index + first * unit, isMuons);
         }
     }
 
@@ -205,7 +202,7 @@ public sealed class Model {
     readonly nint cache; // memory for the activations of generation
     readonly Purpose purpose;
     readonly int recompute;
-    readonly Cut[] wholes, cuts; // of all parameters, and of those that this rank updates
+    readonly Cut[] wholes, cuts; // all parameters, and those that this rank updates
 
     /// <summary>Allocates a model for batches of (B, T) tokens, with all weights zero.</summary>
     /// <param name="rank">Which of <paramref name="ranks"/> parts of the parameters this process updates.</param>
@@ -215,7 +212,7 @@ public sealed class Model {
         int ranks = 1, OptimizerKind optimizer = OptimizerKind.AdamW) {
         (Config, Device, this.B, this.T, this.purpose, this.recompute) = (config, device, B, T, purpose, recompute);
         (IsCut, Optimizer) = (ranks > 1, optimizer);
-        (wholes, cuts) = ([.. config.Cuts(0, 1)], [.. config.Cuts(rank, ranks, optimizer)]);
+        (wholes, cuts) = ([.. config.Cuts(0, 1, optimizer)], [.. config.Cuts(rank, ranks, optimizer)]);
         Memory = Plan(B, recompute);
         CheckMemory();
         Weights = Allocate(device.Precision, wholes);
@@ -248,7 +245,6 @@ public sealed class Model {
 
     /// <summary>True under ZeRO-1: this rank updates a part of the parameters.</summary>
     public bool IsCut { get; }
-
     public OptimizerKind Optimizer { get; }
 
     /// <summary>Called when the gradients of a layer are complete, or with −1 those outside of layers.</summary>
@@ -310,17 +306,13 @@ public sealed class Model {
 
     /// <summary>Allocates an fp32 number for each parameter that this rank updates, or that it updates by AdamW.
     /// </summary>
-    public Parameters AllocateParts(bool onlyAdamWs = false) =>
-        Allocate(DataType.Fp32, onlyAdamWs ? AdamWs(cuts) : cuts);
+    public Parameters AllocateParts(bool ofAdamW = false) => Allocate(DataType.Fp32, ofAdamW ? AdamWs(cuts) : cuts);
 
     Parameters Allocate(DataType type, Cut[] cuts) =>
         new(Config, type, Device.Allocate(new Parameters(Config, type, 0, cuts).All.Bytes), cuts);
 
-    /// <summary>Whether Muon, and not AdamW, updates a part.</summary>
-    public bool IsMuons(Cut cut) => Optimizer == OptimizerKind.Muon && Config.Parameters[cut.Tensor].IsMuons;
-
     /// <summary>Those parts that AdamW updates.</summary>
-    public Cut[] AdamWs(Cut[] cuts) => [.. cuts.Where(cut => !IsMuons(cut))];
+    public static Cut[] AdamWs(Cut[] cuts) => [.. cuts.Where(cut => !cut.IsMuons)];
 
     // ---- Forward and backward
 

@@ -53,7 +53,7 @@ public sealed record TrainOptions(
     }
 }
 
-/// <summary>The training loop: accumulation, clipping, updates, validation, samples, checkpoints and logs. Each rank runs
+/// <summary>The training loop: accumulation, clipping, update, validation, samples, checkpoints and logs. Each rank runs
 /// it, but only rank 0 has an output and a log.</summary>
 public sealed class Trainer : IDisposable {
     readonly TrainOptions options;
@@ -275,32 +275,28 @@ public sealed class Optimizer {
     readonly Model model;
     readonly ICollective ranks, owners; // all ranks, and those of them that update the other parts
     readonly AdamWPart[] adamWs;
-    readonly MuonPart[] muons;
     readonly Share[] adamWShares; // the weights of each part
-    readonly Share[][] muonShares; // of each part, layer by layer
+    readonly (MuonPart[] Part, Share[] Layers)[] muons; // for each tensor: this rank's layers if any, all weights
 
     public Optimizer(Model model, ICollective? collective = null) {
         (this.model, ranks) = (model, collective ?? new Alone());
         (M, V, owners) = (model.AllocateParts(), model.AllocateParts(true), model.IsCut ? ranks : new Alone());
-        var (cuts, config) = (model.Master.Cuts, model.Config);
-        var (weights, master, gradients) = (model.WeightParts, model.Master, model.GradientParts!);
-        int[] all = [.. Enumerable.Range(0, cuts.Length)];
-        int[] own = [.. all.Where(i => !model.IsMuons(cuts[i]))], others = [.. all.Except(own)];
-        adamWs = [.. own.Select((i, v) => new AdamWPart(cuts[i].Index, config.Parameters[cuts[i].Tensor].IsMatrix,
-            weights.Tensors[i], master.Tensors[i], gradients.Tensors[i], M.Tensors[i], V.Tensors[v]))];
-        adamWShares = [.. own.Select(i => Share(i, 0, model.Weights, weights))];
-        muons = [.. others.Select(i => new MuonPart(cuts[i].Index, Matrices(i, weights), Matrices(i, master),
-            Matrices(i, gradients), Matrices(i, M)))];
-        muonShares = [.. others.Select(i => Enumerable.Range(0, config.L)
-            .Select(l => Share(i, l, model.Weights, weights)).ToArray())];
+        var (weights, config, cuts) = (model.WeightParts, model.Config, model.Master.Cuts.Index().ToArray());
+        adamWs = [.. cuts.Where(cut => !cut.Item.IsMuons).Select((cut, v) => new AdamWPart(cut.Item.Index,
+            config.Parameters[cut.Item.Tensor].IsMatrix, weights.Tensors[cut.Index], model.Master.Tensors[cut.Index],
+            model.GradientParts!.Tensors[cut.Index], M.Tensors[cut.Index], V.Tensors[v]))];
+        adamWShares = [.. cuts.Where(cut => !cut.Item.IsMuons)
+            .Select(cut => Share(cut.Index, 0, model.Weights, weights))];
+        muons = [.. cuts.Where(cut => cut.Item.IsMuons).Select(cut => (
+            cut.Item.Count == 0 ? [] : (MuonPart[])[new(cut.Item.Index, Matrices(weights, cut.Index),
+                Matrices(model.Master, cut.Index), Matrices(model.GradientParts!, cut.Index), Matrices(M, cut.Index))],
+            Enumerable.Range(0, config.L).Select(l => Share(cut.Index, l, model.Weights, weights)).ToArray()))];
 
-        // The matrices (n, rows, columns) of a part; queries, keys and values have one each.
-        Tensor Matrices(int i, Parameters parts) {
-            var shape = config.Parameters[cuts[i].Tensor];
+        // (n, rows, columns); queries, keys and values have a matrix each.
+        Tensor Matrices(Parameters parts, int i) {
+            var (x, shape) = (parts.Tensors[i], config.Parameters[parts.Cuts[i].Tensor]);
             var rows = shape.Name == "qkvw" ? shape.Columns : shape.Rows;
-            return parts.Tensors[i] with {
-                Depth = (int)(cuts[i].Count / rows / shape.Columns), Rows = rows, Columns = shape.Columns,
-            };
+            return x with { Depth = (int)(x.Count / rows / shape.Columns), Rows = rows, Columns = shape.Columns };
         }
     }
 
@@ -311,21 +307,20 @@ public sealed class Optimizer {
     /// <summary>Seed of the next update's stochastic rounding.</summary>
     public uint RoundingSeed { get; set; } = 42;
 
-    /// <summary>One layer of a part: under ZeRO-1 one of Muon's has an owner.</summary>
+    /// <summary>A part, or of Muon's one layer, which its owner has whole.</summary>
     Share Share(int i, int layer, Parameters whole, Parameters parts) {
-        var cut = model.Master.Cuts[i];
-        if (!model.IsMuons(cut))
-            return new(whole.Tensors[cut.Tensor][cut.Layer], parts.Tensors[i]);
+        var cut = parts.Cuts[i];
         var (all, owner) = (whole.Tensors[cut.Tensor][layer], ((layer + 1) * ranks.Size - 1) / model.Config.L);
-        return new(all, owner != ranks.Rank ? default
-            : parts.Tensors[i].Flat(layer * all.Count - cut.First, (int)all.Count), owner);
+        return !cut.IsMuons ? new(whole.Tensors[cut.Tensor][cut.Layer], parts.Tensors[i])
+            : new(all, owner != ranks.Rank ? default
+                : parts.Tensors[i].Flat(layer * all.Count - cut.First, (int)all.Count), owner);
     }
 
     /// <summary>Sums a layer's gradients over ranks, for −1 those outside of layers; the norm waits for it.</summary>
     public void Reduce(int layer) {
         var (cuts, l) = (model.Master.Cuts, Math.Max(0, layer));
         int[] own = [.. Enumerable.Range(0, cuts.Length).Where(i => (cuts[i].Tensor is >= 2 and < 14) == layer >= 0 &&
-            (cuts[i].Layer == l || !model.IsCut || model.IsMuons(cuts[i])))];
+            (cuts[i].Layer == l || !model.IsCut || cuts[i].IsMuons))];
         if (model.IsCut)
             ranks.ReduceScatter([.. own.Select(i => Share(i, l, model.Gradients!, model.GradientParts!))]);
         else
@@ -345,17 +340,15 @@ public sealed class Optimizer {
         var step = new AdamWStep(number, rate, decay, scale, 0.9f, 0.95f, 1e-8f, RoundingSeed);
         var momentum = 0.85f + 0.1f * Math.Min((number - 1) / 300f, 1);
         var muonStep = new MuonStep(rate, decay, scale, momentum, RoundingSeed++);
-        // Under ZeRO-1 a quarter of AdamW's parts at a time, then one of Muon's, and each is gathered while the next
-        // one is updated.
+        // Under ZeRO-1 a part at a time, of AdamW's a quarter, which is gathered while the next one is updated.
         var count = adamWs.Length / (model.IsCut ? 4 : 1);
         for (var first = 0; first < adamWs.Length; first += count) {
             model.Device.AdamW(adamWs.AsSpan(first, count), step);
             owners.AllGather(adamWShares.AsSpan(first, count));
         }
-        for (var i = 0; i < muons.Length; i++) {
-            if (muons[i].W.Depth > 0) // more ranks than layers leave some without
-                model.Device.Muon(muons.AsSpan(i, 1), muonStep);
-            owners.AllGather(muonShares[i]);
+        foreach (var (part, shares) in muons) {
+            model.Device.Muon(part, muonStep);
+            owners.AllGather(shares);
         }
         if (model.IsCut)
             model.Device.Clear(model.Gradients!.All); // the updates have cleared the parts alone
@@ -420,9 +413,9 @@ public sealed class Checkpoints(string folder) {
     /// <summary>A run's settings as words of a command line; none if its folder has no checkpoint. Runs of llm.c and
     /// of earlier versions do not name their optimizer, AdamW.</summary>
     public static IEnumerable<string> SettingsOf(string folder) =>
-        new Checkpoints(folder) is not { Last: not null } run ? [] : ["--optimizer", "adamw",
-            .. File.Exists(run.SettingsPath) ? File.ReadLines(run.SettingsPath).SelectMany(line => line.Split(' ', 2))
-                : []];
+        new Checkpoints(folder) is not { Last: not null } run ? []
+            : (File.Exists(run.SettingsPath) ? File.ReadLines(run.SettingsPath) : [])
+                .Prepend("--optimizer adamw").SelectMany(line => line.Split(' ', 2));
 
     /// <summary>The path of a model: that of the last complete checkpoint if it is a folder.</summary>
     public static string ModelOf(string path) => !Directory.Exists(path) ? path
@@ -520,8 +513,7 @@ public sealed class Checkpoints(string folder) {
             file.Check("upper half of the shard index", 31, header[31] == 0, "0");
             file.Check("upper half of the sample index", 33, header[33] == 0, "0");
             file.Check("step", 10, header[10] == step, $"{step} as its name says");
-            var written = (OptimizerKind)header[OptimizerField];
-            if (written != model.Optimizer)
+            if ((OptimizerKind)header[OptimizerField] is var written && written != model.Optimizer)
                 throw file.Fail($"a state of --optimizer {model.Optimizer}", $"one of --optimizer {written}");
             optimizer.RoundingSeed = (uint)header[20];
             // Without ZeRO-1, llm.c writes everything for every rank.
@@ -530,7 +522,7 @@ public sealed class Checkpoints(string folder) {
                 parts = 1;
             Cut[] cuts = [.. model.Config.Cuts(part, parts, model.Optimizer)];
             model.Read(file, cuts, optimizer.M);
-            model.Read(file, model.AdamWs(cuts), optimizer.V);
+            model.Read(file, Model.AdamWs(cuts), optimizer.V);
             if (header[4] == 1)
                 model.Read(file, cuts, model.Master);
             loader.Load(file, header[5] == 1, (header[30], header[32]), header[SampleTokens]);

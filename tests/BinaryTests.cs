@@ -6,7 +6,7 @@ namespace Gpt2.Tests;
 public partial class BinaryTests {
     // golden.py's ten steps: three micro-batches each, in order.
     const string TenSteps = "train -i train.bin -j val.bin -e model.bin -b 2 -t 21 -d 126 -x 10 -l 1e-2 -u 4 -q 0.1 " +
-        "-c 0.1 --no-shuffle -m 5 -o out --optimizer adamw";
+        "-c 0.1 --no-shuffle -m 5 --optimizer adamw -o out";
 
     [Test]
     public async Task Ten_steps_equal_PyTorchs() {

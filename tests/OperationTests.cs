@@ -407,7 +407,7 @@ public sealed class OperationTests()
         var (wOnDevice, mOnDevice) = (Upload(w), Upload(w.Select(values => new float[values.Length])));
         for (var number = 1; number <= 3; number++) {
             var (rate, decay) = (number == 2 ? 0.1f : 0.05f, number == 3 ? 0 : 0.1f);
-            var step = new MuonStep(rate, decay, 0.7f, 0.8f + 0.05f * number, 42);
+            var step = new MuonStep(rate, decay, GradientScale: 0.7f, Momentum: 0.8f + 0.05f * number, Seed: 42);
             var dw = w.Select((x, part) => Floats(20 * number + part, x.Length, gradientStd)).ToArray();
             var dwOnDevice = Upload(dw);
             device.Muon([.. shapes.Select((s, part) => new MuonPart(part * w[0].Length, wOnDevice[part],

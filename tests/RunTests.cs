@@ -146,12 +146,12 @@ public partial class RunTests {
         using var folder = Folders.Inputs();
         foreach (var optimizer in (string[])["muon", "adamw"]) {
             await Gpt2Process.Succeed(folder.Path, $"{Train} -x 4 -k constant -n 2 --optimizer {optimizer} -o whole");
-            await Gpt2Process.Succeed(folder.Path, $"{Train} -x 2 -k constant -n 2 --optimizer {optimizer} -o out");
+            Folders.Copy(folder["whole"], folder["out"], name => !name.Contains("00000004"));
             // Earlier versions, which have AdamW alone, do not write it down.
             if (optimizer == "adamw")
                 File.WriteAllText(InRun(folder, "settings.txt"), File.ReadAllText(InRun(folder, "settings.txt"))
                     .Replace("--optimizer AdamW\n", ""));
-            await Gpt2Process.Succeed(folder.Path, "train -y -o out -x 4");
+            await Gpt2Process.Succeed(folder.Path, "train -y -o out");
             await Assert.That(Folders.Contents(folder["out"])).IsEqualTo(Folders.Contents(folder["whole"]));
             var other = optimizer == "muon" ? "AdamW" : "Muon";
             await Refuses(await Gpt2Process.Run(folder.Path, $"train -y -o out -x 5 --optimizer {other}"),
