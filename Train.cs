@@ -307,7 +307,7 @@ public sealed class Optimizer {
     /// <summary>Seed of the next update's stochastic rounding.</summary>
     public uint RoundingSeed { get; set; } = 42;
 
-    /// <summary>A part, or of Muon's one layer, which its owner has whole.</summary>
+    /// <summary>Part i and the array that it is of; if it is Muon's, one layer, which belongs to one rank.</summary>
     Share Share(int i, int layer, Parameters whole, Parameters parts) {
         var cut = parts.Cuts[i];
         var (all, owner) = (whole.Tensors[cut.Tensor][layer], ((layer + 1) * ranks.Size - 1) / model.Config.L);
