@@ -53,8 +53,8 @@ public sealed record TrainOptions(
     }
 }
 
-/// <summary>The training loop: accumulation, clipping, update, validation, samples, checkpoints and logs. Each rank runs
-/// it, but only rank 0 has an output and a log.</summary>
+/// <summary>The training loop: accumulation, clipping, updates, validation, samples, checkpoints and logs. Each rank
+/// runs it, but only rank 0 has an output and a log.</summary>
 public sealed class Trainer : IDisposable {
     readonly TrainOptions options;
     readonly ICollective ranks;

@@ -36,7 +36,7 @@ row_of() {
 
 # Ended by a kill when it has made its steps, for the checkpoint of the last one takes longer than they do.
 train() {
-    ./gpt2 train "$@" -x 1000 -v 0 -m 1 -g 0 -n 0 --timeout 60 >"$folder/out" 2>"$folder/err" &
+    ./gpt2 train "$@" --optimizer "${OPTIMIZER:-adamw}" -x 1000 -v 0 -m 1 -g 0 -n 0 --timeout 60 >"$folder/out" 2>"$folder/err" &
     for ((tenths = 0; tenths < 3000; tenths++)); do
         [ "$(grep -c '^step' "$folder/out")" -lt "$steps" ] && kill -0 $! 2>/dev/null || break
         sleep 0.1
