@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Training on 1, 2, 4 and 8 GPUs of this host, as far as it has them, with and without ZeRO-1, and PyTorch's beside it:
 #     tests/scale.sh [d12 d48]
-# STEPS=12; TOTAL=524288 tokens a step; GPUS="1 2 4 8"; RIVALS= leaves out PyTorch; LLMC names a program that takes a
+# STEPS=12; TOTAL=524288 tokens a step; OPTIMIZER=adamw; GPUS="1 2 4 8"; RIVALS= leaves out PyTorch; LLMC names a program that takes a
 # number of GPUs and llm.c's options. SHARE=1 lets ranks share one GPU, which tries the script and says nothing of speed.
 # Prints the table that README has; speeds are those of the median step without the first three.
 set -uo pipefail
