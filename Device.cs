@@ -59,8 +59,8 @@ public readonly record struct AdamWStep(int Number, float LearningRate, float We
 public readonly record struct AdamWPart(
     long First, bool Decays, Tensor W, Tensor Master, Tensor Dw, Tensor M, Tensor V);
 
-/// <summary>Settings of one update of Muon (Jordan et al., 2024); the others are as in <see cref="AdamWStep"/>.</summary>
-/// <param name="Momentum">Weight of the old momentum in the new one, and of the momentum in the update (Nesterov).</param>
+/// <summary>Settings of one update of Muon (Jordan et al., 2024); Momentum is the old momentum's weight in the new one,
+/// and the new one's in the update (Nesterov). The others are as in <see cref="AdamWStep"/>.</summary>
 public readonly record struct MuonStep(
     float LearningRate, float WeightDecay, float GradientScale, float Momentum, uint Seed);
 

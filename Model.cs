@@ -39,7 +39,7 @@ public sealed record Config(int MaxT, int V, int Vp, int L, int NH, int C) {
 
     /// <summary>A rank's part of every layer's tensors, in checkpoints' order; one rank has whole tensors. Muon's
     /// tensors are cut into whole layers, as a matrix must be whole.</summary>
-    public IEnumerable<Cut> Cuts(int rank, int ranks, OptimizerKind optimizer = OptimizerKind.AdamW) {
+    public IEnumerable<Cut> Cuts(int rank, int ranks, OptimizerKind optimizer) {
         var index = 0L;
         foreach (var (i, shape) in Parameters.Index()) {
             var isMuons = optimizer == OptimizerKind.Muon && shape is { IsMatrix: true, Name: not ("wte" or "wpe") };

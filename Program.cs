@@ -42,11 +42,11 @@ internal sealed class Commands(GlobalOptions global) {
     /// <param name="valData">-j, Token shards to validate on; a folder has *val*.bin.</param>
     /// <param name="init">-e, A model file, a run's folder, or random: d6, d12, d24, d36, d48. [d12; d6 on CPU]</param>
     /// <param name="out">-o, The run's folder: checkpoints, settings.txt, main.log, loss.svg.</param>
-    /// <param name="batch">-b, Sequences in a batch (1 or more). [16; 4 on a CPU]</param>
+    /// <param name="batch">-b, Sequences in a batch (1 or more). [16; 8 on a CPU]</param>
     /// <param name="seq">-t, Tokens in a sequence (1 to 131072). [1024; 128 on a CPU]</param>
     /// <param name="totalBatch">-d, Tokens in an update (0 or more): n x batch x seq x GPUs; 0 for n = 1.</param>
-    /// <param name="maxSteps">-x, Updates in all (1 or more).</param>
-    /// <param name="lr">-l, Highest learning rate (above 0). [2.5e-3; 1e-3 for adamw]</param>
+    /// <param name="maxSteps">-x, Updates in all (1 or more). [300; 100 on a CPU]</param>
+    /// <param name="lr">-l, Highest learning rate (above 0). [2.5e-3; 5e-3 on a CPU; 1e-3 for adamw]</param>
     /// <param name="warmup">-u, Updates until the highest learning rate (0 or more).</param>
     /// <param name="finalLrFrac">-q, Last learning rate as a fraction of the highest (0 to 1).</param>
     /// <param name="weightDecay">-c, Weight decay of the matrices (0 or more).</param>
@@ -68,7 +68,7 @@ internal sealed class Commands(GlobalOptions global) {
     /// <param name="zero">-z, Which ZeRO stage (0 or 1) divides the optimizer's state among GPUs: 0 for none.</param>
     /// <param name="timeout">Seconds that one GPU's process waits for another's (1 to 1000000).</param>
     public int Train(string trainData = "data/*train_*.bin", string valData = "data/*val_*.bin", string? init = null,
-        string @out = "log", int? batch = null, int? seq = null, int totalBatch = 0, int maxSteps = 300,
+        string @out = "log", int? batch = null, int? seq = null, int totalBatch = 0, int? maxSteps = null,
         float? lr = null, int warmup = 20, float finalLrFrac = 0.1f, float weightDecay = 0.1f,
         Schedule schedule = Schedule.Cosine, int valEvery = 50, int valBatches = 0, int sampleEvery = 0,
         int genTokens = 64, int checkpointEvery = 200, int keep = 2, bool resume = false, int recompute = 0,
@@ -77,11 +77,12 @@ internal sealed class Commands(GlobalOptions global) {
         OnEachGpu(gpus, timeout, (device, ranks) => {
             using var logs = LoggerFactory.Create(logging => logging.AddZLoggerConsole(options =>
                 options.LogToStandardErrorThreshold = LogLevel.Trace));
-            var (B, T) = Sizes(device, batch, seq, (16, 1024), (4, 128), ranks.Size);
+            var (B, T) = Sizes(device, batch, seq, (16, 1024), (8, 128), ranks.Size);
             totalBatch = totalBatch == 0 ? B * T * ranks.Size : totalBatch;
-            lr ??= optimizer == OptimizerKind.AdamW ? 1e-3f : 2.5e-3f;
+            lr ??= optimizer == OptimizerKind.AdamW ? 1e-3f : device is Cpu ? 5e-3f : 2.5e-3f;
+            maxSteps ??= device is Cpu ? 100 : 300;
             var options = new TrainOptions(Shards(trainData, "train"), Shards(valData, "val"), init, @out, B, T,
-                totalBatch, maxSteps, lr.Value, warmup, finalLrFrac, weightDecay, schedule, valEvery, valBatches,
+                totalBatch, maxSteps.Value, lr.Value, warmup, finalLrFrac, weightDecay, schedule, valEvery, valBatches,
                 sampleEvery, genTokens, checkpointEvery, keep, resume, recompute, overfit, !noShuffle, seed,
                 skipOutliers, device is Cpu ? "d6" : "d12", zero, global.Precision, optimizer);
             using var trainer = new Trainer(options, device, ranks.Rank == 0 ? Console.Out : TextWriter.Null,

@@ -478,16 +478,14 @@ public sealed unsafe partial class Nccl : ICollective {
         ncclAllReduce(x.Address, x.Address, x.Count, Type(x), Sums, communicator, stream));
 
     public void ReduceScatter(ReadOnlySpan<Share> shares) =>
-        Group("summing", shares, share => share.Owner == null && share.Whole.Count % Size == 0
-            ? ncclReduceScatter(share.Whole.Address, share.Part.Address, share.Part.Count, Type(share.Whole), Sums,
-                communicator, stream)
+        Group("summing", shares, share => share is (var x, var own, null) && x.Count % Size == 0
+            ? ncclReduceScatter(x.Address, own.Address, own.Count, Type(x), Sums, communicator, stream)
             : ForEachPart(share, (part, rank) => ncclReduce(
                 part.Address, share.Part.Address, part.Count, Type(part), Sums, rank, communicator, stream)));
 
     public void AllGather(ReadOnlySpan<Share> shares) =>
-        Group("gathering", shares, share => share.Owner == null && share.Whole.Count % Size == 0
-            ? ncclAllGather(share.Whole.PartOf(Rank, Size).Address, share.Whole.Address, share.Whole.Count / Size,
-                Type(share.Whole), communicator, stream)
+        Group("gathering", shares, share => share is (var x, _, null) && x.Count % Size == 0
+            ? ncclAllGather(x.PartOf(Rank, Size).Address, x.Address, x.Count / Size, Type(x), communicator, stream)
             : ForEachPart(share, (part, rank) =>
                 ncclBroadcast(part.Address, part.Address, part.Count, Type(part), rank, communicator, stream)));
 

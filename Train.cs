@@ -53,8 +53,8 @@ public sealed record TrainOptions(
     }
 }
 
-/// <summary>The training loop: accumulation, clipping, update, validation, samples, checkpoints and logs. Each rank runs
-/// it, but only rank 0 has an output and a log.</summary>
+/// <summary>The training loop: accumulation, clipping, updates, validation, samples, checkpoints and logs. Each rank
+/// runs it, but only rank 0 has an output and a log.</summary>
 public sealed class Trainer : IDisposable {
     readonly TrainOptions options;
     readonly ICollective ranks;
@@ -307,7 +307,7 @@ public sealed class Optimizer {
     /// <summary>Seed of the next update's stochastic rounding.</summary>
     public uint RoundingSeed { get; set; } = 42;
 
-    /// <summary>A part, or of Muon's one layer, which its owner has whole.</summary>
+    /// <summary>Part i and the array that it is of; if it is Muon's, one layer, which belongs to one rank.</summary>
     Share Share(int i, int layer, Parameters whole, Parameters parts) {
         var cut = parts.Cuts[i];
         var (all, owner) = (whole.Tensors[cut.Tensor][layer], ((layer + 1) * ranks.Size - 1) / model.Config.L);

@@ -1,6 +1,6 @@
 """Draws gpt2's and PyTorch's training losses, and prints their mean gap over the last 50 steps.
 
-    ./gpt2 train -e d12 -b 64 -t 1024 -d 65536 -x 200 -l 6e-4 -u 20 -i 'data/*train*' -j 'data/*val*' -m 3 -o run
+    ./gpt2 train -e d12 -b 64 -t 1024 -d 65536 -x 200 -l 6e-4 -u 20 -i 'data/*train*' -j 'data/*val*' -m 3 --optimizer adamw -o run
     python3 tests/rival.py -b 64 -t 1024 -d 65536 -x 200 -l 6e-4 -u 20 -i 'data/*train*' -j 'data/*val*' -m 3 --out theirs
     python3 tests/learning.py run/main.log theirs tests/learning.svg
 """

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Training on 1, 2, 4 and 8 GPUs of this host, as far as it has them, with and without ZeRO-1, and PyTorch's beside it:
 #     tests/scale.sh [d12 d48]
-# STEPS=12; TOTAL=524288 tokens a step; GPUS="1 2 4 8"; RIVALS= leaves out PyTorch; LLMC names a program that takes a
+# STEPS=12; TOTAL=524288 tokens a step; OPTIMIZER=adamw; GPUS="1 2 4 8"; RIVALS= leaves out PyTorch; LLMC names a program that takes a
 # number of GPUs and llm.c's options. SHARE=1 lets ranks share one GPU, which tries the script and says nothing of speed.
 # Prints the table that README has; speeds are those of the median step without the first three.
 set -uo pipefail
@@ -36,7 +36,7 @@ row_of() {
 
 # Ended by a kill when it has made its steps, for the checkpoint of the last one takes longer than they do.
 train() {
-    ./gpt2 train "$@" -x 1000 -v 0 -m 1 -g 0 -n 0 --timeout 60 >"$folder/out" 2>"$folder/err" &
+    ./gpt2 train "$@" --optimizer "${OPTIMIZER:-adamw}" -x 1000 -v 0 -m 1 -g 0 -n 0 --timeout 60 >"$folder/out" 2>"$folder/err" &
     for ((tenths = 0; tenths < 3000; tenths++)); do
         [ "$(grep -c '^step' "$folder/out")" -lt "$steps" ] && kill -0 $! 2>/dev/null || break
         sleep 0.1
