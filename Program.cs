@@ -44,7 +44,7 @@ internal sealed class Commands(GlobalOptions global) {
     /// <param name="out">-o, The run's folder: checkpoints, settings.txt, main.log, loss.svg.</param>
     /// <param name="batch">-b, Sequences in a batch (1 or more). [16; 4 on a CPU]</param>
     /// <param name="seq">-t, Tokens in a sequence (1 to 131072). [1024; 128 on a CPU]</param>
-    /// <param name="totalBatch">-d, Tokens in an update (0 or more): n x batch x seq x GPUs; 0 for n = 1, CPU: 2.</param>
+    /// <param name="totalBatch">-d, Tokens in an update (0 or more): n x batch x seq x GPUs; 0: n = 1 (CPU: 2).</param>
     /// <param name="maxSteps">-x, Updates in all (1 or more). [300; 100 on a CPU]</param>
     /// <param name="lr">-l, Highest learning rate (above 0). [2.5e-3; 5e-3 on a CPU; 1e-3 for adamw]</param>
     /// <param name="warmup">-u, Updates until the highest learning rate (0 or more).</param>
