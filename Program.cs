@@ -42,9 +42,9 @@ internal sealed class Commands(GlobalOptions global) {
     /// <param name="valData">-j, Token shards to validate on; a folder has *val*.bin.</param>
     /// <param name="init">-e, A model file, a run's folder, or random: d6, d12, d24, d36, d48. [d12; d6 on CPU]</param>
     /// <param name="out">-o, The run's folder: checkpoints, settings.txt, main.log, loss.svg.</param>
-    /// <param name="batch">-b, Sequences in a batch (1 or more). [16; 8 on a CPU]</param>
+    /// <param name="batch">-b, Sequences in a batch (1 or more). [16; 4 on a CPU]</param>
     /// <param name="seq">-t, Tokens in a sequence (1 to 131072). [1024; 128 on a CPU]</param>
-    /// <param name="totalBatch">-d, Tokens in an update (0 or more): n x batch x seq x GPUs; 0 for n = 1.</param>
+    /// <param name="totalBatch">-d, Tokens in an update (0 or more): n x batch x seq x GPUs; 0: n = 1 (CPU: 2).</param>
     /// <param name="maxSteps">-x, Updates in all (1 or more). [300; 100 on a CPU]</param>
     /// <param name="lr">-l, Highest learning rate (above 0). [2.5e-3; 5e-3 on a CPU; 1e-3 for adamw]</param>
     /// <param name="warmup">-u, Updates until the highest learning rate (0 or more).</param>
@@ -77,8 +77,8 @@ internal sealed class Commands(GlobalOptions global) {
         OnEachGpu(gpus, timeout, (device, ranks) => {
             using var logs = LoggerFactory.Create(logging => logging.AddZLoggerConsole(options =>
                 options.LogToStandardErrorThreshold = LogLevel.Trace));
-            var (B, T) = Sizes(device, batch, seq, (16, 1024), (8, 128), ranks.Size);
-            totalBatch = totalBatch == 0 ? B * T * ranks.Size : totalBatch;
+            var (B, T) = Sizes(device, batch, seq, (16, 1024), (4, 128), ranks.Size);
+            totalBatch = totalBatch == 0 ? B * T * (device is Cpu ? 2 : ranks.Size) : totalBatch;
             lr ??= optimizer == OptimizerKind.AdamW ? 1e-3f : device is Cpu ? 5e-3f : 2.5e-3f;
             maxSteps ??= device is Cpu ? 100 : 300;
             var options = new TrainOptions(Shards(trainData, "train"), Shards(valData, "val"), init, @out, B, T,

@@ -207,7 +207,7 @@ public partial class BadInputTests {
 
     static readonly Lazy<Task<TemporaryFolder>> twoSteps = new(async () => {
         var folder = Folders.Goldens();
-        await Gpt2Process.Succeed(folder.Path, $"train {Data} -e model.bin -x 2 -o run --optimizer adamw");
+        await Gpt2Process.Succeed(folder.Path, $"train {Data} -e model.bin -x 2 -d 42 -o run --optimizer adamw");
         return folder;
     });
 
