@@ -580,7 +580,7 @@ public sealed unsafe class Cuda : IDevice {
     (nint Address, long Bytes) muon; // scratch memory, from the first update on
 
     public void Muon(ReadOnlySpan<MuonPart> parts, in MuonStep step) {
-        const int threads = 256, blocks = 64, steps = 5, usualBytes = 256 << 20;
+        const int threads = 256, blocks = 64, steps = 5, usualBytes = MuonStep.ScratchBytes;
         const float a = 3.4445f, b = -4.775f, c = 2.0315f;
         foreach (var (index, w, master, dw, m) in parts) {
             var (isTall, size, side) = (w.Rows > w.Columns, w.Rows * w.Columns, Math.Min(w.Rows, w.Columns));

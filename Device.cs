@@ -62,7 +62,10 @@ public readonly record struct AdamWPart(
 /// <summary>Settings of one update of Muon (Jordan et al., 2024); Momentum is the old momentum's weight in the new one,
 /// and the new one's in the update (Nesterov). The others are as in <see cref="AdamWStep"/>.</summary>
 public readonly record struct MuonStep(
-    float LearningRate, float WeightDecay, float GradientScale, float Momentum, uint Seed);
+    float LearningRate, float WeightDecay, float GradientScale, float Momentum, uint Seed) {
+    /// <summary>Memory that a GPU takes for Muon at the first update, unless one matrix needs more.</summary>
+    public const int ScratchBytes = 256 << 20;
+}
 
 /// <summary>Matrices of one shape that Muon updates together, as arrays (matrices, rows, columns): weights, their fp32
 /// master copy (the same array if W is fp32), gradients and momentum, both fp32. First is as in AdamWPart.</summary>

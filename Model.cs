@@ -270,6 +270,7 @@ public sealed class Model {
             ("master weights", training * (type == DataType.Fp32 ? 0 : part)),
             ("gradients", training * (whole * sizeof(float) + (IsCut ? part : 0))),
             ("moments", training * (part + new Parameters(Config, DataType.Fp32, 0, AdamWs(cuts)).All.Bytes)),
+            ("Muon's scratch", Optimizer == OptimizerKind.Muon && Device.Workspace > 0 ? MuonStep.ScratchBytes : 0),
             ("activations", Layout(B, recompute, 0).Bytes),
             ("keys and values", purpose == Purpose.Evaluate ? 0 : Cache(Config.MaxT, 0).Bytes),
         ];
