@@ -43,7 +43,7 @@ public sealed record Config(int MaxT, int V, int Vp, int L, int NH, int C) {
         var index = 0L;
         foreach (var (i, shape) in Parameters.Index()) {
             var isMuons = optimizer == OptimizerKind.Muon && shape is { IsMatrix: true, Name: not ("wte" or "wpe") };
-            var (layers, unit) = isMuons ? (1, shape.Rows * shape.Columns) : (ranks == 1 ? 1 : shape.Layers, 1);
+            var (layers, unit) = isMuons ? (1, (long)shape.Rows * shape.Columns) : (ranks == 1 ? 1 : shape.Layers, 1);
             var n = shape.Count / layers;
             var (first, count) = Cut.Of(n / unit, rank, ranks);
             for (var l = 0; l < layers; l++, index += n)
@@ -270,7 +270,9 @@ public sealed class Model {
             ("master weights", training * (type == DataType.Fp32 ? 0 : part)),
             ("gradients", training * (whole * sizeof(float) + (IsCut ? part : 0))),
             ("moments", training * (part + new Parameters(Config, DataType.Fp32, 0, AdamWs(cuts)).All.Bytes)),
-            ("Muon's scratch", Optimizer == OptimizerKind.Muon && Device.Workspace > 0 ? MuonStep.ScratchBytes : 0),
+            // A GPU takes so much, and any device what its largest matrix needs.
+            ("Muon's scratch", Optimizer == OptimizerKind.AdamW ? 0 : Math.Max(
+                Device.Workspace > 0 ? MuonStep.ScratchBytes : 0, 14L * Config.C * Config.C * Tensor.SizeOf(type))),
             ("activations", Layout(B, recompute, 0).Bytes),
             ("keys and values", purpose == Purpose.Evaluate ? 0 : Cache(Config.MaxT, 0).Bytes),
         ];

@@ -77,7 +77,7 @@ internal sealed class Commands(GlobalOptions global) {
         OnEachGpu(gpus, timeout, (device, ranks) => {
             using var logs = LoggerFactory.Create(logging => logging.AddZLoggerConsole(options =>
                 options.LogToStandardErrorThreshold = LogLevel.Trace));
-            var (B, T) = Sizes(device, batch, seq, (16, 1024), (4, 128), ranks.Size);
+            var (B, T) = Sizes(device, batch, seq, (16, 1024), (4, 128), device is Cpu ? 2 : ranks.Size);
             totalBatch = totalBatch == 0 ? B * T * (device is Cpu ? 2 : ranks.Size) : totalBatch;
             lr ??= optimizer == OptimizerKind.AdamW ? 1e-3f : device is Cpu ? 5e-3f : 2.5e-3f;
             maxSteps ??= device is Cpu ? 100 : 300;

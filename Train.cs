@@ -403,6 +403,8 @@ public sealed class Checkpoints(string folder) {
         var lines = settings.Where(setting => setting.Value is not (null or false))
             .Select(setting => setting.Value is true ? setting.Option : $"{setting.Option} {setting.Value}").ToArray();
         var before = File.Exists(SettingsPath) ? File.ReadAllLines(SettingsPath) : [];
+        if (before.Length > 0 && !before.Any(line => line.StartsWith("--optimizer ")))
+            before = [.. before, "--optimizer AdamW"];
         Files.Write(SettingsPath, to => to.Write(Encoding.UTF8.GetBytes(string.Join('\n', lines) + "\n")));
         return before.Length == 0 || before.SequenceEqual(lines) ? ""
             : $"{string.Join(", ", before.Except(lines))} to {string.Join(", ", lines.Except(before))}";
@@ -513,6 +515,7 @@ public sealed class Checkpoints(string folder) {
             file.Check("upper half of the shard index", 31, header[31] == 0, "0");
             file.Check("upper half of the sample index", 33, header[33] == 0, "0");
             file.Check("step", 10, header[10] == step, $"{step} as its name says");
+            file.Check("optimizer", OptimizerField, header[OptimizerField] is 0 or 1, "0 (AdamW) or 1 (Muon)");
             if ((OptimizerKind)header[OptimizerField] is var written && written != model.Optimizer)
                 throw file.Fail($"a state of --optimizer {model.Optimizer}", $"one of --optimizer {written}");
             optimizer.RoundingSeed = (uint)header[20];

@@ -257,7 +257,8 @@ public partial class BadInputTests {
             32 -1 -1
             33 1 expected
             41 1 --optimizer AdamW Muon
-            41 2 --optimizer AdamW 2
+            41 2 optimizer AdamW 2
+            41 -1 optimizer AdamW -1
             {shards} 2 shards 2
             {shards} -1 shards
             {shards + 2} 1 permutation
@@ -462,9 +463,9 @@ public partial class BadInputTests {
         new("tokenize without a prefix", "tokenize text.txt", 2, "tokenize --out", WriteText),
         new("tokenize without a text", "tokenize -o new", 2, "FILE"),
         new("unknown descriptor", $"train {Data} -o out -e d7", 2, "--init d6 d48 d7"),
-        // A batch of 2^27 x 32 tokens wraps around to none.
+        // A batch of 2^27 x 32 tokens wraps around to none; an update on the CPU is two batches.
         new("2^32 tokens, eval", "eval -e model.bin -j val.bin -b 134217728", 2, "--batch 67108863 32 134217728"),
-        new("2^32 tokens, train", $"{Train} -t 32 -b 134217728", 2, "--batch 67108863 32 134217728"),
+        new("2^32 tokens, train", $"{Train} -t 32 -b 134217728", 2, "--batch 33554431 32 134217728"),
         new("2^32 tokens, bench", "bench -e model.bin -t 32 -b 134217728", 2, "--batch 67108863 32 134217728"),
         new("--device cuda without kernels", $"{Train} --device cuda", 1, "--device cuda expected found"),
         new("--device cuda without kernels, sample", $"{Sample} --device cuda", 1, "--device cuda expected found"),

@@ -151,7 +151,8 @@ public partial class RunTests {
             if (optimizer == "adamw")
                 File.WriteAllText(InRun(folder, "settings.txt"), File.ReadAllText(InRun(folder, "settings.txt"))
                     .Replace("--optimizer AdamW\n", ""));
-            await Gpt2Process.Succeed(folder.Path, "train -y -o out");
+            var resumed = await Gpt2Process.Succeed(folder.Path, "train -y -o out");
+            await Assert.That(resumed.Error).DoesNotContain("changed");
             await Assert.That(Folders.Contents(folder["out"])).IsEqualTo(Folders.Contents(folder["whole"]));
             var other = optimizer == "muon" ? "AdamW" : "Muon";
             await Refuses(await Gpt2Process.Run(folder.Path, $"train -y -o out -x 5 --optimizer {other}"),
