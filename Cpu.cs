@@ -229,7 +229,7 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
 
     /// <summary>Scores that a thread has room for on its stack, and queries that it takes at once if their scores fit,
     /// enough to repay packing the keys.</summary>
-    const int ScoreCount = Config.LongestT, QueryBlock = 128;
+    const int ScoreCount = IDevice.LongestT, QueryBlock = 128;
 
     public void Attention(Tensor qkv, int start, int heads, Tensor y, Tensor lse) =>
         For(qkv.Depth * heads, (qkv, start, heads, y, lse), static (s, head) => {
@@ -381,7 +381,7 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
     Tensor scratch; // of Muon: two matrices, then two squares of their shorter side
 
     public void Muon(ReadOnlySpan<MuonPart> parts, in MuonStep step) {
-        const float a = 3.4445f, b = -4.7750f, c = 2.0315f;
+        const float a = MuonStep.A, b = MuonStep.B, c = MuonStep.C;
         foreach (var (_, w, _, dw, m) in parts) {
             var (least, isTall, momentum) = (Math.Min(w.Rows, w.Columns), w.Rows > w.Columns, step.Momentum);
             var size = new Tensor(0, 2, w.Rows + w.Columns, least);
@@ -405,8 +405,7 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
                     Multiply(isTall ? X : B, isTall ? B : X, Y);
                     Combine(c, y, 0, y, x);
                 }
-                var rate = step.LearningRate * 0.2f * MathF.Sqrt(Math.Max(w.Rows, w.Columns));
-                Combine(1 - step.LearningRate * step.WeightDecay, w[i], -rate, x, w[i]);
+                Combine(1 - step.LearningRate * step.WeightDecay, w[i], -step.RateOf(w), x, w[i]);
             }
         }
     }

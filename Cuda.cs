@@ -581,7 +581,7 @@ public sealed unsafe class Cuda : IDevice {
 
     public void Muon(ReadOnlySpan<MuonPart> parts, in MuonStep step) {
         const int threads = 256, blocks = 64, steps = 5, usualBytes = MuonStep.ScratchBytes;
-        const float a = 3.4445f, b = -4.775f, c = 2.0315f;
+        const float a = MuonStep.A, b = MuonStep.B, c = MuonStep.C;
         foreach (var (index, w, master, dw, m) in parts) {
             var (isTall, size, side) = (w.Rows > w.Columns, w.Rows * w.Columns, Math.Min(w.Rows, w.Columns));
             var bytes = 2L * (size + side * side) * w.ElementSize; // of a matrix's x, next x, A and b·A + c·A²
@@ -605,8 +605,8 @@ public sealed unsafe class Cuda : IDevice {
                 }
                 Launch("muon", (Blocks(x.Count, threads * Width), 1, 1), threads, 0, 0,
                     2.0 * sizeof(float) * x.Count + 2.0 * x.Bytes, x, master[first], w[first], x.Count,
-                    index + (long)first * size, 1 - step.LearningRate * step.WeightDecay,
-                    step.LearningRate * 0.2f * MathF.Sqrt(Math.Max(w.Rows, w.Columns)), (int)step.Seed);
+                    index + (long)first * size, 1 - step.LearningRate * step.WeightDecay, step.RateOf(w),
+                    (int)step.Seed);
             }
         }
     }

@@ -27,9 +27,13 @@ public readonly record struct Tensor(
     /// <summary>Rows [first, first + count) of <see cref="AllRows"/>, (count, Columns).</summary>
     public Tensor Slice(int first, int count) => Part((long)first * Columns, count, Columns);
 
-    /// <summary>One rank's elements, flat, as <see cref="Cut.Of"/> divides them.</summary>
+    /// <summary>A rank's part of n elements: [rank·n/ranks, (rank + 1)·n/ranks), as in llm.c's states.</summary>
+    public static (long First, long Count) PartOf(long n, int rank, int ranks) =>
+        (n * rank / ranks, n * (rank + 1) / ranks - n * rank / ranks);
+
+    /// <summary>A rank's part of this array's elements, flat.</summary>
     public Tensor PartOf(int rank, int ranks) {
-        var (first, count) = Cut.Of(Count, rank, ranks);
+        var (first, count) = PartOf(Count, rank, ranks);
         return Flat(first, (int)count);
     }
 
@@ -63,8 +67,14 @@ public readonly record struct AdamWPart(
 /// and the new one's in the update (Nesterov). The others are as in <see cref="AdamWStep"/>.</summary>
 public readonly record struct MuonStep(
     float LearningRate, float WeightDecay, float GradientScale, float Momentum, uint Seed) {
+    /// <summary>Coefficients of a Newton-Schulz step.</summary>
+    public const float A = 3.4445f, B = -4.7750f, C = 2.0315f;
+
     /// <summary>Memory that a GPU takes for Muon at the first update, unless one matrix needs more.</summary>
     public const int ScratchBytes = 256 << 20;
+
+    /// <summary>What x is multiplied by: it gives updates the size that AdamW's have.</summary>
+    public float RateOf(Tensor w) => LearningRate * 0.2f * MathF.Sqrt(Math.Max(w.Rows, w.Columns));
 }
 
 /// <summary>Matrices of one shape that Muon updates together, as arrays (matrices, rows, columns): weights, their fp32
@@ -85,6 +95,8 @@ public sealed class Profile {
 /// dwte, dwpe) are added to; every other output is overwritten unless stated otherwise. Weights and activations are in
 /// the device's precision; statistics, lse, losses and gradients of parameters are fp32. rows means B·T.</summary>
 public interface IDevice : IDisposable {
+    /// <summary>The longest sequence that every device takes.</summary>
+    const int LongestT = 1 << 17;
     /// <summary>What the device is called.</summary>
     string Name { get; }
     /// <summary>Type of weights and activations.</summary>

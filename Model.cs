@@ -14,19 +14,12 @@ public readonly record struct ParameterShape(string Name, int Layers, int Rows, 
 
 /// <summary>A rank's part of one layer of a parameter tensor, or whole layers of it: elements [First, First + Count) of
 /// the tensor. Index is the position of the first one among all parameters. Muon updates it, or AdamW.</summary>
-public readonly record struct Cut(int Tensor, int Layer, long First, long Count, long Index, bool IsMuons) {
-    /// <summary>A rank's part of n elements: [rank·n/ranks, (rank + 1)·n/ranks), as in llm.c's states.</summary>
-    public static (long First, long Count) Of(long n, int rank, int ranks) =>
-        (n * rank / ranks, n * (rank + 1) / ranks - n * rank / ranks);
-}
+public readonly record struct Cut(int Tensor, int Layer, long First, long Count, long Index, bool IsMuons);
 
 /// <summary>The sizes of a GPT-2 model: sequences of up to MaxT tokens, a vocabulary of V (Vp rows in memory, the last
 /// ones padding), L layers, NH heads, C channels.</summary>
 public sealed record Config(int MaxT, int V, int Vp, int L, int NH, int C) {
     const int ModelMagic = 20240326;
-
-    /// <summary>The longest sequence that any device must manage.</summary>
-    public const int LongestT = 1 << 17;
 
     /// <summary>The parameter tensors in the order of checkpoints.</summary>
     public ParameterShape[] Parameters => [
@@ -45,7 +38,7 @@ public sealed record Config(int MaxT, int V, int Vp, int L, int NH, int C) {
             var isMuons = optimizer == OptimizerKind.Muon && shape is { IsMatrix: true, Name: not ("wte" or "wpe") };
             var (layers, unit) = isMuons ? (1, (long)shape.Rows * shape.Columns) : (ranks == 1 ? 1 : shape.Layers, 1);
             var n = shape.Count / layers;
-            var (first, count) = Cut.Of(n / unit, rank, ranks);
+            var (first, count) = Tensor.PartOf(n / unit, rank, ranks);
             for (var l = 0; l < layers; l++, index += n)
                 yield return new(i, l, l * n + first * unit, count * unit, index + first * unit, isMuons);
         }
@@ -76,7 +69,7 @@ public sealed record Config(int MaxT, int V, int Vp, int L, int NH, int C) {
         var file = new BinaryFile(path, "a GPT-2 model", ModelMagic, 3, 5);
         var header = file.Header;
         var config = new Config(header[2], header[3], header[7], header[4], header[5], header[6]);
-        file.Check("maximum sequence length", 2, config.MaxT is > 0 and <= LongestT, $"1 to {LongestT}");
+        file.Check("maximum sequence length", 2, config.MaxT is > 0 and <= IDevice.LongestT, "1 to 131072");
         file.Check("vocabulary", 3, config.V is > 1 and <= 65536, "2 to 65536");
         file.Check("number of layers", 4, config.L is > 0 and <= 1000, "1 to 1000");
         file.Check("number of heads", 5, config.NH is > 0 and <= 1000, "1 to 1000");

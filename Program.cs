@@ -15,7 +15,9 @@ app.ConfigureGlobalOptions((ref options) => ConsoleApp.ServiceProvider = new Glo
         "--verbose", "Show where an error came from; wait for the GPU after each operation, to name it.")));
 app.Add<Commands>();
 var log = new StringWriter(); // what the framework prints: help and version
-(ConsoleApp.Log, ConsoleApp.LogError) = (log.WriteLine, message => throw new Gpt2Exception(message, usage: true));
+ConsoleApp.Log = text => log.WriteLine(args is not ["tokenize", ..] ? text // which takes neither of the two
+    : Regex.Replace(text, "^ +--(device|precision) .*\n", "", RegexOptions.Multiline));
+ConsoleApp.LogError = message => throw new Gpt2Exception(message, usage: true);
 return Guard(args.Contains("--verbose"), () => {
     args = args is ["help", .. var about] ? [.. about, "--help"] : args;
     app.Run([.. args.Take(1), "--help"]);

@@ -35,8 +35,8 @@ public interface ICollective : IDisposable {
     void IDisposable.Dispose() { }
 }
 
-/// <summary>An array of any shape, of which every rank owns a part (as <see cref="Cut.Of"/> cuts), or one rank, the
-/// owner, all. Part is where this rank sums what it owns, flat.</summary>
+/// <summary>An array of any shape, of which every rank owns a part (<see cref="Tensor.PartOf(int, int)"/>), or one
+/// rank, the owner, all. Part is where this rank sums what it owns, flat.</summary>
 public readonly record struct Share(Tensor Whole, Tensor Part, int? Owner = null);
 
 /// <summary>A single process.</summary>

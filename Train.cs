@@ -402,9 +402,7 @@ public sealed class Checkpoints(string folder) {
     public string Keep(IEnumerable<(string Option, object? Value)> settings) {
         var lines = settings.Where(setting => setting.Value is not (null or false))
             .Select(setting => setting.Value is true ? setting.Option : $"{setting.Option} {setting.Value}").ToArray();
-        var before = File.Exists(SettingsPath) ? File.ReadAllLines(SettingsPath) : [];
-        if (before.Length > 0 && !before.Any(line => line.StartsWith("--optimizer ")))
-            before = [.. before, "--optimizer AdamW"];
+        var before = File.Exists(SettingsPath) ? ReadSettings() : [];
         Files.Write(SettingsPath, to => to.Write(Encoding.UTF8.GetBytes(string.Join('\n', lines) + "\n")));
         return before.Length == 0 || before.SequenceEqual(lines) ? ""
             : $"{string.Join(", ", before.Except(lines))} to {string.Join(", ", lines.Except(before))}";
@@ -412,12 +410,17 @@ public sealed class Checkpoints(string folder) {
 
     string SettingsPath => Path.Combine(folder, "settings.txt");
 
-    /// <summary>A run's settings as words of a command line; none if its folder has no checkpoint. Runs of llm.c and
-    /// of earlier versions do not name their optimizer, AdamW.</summary>
+    /// <summary>A run's settings as words of a command line; none if its folder has no checkpoint.</summary>
     public static IEnumerable<string> SettingsOf(string folder) =>
-        new Checkpoints(folder) is not { Last: not null } run ? []
-            : (File.Exists(run.SettingsPath) ? File.ReadLines(run.SettingsPath) : [])
-                .Prepend("--optimizer adamw").SelectMany(line => line.Split(' ', 2));
+        new Checkpoints(folder) is { Last: not null } run
+            ? run.ReadSettings().SelectMany(line => line.Split(' ', 2)) : [];
+
+    /// <summary>The lines of settings.txt. Runs of llm.c and of earlier versions, which name no optimizer, have AdamW.
+    /// </summary>
+    string[] ReadSettings() {
+        var lines = File.Exists(SettingsPath) ? File.ReadAllLines(SettingsPath) : [];
+        return lines.Any(line => line.StartsWith("--optimizer ")) ? lines : [.. lines, "--optimizer AdamW"];
+    }
 
     /// <summary>The path of a model: that of the last complete checkpoint if it is a folder.</summary>
     public static string ModelOf(string path) => !Directory.Exists(path) ? path

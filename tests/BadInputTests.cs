@@ -444,6 +444,7 @@ public partial class BadInputTests {
         new("an empty command", "''", 2, "COMMAND gpt2 --help ''"),
         new("unknown option", $"{Train} --frobnicate", 2, "gpt2 train --help '--frobnicate'"),
         new("unknown option of tokenize", "tokenize -o new --frobnicate text.txt", 2, "'--frobnicate'", WriteText),
+        new("a device for tokenize", "tokenize -o new --device cpu text.txt", 2, "'--device'", WriteText),
         new("unknown option with a value", $"{Train} --frobnicate=3", 2, "gpt2 train --help '--frobnicate=3'"),
         new("short option with =", $"{Train} -b=4", 2, "gpt2 train --help '-b=4'"),
         new("option of another command", $"{Train} --temperature 3", 2, "gpt2 train --help '--temperature'"),

@@ -600,7 +600,7 @@ public sealed class GpuAttentionTests(DeviceUnderTest gpu) {
     [Test, Arguments(64), Arguments(8)]
     public async Task AttentionTakesTheLongestSequence(int HS) {
         // The reference computes three queries: the others' outputs are not compared, and have no gradient.
-        const int T = Config.LongestT;
+        const int T = IDevice.LongestT;
         var (device, type, scale) = (gpu.Shared, gpu.Precision, 1 / Math.Sqrt(HS));
         float[] qkv = Rounded(Floats(1, T * 3 * HS), type), draws = Rounded(Floats(2, T * HS), type);
         float[] dy = new float[T * HS], y = new float[T * HS], lse = [.. Enumerable.Repeat(20f, T)];
