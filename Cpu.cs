@@ -78,10 +78,10 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
 
     // ---- Embedding
 
-    public void Embed(ReadOnlySpan<int> tokens, Tensor wte, Tensor wpe, int start, Tensor x) {
+    public void Embed(ReadOnlySpan<int> tokens, Tensor wte, Tensor wpe, Tensor x) {
         fixed (int* ids = tokens)
-            For(x.AllRows, (ids: (nint)ids, wte, wpe, start, x), static (s, row) => {
-                float* token = Row(s.wte, ((int*)s.ids)[row]), position = Row(s.wpe, s.start + row % s.x.Rows);
+            For(x.AllRows, (ids: (nint)ids, wte, wpe, x), static (s, row) => {
+                float* token = Row(s.wte, ((int*)s.ids)[row]), position = Row(s.wpe, row % s.x.Rows);
                 for (int i = 0, n = s.x.Columns; n > 0; i += Lanes, n -= Lanes)
                     Store(Row(s.x, row) + i, n, Load(token + i, n) + Load(position + i, n));
             });
@@ -231,18 +231,18 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
     /// enough to repay packing the keys.</summary>
     const int ScoreCount = IDevice.LongestT, QueryBlock = 128;
 
-    public void Attention(Tensor qkv, int start, int heads, Tensor y, Tensor lse) =>
-        For(qkv.Depth * heads, (qkv, start, heads, y, lse), static (s, head) => {
+    public void Attention(Tensor qkv, int heads, Tensor y, Tensor lse) =>
+        For(qkv.Depth * heads, (qkv, heads, y, lse), static (s, head) => {
             var scratch = stackalloc float[ScoreCount];
             var ((q, k, v), y) = (Heads(s.qkv, s.heads, head), Head(s.y, 1, 0, s.heads, head));
             var (scale, block) = (1 / MathF.Sqrt(q.Columns), Math.Clamp(ScoreCount / s.qkv.Rows, 1, QueryBlock));
             for (var first = 0; first < y.Rows; first += block) {
-                var (queries, result) = (q.RowsFrom(s.start + first, block), y.RowsFrom(first, block));
-                var keys = s.start + first + queries.Rows;
+                var (queries, result) = (q.RowsFrom(first, block), y.RowsFrom(first, block));
+                var keys = first + queries.Rows;
                 var p = new Matrix(scratch, queries.Rows, keys, keys, 1);
                 Product.Add(queries, k.RowsFrom(0, keys).Transposed, p.Cleared());
                 for (var row = 0; row < p.Rows; row++) {
-                    var visible = s.start + first + row + 1;
+                    var visible = first + row + 1;
                     var max = Maximum(p.Row(row), visible) * scale;
                     var sum = Exponentials(p.Row(row), visible, keys, scale, max);
                     Row(s.lse, head)[first + row] = max + MathF.Log(sum);
@@ -416,6 +416,131 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
             for (; n > 0; i += Lanes, n -= Lanes)
                 Store(Floats(s.z) + i, n, s.p * Load(Floats(s.x) + i, n) + s.q * Load(Floats(s.y) + i, n));
         }, operation);
+
+    // ---- Generation
+
+    Tensor normalized; // (rows, C), then statistics
+
+    public void Decode(ReadOnlySpan<Operation> program, in Choice choice, int position, int shared,
+        ReadOnlySpan<int> tokens, Span<int> next) {
+        for (var (n, B) = (0, tokens.Length); n < next.Length; n += B, position++) {
+            foreach (var op in program) {
+                if (op.Kind == OperationKind.Embed)
+                    Embed(n == 0 ? tokens : next[(n - B)..n], op.X, op.B.Slice(position, 1), op.Y);
+                else if (op.Kind == OperationKind.Attention)
+                    Attend(op, position, shared);
+                else if (op.Kind == OperationKind.Choose)
+                    Choose(op.X, choice with { Drawn = choice.Drawn + n / B }, next.Slice(n, B));
+                else
+                    MultiplyRows(op, position);
+            }
+        }
+    }
+
+    /// <summary>One product of a program, y = f(x·wᵀ + b). Each row of w is read once, by one thread.</summary>
+    void MultiplyRows(Operation op, int position) {
+        const int part = 32;
+        var (x, y) = (op.X, op.Y.Rows > 1 ? op.Y with { Address = (nint)Row(op.Y, position) } : op.Y);
+        if (op.NormW.Address != 0) {
+            if (normalized.Count < x.Count + 2 * x.AllRows)
+                normalized = new(Allocate((x.Count + 2 * x.AllRows) * sizeof(float)), 1, 1, (int)x.Count + 2 * x.AllRows);
+            var to = x with { Address = normalized.Address };
+            LayerNorm(x, op.NormW, op.NormB, to, to with { Address = to.Address + (nint)to.Bytes, Columns = 2 });
+            x = to;
+        }
+        For(Tiles(op.W.AllRows, part), (op.Kind, x, op.W, op.B, y), static (s, i) => {
+            for (var row = i * part; row < Math.Min((i + 1) * part, s.W.AllRows); row++) {
+                for (var b = 0; b < s.x.AllRows; b++) {
+                    var to = Floats(s.y) + (long)b * s.y.Rows * s.y.Columns + row;
+                    var sum = Product.Dot(Row(s.x, b), Row(s.W, row), s.x.Columns) +
+                        (s.B.Address != 0 ? Floats(s.B)[row] : 0);
+                    *to = s.Kind == OperationKind.Residual ? *to + sum
+                        : s.Kind == OperationKind.Gelu ? sum * Gate(new(sum))[0] : sum;
+                }
+            }
+        }, 2.0 * op.W.Count * x.AllRows, $"{nameof(Decode)} {op.W.AllRows} x {op.W.Columns}");
+    }
+
+    /// <summary>Attention of one query in each sequence.</summary>
+    void Attend(Operation op, int position, int shared) =>
+        For(op.X.Depth * op.Heads, (op, position, shared), static (s, head) => {
+            var (b, own) = (head / s.op.Heads, Heads(s.op.X, s.op.Heads, head));
+            var (first, y) = (Heads(s.op.X, s.op.Heads, head % s.op.Heads), Head(s.op.Y, 1, 0, s.op.Heads, head));
+            var scores = stackalloc float[ScoreCount];
+            for (var key = 0; key <= s.position; key++)
+                scores[key] = Product.Dot(own.Q.Row(s.position), (key < s.shared ? first : own).K.Row(key), y.Columns);
+            var (count, scale) = (s.position + 1, 1 / MathF.Sqrt(y.Columns));
+            var sum = Exponentials(scores, count, count, scale, Maximum(scores, count) * scale);
+            y.Cleared();
+            for (var key = 0; key < count; key++)
+                AddTo(y.Row(0), (key < s.shared ? first : own).V.Row(key), y.Columns, scores[key] / sum);
+        });
+
+    /// <summary>Chooses a token for each row of logits (B, 1, V), as the choice says.</summary>
+    void Choose(Tensor logits, Choice choice, Span<int> next) {
+        if (Numbers.NotFinite(new(Floats(logits), (int)logits.Count)) is { } value)
+            throw new Gpt2Exception($"--init: expected finite logits, found {value}: the weights are too large");
+        fixed (int* to = next)
+            For(logits.Depth, (logits, choice, to: (nint)to), static (s, row) => ((int*)s.to)[row] = Next(
+                new(Row(s.logits, row), s.logits.Columns), s.choice with { Sample = s.choice.Sample + row }));
+    }
+
+    /// <summary>The token to choose, given its logits (V). Top-k and top-p are thresholds: tokens as likely as the last
+    /// one let through are let through, too. The largest logit/T + Gumbel is a draw from the softmax.</summary>
+    internal static int Next(ReadOnlySpan<float> logits, Choice choice) {
+        var (T, max) = (choice.Temperature, Largest(logits));
+        if (T == 0)
+            return logits.IndexOf(max);
+        // Tokens of less than (1 − topP)/V of the likeliest one's probability are out, all together.
+        var least = choice.TopP < 1 ? max + T * MathF.Log((1 - choice.TopP) / logits.Length) : float.NegativeInfinity;
+        if (choice.TopK > 0 && choice.TopK < logits.Length) {
+            var largest = new PriorityQueue<int, float>(choice.TopK);
+            foreach (var logit in logits) {
+                if (largest.Count < choice.TopK)
+                    largest.Enqueue(0, logit);
+                else if (largest.TryPeek(out _, out var smallest) && logit > smallest)
+                    largest.EnqueueDequeue(0, logit);
+            }
+            if (largest.TryPeek(out _, out var last))
+                least = MathF.Max(least, last);
+        }
+        var candidates = new List<(float Logit, int Token)>();
+        for (var i = 0; i < logits.Length; i++) {
+            if (logits[i] >= least)
+                candidates.Add((logits[i], i));
+        }
+        if (choice.TopP < 1) {
+            candidates.Sort((x, y) => y.Logit.CompareTo(x.Logit));
+            ulong Weight(float logit) => (ulong)(MathF.Exp((logit - max) / T) * (1L << 40));
+            var left = (ulong)(choice.TopP * (double)candidates.Aggregate(0ul, (sum, x) => sum + Weight(x.Logit)));
+            var kept = 0;
+            for (var sum = 0ul; kept == 0 || sum < left || candidates[kept].Logit == candidates[kept - 1].Logit; kept++) {
+                if (kept == candidates.Count)
+                    break;
+                sum += Weight(candidates[kept].Logit);
+            }
+            candidates.RemoveRange(kept, candidates.Count - kept);
+        }
+        var seed = RandomBits((uint)choice.Drawn, RandomBits((uint)choice.Sample, choice.Seed));
+        float Gumbel(int token) => -MathF.Log(-MathF.Log(((RandomBits((uint)token, seed) >> 9) + 0.5f) / (1 << 23)));
+        return candidates.MaxBy(x => (x.Logit / T + Gumbel(x.Token), -x.Token)).Token;
+    }
+
+    static float Largest(ReadOnlySpan<float> x) {
+        fixed (float* values = x)
+            return Maximum(values, x.Length);
+    }
+
+    /// <summary>32 random bits for each counter and seed: the finalizer of MurmurHash3, twice, as in Kernels.cu.</summary>
+    static uint RandomBits(uint counter, uint seed) {
+        for (var round = 0; round < 2; round++) {
+            counter = (counter ^ seed) * 0x9e3779b9;
+            counter = (counter ^ counter >> 16) * 0x85ebca6b;
+            counter = (counter ^ counter >> 13) * 0xc2b2ae35;
+            counter ^= counter >> 16;
+        }
+        return counter;
+    }
 
     // ---- Threads, rows and lanes
 

@@ -230,7 +230,9 @@ public sealed unsafe class Cuda : IDevice {
             for (var i = 0; i < arguments.Length; i++)
                 pointers[i] = values[i].Place != 0 ? values[i].Place : (nint)(values + i);
             var start = Begin();
-            Check(cuLaunchKernel(kernel.Function, grid.X, grid.Y, grid.Z, block, 1, 1, shared, stream, pointers, null),
+            Check(name == Decoder // whose blocks wait for one another, so all must be there
+                ? cuLaunchCooperativeKernel(kernel.Function, grid.X, 1, 1, block, 1, 1, shared, stream, pointers)
+                : cuLaunchKernel(kernel.Function, grid.X, grid.Y, grid.Z, block, 1, 1, shared, stream, pointers, null),
                 operation);
             End(start, operation, flops, traffic);
         }
@@ -287,10 +289,10 @@ public sealed unsafe class Cuda : IDevice {
 
     int[] order = [], firsts = [];
 
-    public void Embed(ReadOnlySpan<int> tokens, Tensor wte, Tensor wpe, int start, Tensor x) {
+    public void Embed(ReadOnlySpan<int> tokens, Tensor wte, Tensor wpe, Tensor x) {
         RequireColumns(x.Columns);
         Launch("embed", (x.AllRows, 1, 1), 96, 0, 0, 3.0 * x.Bytes,
-            Upload(tokens), wte, wpe, start, x, x.Rows, x.Columns);
+            Upload(tokens), wte, wpe, x, x.Rows, x.Columns);
     }
 
     public void EmbedBackward(ReadOnlySpan<int> tokens, Tensor dx, Tensor dwte, Tensor dwpe) {
@@ -466,17 +468,17 @@ public sealed unsafe class Cuda : IDevice {
     Argument HeadsMap(int index, Tensor x) => !hopper ? new Argument(0, maps) : Map(index, x,
         [FlashHead, (ulong)(x.Columns / FlashHead), (ulong)x.Rows, (ulong)x.Depth], [FlashHead, 1, FlashTile, 1]);
 
-    public void Attention(Tensor qkv, int start, int heads, Tensor y, Tensor lse) {
+    public void Attention(Tensor qkv, int heads, Tensor y, Tensor lse) {
         var (B, T, HS) = (qkv.Depth, qkv.Rows, y.Columns / heads);
         RequireColumns(y.Columns);
         Require(HS <= LargestHead, "the channels of a head", $"at most {LargestHead}", HS);
         Require(B <= MostSequences, "the batch", $"at most {MostSequences} sequences", B);
         var flops = 2.0 * B * T * (T + 1) * y.Columns;
-        if (Precision == DataType.Bf16 && HS == FlashHead && start == 0) {
+        if (Precision == DataType.Bf16 && HS == FlashHead) {
             Launch(hopper ? "attention_hopper" : "attention", (Blocks(T, FlashRows), heads, B), FlashThreads,
                 FlashShared(2, 0), flops, 0, HeadsMap(0, qkv), qkv, y, lse, T, heads);
         } else {
-            Launch("attention_any", (T - start, heads, B), AnyThreads, 0, flops, 0, qkv, start, y, lse, T, heads, HS);
+            Launch("attention_any", (T, heads, B), AnyThreads, 0, flops, 0, qkv, y, lse, T, heads, HS);
         }
     }
 
@@ -609,6 +611,50 @@ public sealed unsafe class Cuda : IDevice {
                     (int)step.Seed);
             }
         }
+    }
+
+    // ---- Generation
+
+    const string Decoder = "decode";
+
+    /// <summary>The kernel's structs, which Kernels.cu describes.</summary>
+    readonly record struct OperationArguments(
+        int Kind, int N, int K, int T, long Heads, nint X, nint NormW, nint NormB, nint B, nint Y);
+    readonly record struct Factor(nint W, int N, int K);
+    readonly record struct DecodeArguments(
+        nint Program, nint Factors, nint Tokens, nint Maxima, nint Arrivals, int Length, int Products, int Rows,
+        int Position, int Shared, int Count, int Drawn, int First, int TopK, int Selects, float Temperature, float TopP,
+        uint Seed);
+
+    public void Decode(ReadOnlySpan<Operation> program, in Choice choice, int position, int shared,
+        ReadOnlySpan<int> tokens, Span<int> next) {
+        const int threads = 384, channels = 8, sharedBytes = 6 * threads * 32 + 64 * channels * threads / 32 * 4;
+        var (operations, factors) = (new List<OperationArguments>(), new List<Factor>());
+        foreach (var (kind, x, w, b, y, normW, normB, heads) in program) {
+            var isProduct = w.Address != 0;
+            var T = kind == OperationKind.Attention ? x.Rows : y.Rows;
+            Require(!isProduct || w.Columns % Width == 0, "the number of channels", $"a multiple of {Width}", w.Columns);
+            Require(heads == 0 || y.Columns / heads <= LargestHead, "the channels of a head", $"at most {LargestHead}",
+                y.Columns / Math.Max(1, heads));
+            operations.Add(new((int)kind, isProduct ? w.AllRows : kind == OperationKind.Embed ? y.Columns : 0,
+                isProduct ? w.Columns : kind == OperationKind.Attention ? y.Columns : x.Columns, T, heads, x.Address,
+                normW.Address, normB.Address, b.Address, y.Address));
+            if (isProduct)
+                factors.Add(new(w.Address, w.AllRows, w.Columns));
+        }
+        // Staging memory has the arrivals, then the tokens, the known ones first.
+        var (rows, count, places) = (tokens.Length, next.Length / tokens.Length, Upload<int>([0, .. tokens, .. next]));
+        var arguments = new DecodeArguments(Upload<OperationArguments>([.. operations]), Upload<Factor>([.. factors]),
+            places + sizeof(int), scratch, places, operations.Count, factors.Count, rows, position, shared, count,
+            choice.Drawn, choice.Sample, choice.TopK, choice.Selects(operations[^1].K) ? 1 : 0, choice.Temperature,
+            choice.TopP, choice.Seed);
+        var bytes = factors.Sum(factor => (double)factor.N * factor.K * Tensor.SizeOf(Precision));
+        Launch(Decoder, (Math.Min(multiprocessors, factors.Max(factor => Blocks(factor.N, channels))), 1, 1), threads,
+            sharedBytes, count * rows * bytes * 2 / Tensor.SizeOf(Precision), count * bytes,
+            new Argument(0, (nint)(&arguments)));
+        Download<int>(places + sizeof(int) * (1 + rows), next.Length).CopyTo(next);
+        if (next.ContainsAnyInRange(operations[^1].K, int.MaxValue))
+            throw new Gpt2Exception("--init: expected finite logits, found others: the weights are too large");
     }
 
     // ---- What the GPU can do
@@ -783,6 +829,9 @@ static unsafe partial class Driver {
     [LibraryImport(Library)]
     public static partial int cuLaunchKernel(nint function, int gridX, int gridY, int gridZ, int blockX, int blockY,
         int blockZ, int shared, nint stream, nint* parameters, nint* extra);
+    [LibraryImport(Library)]
+    public static partial int cuLaunchCooperativeKernel(nint function, int gridX, int gridY, int gridZ, int blockX,
+        int blockY, int blockZ, int shared, nint stream, nint* parameters);
     [LibraryImport(Library)]
     public static partial int cuTensorMapEncodeTiled(nint map, int type, int rank, nint address, ulong* dimensions,
         ulong* strides, uint* box, uint* steps, int interleave, int swizzle, int promotion, int fill);

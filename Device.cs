@@ -81,6 +81,28 @@ public readonly record struct MuonStep(
 /// master copy (the same array if W is fp32), gradients and momentum, both fp32. First is as in AdamWPart.</summary>
 public readonly record struct MuonPart(long First, Tensor W, Tensor Master, Tensor Dw, Tensor M);
 
+/// <summary>What one operation of a program does; <see cref="Operation"/> says how.</summary>
+public enum OperationKind { Embed, Linear, Gelu, Residual, Logits, Attention, Choose }
+
+/// <summary>One operation of the program that makes the next token of B sequences, in <see cref="IDevice.Decode"/>.
+/// Its arrays have one row for each sequence, y of Linear one for each position, too, of which one is written.
+/// Embed: y (B, 1, C) = x (Vp, C) at the sequence's last token + b (MaxT, C) at its position.
+/// Linear: y = x·wᵀ + b, with x (B, 1, K), w (N, K), b (N) or default, y (B, 1, N) or (B, MaxT, N); with normW and
+/// normB (K), x goes through layer norm first. Gelu: y = GELU of that; Residual: y += that; Logits: y is fp32.
+/// Attention: y (B, 1, C) = attention of the query at the position, for x (B, MaxT, 3C), as in IDevice.Attention.
+/// Choose: the next token, from logits x (B, 1, V).</summary>
+public readonly record struct Operation(OperationKind Kind, Tensor X, Tensor W, Tensor B, Tensor Y,
+    Tensor NormW = default, Tensor NormB = default, int Heads = 0);
+
+/// <summary>How the next token is chosen: the likeliest for temperature 0, or a random one of the topK likeliest (0 for
+/// all) and, of these, of the likeliest with probability topP together (Holtzman et al., 2020); tokens as likely as the
+/// last of them count as well. What is drawn depends on the seed, the number of the sample (of the first sequence here)
+/// and how many tokens of it were drawn before, on nothing else.</summary>
+public readonly record struct Choice(float Temperature, int TopK, float TopP, uint Seed, int Sample = 0, int Drawn = 0) {
+    /// <summary>True if some tokens are out of the question.</summary>
+    public bool Selects(int vocabulary) => Temperature > 0 && (TopP < 1 || TopK > 0 && TopK < vocabulary);
+}
+
 /// <summary>Calls, seconds, floating-point operations and bytes read and written, by operation.</summary>
 public sealed class Profile {
     public Dictionary<string, (int Calls, double Seconds, double Flops, double Bytes)> Operations { get; } = [];
@@ -123,8 +145,8 @@ public interface IDevice : IDisposable {
     void Read(Tensor from, Span<float> values);
     /// <summary>x = 0.</summary>
     void Clear(Tensor x);
-    /// <summary>x (B, T, C) = wte[token] + wpe[start + t], with tokens (B, T), wte (Vp, C) and wpe (MaxT, C).</summary>
-    void Embed(ReadOnlySpan<int> tokens, Tensor wte, Tensor wpe, int start, Tensor x);
+    /// <summary>x (B, T, C) = wte[token] + wpe[t], with tokens (B, T), wte (Vp, C) and wpe (MaxT, C).</summary>
+    void Embed(ReadOnlySpan<int> tokens, Tensor wte, Tensor wpe, Tensor x);
     /// <summary>dwte[token] += dx; dwpe[t] += dx; shapes as in <see cref="Embed"/>.</summary>
     void EmbedBackward(ReadOnlySpan<int> tokens, Tensor dx, Tensor dwte, Tensor dwpe);
     /// <summary>y (B, T, C) = (x − mean)·rstd·w + b, with w and b (C) and statistics (B, T, 2) = mean and
@@ -148,10 +170,10 @@ public interface IDevice : IDisposable {
     void LinearGeluBackward(Tensor dy, Tensor x, Tensor input, Tensor w, Tensor dx, Tensor dw, Tensor dbias);
     /// <summary>y = x/2·(1 + tanh(√(2/π)·(x + 0.044715·x³))), with x and y of any one shape.</summary>
     void Gelu(Tensor x, Tensor y);
-    /// <summary>y (B, T − start, NH·HS) = causal attention for positions from start on. qkv (B, T, 3·NH·HS) packs
-    /// queries, keys and values; lse (B, NH, T − start) = the log-sum-exp of each query's scaled scores.</summary>
-    void Attention(Tensor qkv, int start, int heads, Tensor y, Tensor lse);
-    /// <summary>dqkv (B, T, 3·NH·HS) from dy (B, T, NH·HS), with the other arrays as Attention left them for start 0;
+    /// <summary>y (B, T, NH·HS) = causal attention. qkv (B, T, 3·NH·HS) packs queries, keys and values; lse (B, NH, T) =
+    /// the log-sum-exp of each query's scaled scores.</summary>
+    void Attention(Tensor qkv, int heads, Tensor y, Tensor lse);
+    /// <summary>dqkv (B, T, 3·NH·HS) from dy (B, T, NH·HS), with the other arrays as Attention left them;
     /// dbias (3·NH·HS) += Σ dqkv over rows.</summary>
     void AttentionBackward(Tensor dy, Tensor qkv, Tensor y, Tensor lse, int heads, Tensor dqkv, Tensor dbias);
     /// <summary>losses (rows) = cross-entropy of logits (rows, Vp) and targets (rows), over the first
@@ -173,4 +195,12 @@ public interface IDevice : IDisposable {
     /// (a, b, c) = (3.4445, −4.7750, 2.0315); w = w·(1 − lr·decay) − lr·0.2·√max(rows, columns)·x. x and the products
     /// have the device's precision, with fp32 sums.</summary>
     void Muon(ReadOnlySpan<MuonPart> parts, in MuonStep step);
+    /// <summary>Sequences that <see cref="Decode"/> takes at most.</summary>
+    const int MostSequences = 64;
+    /// <summary>Runs a program as often as <paramref name="next"/> (times, B) has rows, for B sequences whose last
+    /// tokens are at a position. Keys and values before position <paramref name="shared"/> are those of the first.
+    /// </summary>
+    /// <exception cref="Gpt2Exception">Logits are not finite.</exception>
+    void Decode(ReadOnlySpan<Operation> program, in Choice choice, int position, int shared, ReadOnlySpan<int> tokens,
+        Span<int> next);
 }

@@ -260,10 +260,10 @@ KERNEL add_row_sums(const float* partial, int count, int C, float* db, float* dw
 
 // ---- Embedding
 
-// x (B, T, C) = wte (V, C) at the tokens (B, T) + wpe (maxT, C) at the positions, from start on. One block per row.
-KERNEL embed(const int* tokens, const floatX* wte, const floatX* wpe, int start, floatX* x, int T, int C) {
+// x (B, T, C) = wte (V, C) at the tokens (B, T) + wpe (maxT, C) at the positions. One block per row.
+KERNEL embed(const int* tokens, const floatX* wte, const floatX* wpe, floatX* x, int T, int C) {
     int64_t row = blockIdx.x;
-    const floatX *token = wte + (int64_t)tokens[row] * C, *position = wpe + (int64_t)(start + row % T) * C;
+    const floatX *token = wte + (int64_t)tokens[row] * C, *position = wpe + row % T * C;
     for (int c = threadIdx.x * Width; c < C; c += blockDim.x * Width)
         store(x + row * C + c, load(token + c) + load(position + c));
 }
@@ -427,7 +427,7 @@ KERNEL gelu_backward(const floatX* x, floatX* dx, int64_t count) {
         store(dx + i, load(dx + i) * map(load(x + i), gelu_slope));
 }
 
-// ---- Attention for heads of any size, and for generation
+// ---- Attention for heads of any size
 
 constexpr int HeadWarps = 8, LargestHead = 256;
 
@@ -470,11 +470,11 @@ __device__ void combine(const Head& own, float factor, floatX* to, int HS) {
     }
 }
 
-// y (B, T − start, NH·HS) and lse (B, NH, T − start) from qkv (B, T, 3, NH·HS), for queries from start on. One block
-// per query (x), head (y) and sequence (z), whose warps divide the keys.
-KERNEL attention_any(const floatX* qkv, int start, floatX* y, float* lse, int T, int NH, int HS) {
+// y (B, T, NH·HS) and lse (B, NH, T) from qkv (B, T, 3, NH·HS). One block per query (x), head (y) and sequence (z), whose
+// warps divide the keys.
+KERNEL attention_any(const floatX* qkv, floatX* y, float* lse, int T, int NH, int HS) {
     __shared__ float maxima[HeadWarps], sums[HeadWarps];
-    int warp = threadIdx.x / Warp, C = NH * HS, row = start + blockIdx.x;
+    int warp = threadIdx.x / Warp, C = NH * HS, row = blockIdx.x;
     const floatX* head = qkv + (int64_t)blockIdx.z * T * 3 * C + blockIdx.y * HS;
     Head q(head + (int64_t)row * 3 * C, HS), own;
     float max = -INFINITY, total = 0, scale = rsqrtf(HS);
@@ -495,10 +495,10 @@ KERNEL attention_any(const floatX* qkv, int start, floatX* y, float* lse, int T,
         all_max = fmaxf(all_max, maxima[i]);
     for (int i = 0; i < HeadWarps; i++)
         all += sums[i] * __expf(maxima[i] - all_max);
-    int64_t out = (int64_t)blockIdx.z * (T - start) + blockIdx.x;
+    int64_t out = (int64_t)blockIdx.z * T + row;
     combine(own, __expf(max - all_max) / all, y + out * C + blockIdx.y * HS, HS);
     if (threadIdx.x == 0)
-        lse[((int64_t)blockIdx.z * NH + blockIdx.y) * (T - start) + blockIdx.x] = all_max + __logf(all);
+        lse[((int64_t)blockIdx.z * NH + blockIdx.y) * T + row] = all_max + __logf(all);
 }
 
 // dq in dqkv (B, T, 3, NH·HS), and delta (B, NH, T) = Σ dy·y, from dy and y (B, T, NH·HS), qkv (B, T, 3, NH·HS) and lse
@@ -1746,4 +1746,441 @@ KERNEL muon(
         Pack change = map(load(x + i), [=](float u) { return -rate * u; });
         store_weights(master + i, w + i, Width, kept + change, first + i, seed);
     }
+}
+
+// ---- Generation
+
+// One launch makes the next tokens of up to 64 sequences, whose activations are the rows of x. Its blocks run a program
+// of operations and wait for one another after each. Products of so few rows take as long as their weights take to
+// come, so each thread asks for those it multiplies well ahead, across operations.
+
+constexpr int DecodeThreads = 384, DecodeWarps = DecodeThreads / Warp, MostRows = 64;
+constexpr int Channels = 8;                    // columns of a product that a block computes at a time
+constexpr int Slice = DecodeWarps * 4 * Width; // of its depth, which a block multiplies at a time
+constexpr int Ahead = 24 / sizeof(floatX);     // slices asked for and not multiplied yet
+constexpr int ScratchBytes = MostRows * Channels * DecodeWarps * 4, MostCandidates = ScratchBytes / 8;
+
+enum Kind { EmbedNext, LinearNext, GeluNext, ResidualNext, LogitsNext, AttentionNext, ChooseNext };
+
+// y (rows, T, N), of which the row at the position is written, from x (rows, K). An embedding has wte for x and wpe for b,
+// attention x (rows, T, 3K), and a choice logits (rows, K) in fp32.
+struct Operation {
+    int kind, N, K, T, heads;
+    const floatX *x, *norm_w, *norm_b, *b; // norm_w and norm_b (K), or null; b (N), or null
+    void* y;
+};
+
+// The weights (N, K) of a product.
+struct Factor {
+    const floatX* w;
+    int N, K;
+};
+
+struct Decode {
+    const Operation* program;
+    const Factor* factors; // of the program's products
+    int* tokens;           // (count + 1, rows), of which the first are known
+    float* maxima;         // (rows, tiles) scratch memory: the largest of every eight logits
+    uint32_t* arrivals;    // 0 at first
+    int length, products, rows, position, shared, count, drawn, first, top_k, selects;
+    float temperature, top_p;
+    uint32_t seed;
+};
+
+PTX(cp_async_wait_first, (), "cp.async.wait_group %0;" ::"n"(Ahead - 1) : "memory")
+PTX(arrive, (uint32_t* counter), "red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory")
+PTX(load_acquire, (uint32_t& to, const uint32_t* from), "ld.acquire.gpu.global.u32 %0, [%1];"
+    : "=r"(to) : "l"(from) : "memory")
+
+// Waits until all blocks have come here, for the time-th time.
+__device__ void wait_for_all(uint32_t* arrivals, uint32_t time) {
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        arrive(arrivals);
+        for (uint32_t seen = 0; (int)(seen - time * gridDim.x) < 0;)
+            load_acquire(seen, arrivals);
+    }
+    __syncthreads();
+}
+
+// The weights that this thread multiplies, in the order of their use: of each tile of 8 rows that its block has, of each
+// slice, eight of row lane/4. They wait in shared memory, where no other thread reads them.
+struct Weights {
+    const Factor* factors;
+    int products, product, tile, k, asked, used;
+    Factor now, next;
+
+    __device__ Weights(const Decode& run)
+        : factors(run.factors), products(run.products), product(0), tile(blockIdx.x), k(0), asked(0), used(0), now(),
+          next(run.factors[0]) {
+        for (int i = 0; i < Ahead; i++)
+            ask();
+    }
+
+    __device__ uint32_t place(int i) const {
+        return shared_address(shared) + (i % Ahead * DecodeThreads + threadIdx.x) * sizeof(Eight);
+    }
+
+    __device__ void ask() {
+        if ((k += Slice) >= now.K) {
+            k = 0;
+            tile += gridDim.x;
+            while (tile * Channels >= now.N) {
+                now = next;
+                product = product + 1 == products ? 0 : product + 1;
+                next = factors[product];
+                tile = blockIdx.x;
+            }
+        }
+        int row = tile * Channels + threadIdx.x % Warp / 4, column = k + part();
+        bool inside = row < now.N && column < now.K;
+        const floatX* from = inside ? now.w + (int64_t)row * now.K + column : now.w;
+        for (int i = 0; i < sizeof(Eight); i += 16)
+            cp_async(place(asked) + i, (const char*)from + i, inside);
+        cp_async_commit();
+        asked++;
+    }
+
+    // The first column of a slice that is this thread's.
+    static __device__ int part() { return (threadIdx.x / Warp * 4 + threadIdx.x % 4) * Width; }
+
+    __device__ Eight take() {
+        cp_async_wait_first();
+        Eight w;
+        for (int i = 0; i < sizeof(Eight); i += 16)
+            load_shared(((uint4*)&w)[i / 16], place(used) + i);
+        used++;
+        ask();
+        return w;
+    }
+};
+
+// The sum, or whatever combine makes of it, of x over the block.
+template <typename Combine>
+__device__ uint64_t over_block(uint64_t x, Combine combine) {
+    __shared__ uint64_t parts[DecodeWarps];
+    for (int distance = Warp / 2; distance > 0; distance /= 2)
+        x = combine(x, __shfl_xor_sync(~0u, x, distance));
+    __syncthreads();
+    if (threadIdx.x % Warp == 0)
+        parts[threadIdx.x / Warp] = x;
+    __syncthreads();
+    x = parts[0];
+    for (int i = 1; i < DecodeWarps; i++)
+        x = combine(x, parts[i]);
+    return x;
+}
+
+// Bits in the order of numbers, and back.
+__device__ uint32_t ordered(float x) {
+    uint32_t bits = __float_as_uint(x);
+    return bits >> 31 ? ~bits : bits | 1u << 31;
+}
+__device__ float number(uint32_t order) { return __uint_as_float(order >> 31 ? order & ~(1u << 31) : ~order); }
+
+// The seed of the random numbers for one token of a sample, and Gumbel's distribution: the largest of logit + gumbel is
+// a token drawn from the softmax.
+__device__ uint32_t seed_of(const Decode& run, int row, int n) {
+    return random_bits(run.drawn + n, random_bits(run.first + row, run.seed));
+}
+__device__ float gumbel(int token, uint32_t seed) {
+    return -logf(-logf(((random_bits(token, seed) >> 9) + 0.5f) * 0x1p-23f));
+}
+
+// statistics (rows) = mean and 1/deviation of x (rows, C).
+__device__ void row_statistics(const floatX* x, int rows, int C, float2* statistics) {
+    int lane = threadIdx.x % Warp;
+    for (int row = threadIdx.x / Warp; row < rows; row += DecodeWarps) {
+        float total = 0, squares = 0;
+        for (int c = lane * Width; c < C; c += Warp * Width)
+            total += sum(load(x + row * C + c));
+        float mean = warp_sum(total) / C;
+        for (int c = lane * Width; c < C; c += Warp * Width) {
+            Pack difference = normalize(load(x + row * C + c), mean, 1);
+            squares += sum(difference * difference);
+        }
+        float rstd = rsqrtf(warp_sum(squares) / C + 1e-5f);
+        if (lane == 0)
+            statistics[row] = make_float2(mean, rstd);
+    }
+    __syncthreads();
+}
+
+// One product: y = x·wᵀ + b, with the rows of x normalized first if there are weights for that. Each warp multiplies its
+// part of the depth, and scratch has the warps' sums. Tiles is that of 16 rows.
+template <int Tiles>
+__device__ void multiply_rows(const Operation& op, const Decode& run, int n, Weights& weights, float* scratch) {
+    constexpr int Rows = Tiles * 16;
+    __shared__ float2 statistics[MostRows];
+    int warp = threadIdx.x / Warp, lane = threadIdx.x % Warp, slices = (op.K + Slice - 1) / Slice;
+    if (op.norm_w)
+        row_statistics(op.x, run.rows, op.K, statistics);
+    auto fetch = [&](int row, int column) {
+        Eight x = {};
+        if (row < run.rows && column < op.K) {
+            x = *(const Eight*)(op.x + (int64_t)row * op.K + column);
+            if (op.norm_w) {
+                float2 s = statistics[row];
+                store(x.x, normalize(load(x.x), s.x, s.y) * load(op.norm_w + column) + load(op.norm_b + column));
+            }
+        }
+        return x;
+    };
+    for (int tile = blockIdx.x; tile * Channels < op.N; tile += gridDim.x) {
+#ifdef FP32
+        float sums[Rows] = {};
+        for (int k = Weights::part(); k < slices * Slice; k += Slice) {
+            Pack w = load(weights.take().x);
+#pragma unroll
+            for (int row = 0; row < Rows; row++)
+                sums[row] += row < run.rows ? sum(load(fetch(row, k).x) * w) : 0;
+        }
+#pragma unroll
+        for (int row = 0; row < Rows; row++) {
+            float total = sum_lanes<2, 1>(sums[row]);
+            if (lane % 4 == 0)
+                scratch[(warp * Rows + row) * Channels + lane / 4] = total;
+        }
+#else
+        constexpr int Batch = 8 / Tiles; // slices of x that are loaded together
+        float sums[Tiles][4] = {};
+        for (int slice = 0; slice < slices; slice += Batch) {
+            Eight x[Batch][Tiles][2];
+#pragma unroll
+            for (int i = 0; i < Batch; i++) {
+#pragma unroll
+                for (int j = 0; j < 2 * Tiles; j++)
+                    x[i][j / 2][j % 2] = fetch(j * 8 + lane / 4, Weights::part() + (slice + i) * Slice);
+            }
+#pragma unroll
+            for (int i = 0; i < Batch; i++) {
+                if (slice + i >= slices)
+                    continue;
+                Eight taken = weights.take();
+                uint4 w = *(uint4*)&taken;
+                for (int j = 0; j < Tiles; j++) {
+                    uint4 low = *(uint4*)&x[i][j][0], high = *(uint4*)&x[i][j][1];
+                    mma(sums[j], {low.x, high.x, low.y, high.y}, w.x, w.y);
+                    mma(sums[j], {low.z, high.z, low.w, high.w}, w.z, w.w);
+                }
+            }
+        }
+        for (int j = 0; j < 2 * Tiles; j++)
+            *(float2*)&scratch[(warp * Rows + j * 8 + lane / 4) * Channels + lane % 4 * 2] =
+                make_float2(sums[j / 2][j % 2 * 2], sums[j / 2][j % 2 * 2 + 1]);
+#endif
+        __syncthreads();
+        for (int i = threadIdx.x; i < Rows * Channels; i += DecodeThreads) {
+            int row = i / Channels, column = tile * Channels + i % Channels;
+            bool inside = row < run.rows && column < op.N;
+            float y = inside && op.b ? (float)op.b[column] : 0;
+            for (int j = 0; j < DecodeWarps; j++)
+                y += scratch[j * Rows * Channels + i];
+            int64_t at = ((int64_t)row * op.T + (op.T > 1 ? run.position + n : 0)) * op.N + column;
+            if (op.kind == LogitsNext) {
+                if (!run.selects && run.temperature > 0)
+                    y = y / run.temperature + gumbel(column, seed_of(run, row, n));
+                y = y == y ? y : INFINITY; // which no maximum ignores
+                float max = max_lanes<4, 2, 1>(inside ? y : -INFINITY);
+                if (inside && i % Channels == 0)
+                    run.maxima[row * ((op.N + Channels - 1) / Channels) + tile] = max;
+                if (inside)
+                    ((float*)op.y)[at] = y;
+            } else if (inside) {
+                floatX* to = (floatX*)op.y + at;
+                *to = op.kind == GeluNext ? gelu_of(y) : op.kind == ResidualNext ? y + (float)*to : y;
+            }
+        }
+        __syncthreads();
+    }
+}
+
+// y (rows, C) = attention of the query at the position, for x (rows, T, 3C). A block takes a head of a row; as many lanes
+// as a key needs take it, eight channels each, and keep sums of their own until the end.
+__device__ void attend(const Operation& op, const Decode& run, int position, float* scratch) {
+    int C = op.K, HS = C / op.heads, lanes = 1, warp = threadIdx.x / Warp, lane = threadIdx.x % Warp;
+    while (lanes * Width < HS)
+        lanes *= 2;
+    int channel = lane % lanes * Width, own = max(0, HS - channel), keys = Warp / lanes;
+    float *maxima = scratch, *totals = maxima + DecodeWarps, *sums = totals + DecodeWarps;
+    for (int item = blockIdx.x; item < run.rows * op.heads; item += gridDim.x) {
+        int row = item / op.heads;
+        auto at = [&](int position) {
+            int64_t sequence = position < run.shared ? 0 : row;
+            return op.x + (sequence * op.T + position) * 3 * C + item % op.heads * HS + channel;
+        };
+        Pack q = load_some(at(position), own), total = {};
+        float scale = rsqrtf(HS) * Log2E, max = Lowest, all = 0;
+#pragma unroll 4
+        for (int key = warp * keys + lane / lanes; key - lane / lanes <= position; key += DecodeWarps * keys) {
+            const floatX* k = at(min(key, position)) + C;
+            float score = sum(q * load_some(k, own));
+            Pack v = load_some(k + C, own);
+            for (int distance = lanes / 2; distance > 0; distance /= 2)
+                score += __shfl_xor_sync(~0u, score, distance);
+            score = key <= position ? score * scale : Lowest;
+            float new_max = fmaxf(max, score), keep = exp2_approximate(max - new_max);
+            float p = key <= position ? exp2_approximate(score - new_max) : 0;
+            all = all * keep + p;
+            total = map(total, [=](float x) { return x * keep; }) + map(v, [=](float x) { return x * p; });
+            max = new_max;
+        }
+        // The same sums over the lanes and then the warps.
+        float top = max;
+        for (int distance = lanes; distance < Warp; distance *= 2)
+            top = fmaxf(top, __shfl_xor_sync(~0u, top, distance));
+        float keep = exp2_approximate(max - top);
+        all *= keep;
+        for (int distance = lanes; distance < Warp; distance *= 2)
+            all += __shfl_xor_sync(~0u, all, distance);
+        for (int i = 0; i < Width; i++) {
+            total.x[i] *= keep;
+            for (int distance = lanes; distance < Warp; distance *= 2)
+                total.x[i] += __shfl_xor_sync(~0u, total.x[i], distance);
+            if (lane < lanes)
+                sums[warp * LargestHead + channel + i] = total.x[i];
+        }
+        if (lane == 0) {
+            maxima[warp] = top;
+            totals[warp] = all;
+        }
+        __syncthreads();
+        for (int i = 0; i < DecodeWarps; i++)
+            top = fmaxf(top, maxima[i]);
+        for (int c = threadIdx.x; c < HS; c += DecodeThreads) {
+            float y = 0, divisor = 0;
+            for (int i = 0; i < DecodeWarps; i++) {
+                float factor = exp2_approximate(maxima[i] - top);
+                y += sums[i * LargestHead + c] * factor;
+                divisor += totals[i] * factor;
+            }
+            ((floatX*)op.y)[(int64_t)row * C + item % op.heads * HS + c] = y / divisor;
+        }
+        __syncthreads();
+    }
+}
+
+// The largest threshold in [low, high] that lets weight of at least target through; so does low.
+template <typename Weight>
+__device__ uint32_t threshold(uint32_t low, uint32_t high, uint64_t target, Weight weight) {
+    while (low < high) {
+        uint32_t middle = high - (high - low) / 2;
+        if (weight(middle) >= target)
+            low = middle;
+        else
+            high = middle - 1;
+    }
+    return low;
+}
+
+// The next token of a row from its logits (V), of which maxima has the largest of every eight; V if they are not finite.
+// Top-k and top-p are thresholds: a token as likely as the last one let through is let through, too. Probabilities are
+// summed as integers, whose order does not matter.
+__device__ int choose(const Decode& run, const float* logits, const float* maxima, int V, uint32_t seed, float* values) {
+    __shared__ int found;
+    int *tokens = (int*)values + MostCandidates, tiles = (V + Channels - 1) / Channels;
+    auto largest = [](uint64_t x, uint64_t y) { return x > y ? x : y; };
+    auto sum = [](uint64_t x, uint64_t y) { return x + y; };
+    auto entry = [](float x, int i) { return (uint64_t)ordered(x) << 32 | (uint32_t)~i; }; // of two alike the first wins
+    uint64_t own = 0;
+    for (int i = threadIdx.x; i < tiles; i += DecodeThreads)
+        own = largest(own, entry(maxima[i], i));
+    uint64_t best = over_block(own, largest);
+    float max = number(best >> 32);
+    if (!isfinite(max))
+        return V;
+    if (!run.selects) {
+        int token = (int)~(uint32_t)best * Channels;
+        while (logits[token] != max)
+            token++;
+        return token;
+    }
+    // Candidates: tokens above (1 − topP)/V of the likeliest one's probability, and above the k-th of parts' largest.
+    uint32_t high = best >> 32, low = ordered(max + run.temperature * logf((1 - run.top_p) / V));
+    if (run.top_k > 0 && run.top_k <= min(tiles, DecodeThreads))
+        low = ::max(low, threshold(0, high, run.top_k,
+            [&](uint32_t least) { return (uint64_t)__syncthreads_count(own >> 32 >= least); }));
+    if (threadIdx.x == 0)
+        found = 0;
+    __syncthreads();
+    for (int i = threadIdx.x; i < tiles; i += DecodeThreads) {
+        for (int token = i * Channels; token < min(V, (i + 1) * Channels) && ordered(maxima[i]) >= low; token++) {
+            if (ordered(logits[token]) < low)
+                continue;
+            if (int at = atomicAdd(&found, 1); at < MostCandidates) {
+                values[at] = logits[token];
+                tokens[at] = token;
+            }
+        }
+    }
+    __syncthreads();
+    bool listed = found <= MostCandidates;
+    int count = listed ? found : V;
+    const float* candidates = listed ? values : logits;
+    // What tokens of at least a threshold weigh: each 1, or its probability.
+    auto number_above = [&](uint32_t least) {
+        uint64_t own = 0;
+        for (int i = threadIdx.x; i < count; i += DecodeThreads)
+            own += ordered(candidates[i]) >= least;
+        return over_block(own, sum);
+    };
+    auto probability_above = [&](uint32_t least) {
+        uint64_t own = 0;
+        for (int i = threadIdx.x; i < count; i += DecodeThreads)
+            own += ordered(candidates[i]) < least ? 0
+                : (uint64_t)(exp2f((candidates[i] - max) / run.temperature * Log2E) * 0x1p40f);
+        return over_block(own, sum);
+    };
+    if (run.top_k > 0)
+        low = threshold(low, high, min(run.top_k, V), number_above);
+    if (run.top_p < 1)
+        low = threshold(low, high, (uint64_t)(run.top_p * (double)probability_above(low)), probability_above);
+    own = 0;
+    for (int i = threadIdx.x; i < count; i += DecodeThreads) {
+        int token = listed ? tokens[i] : i;
+        if (ordered(candidates[i]) >= low)
+            own = largest(own, entry(candidates[i] / run.temperature + gumbel(token, seed), token));
+    }
+    return ~(uint32_t)over_block(own, largest);
+}
+
+// Runs the program count times.
+KERNEL __launch_bounds__(DecodeThreads, 1) decode(Decode run) {
+    float* scratch = (float*)(shared + Ahead * DecodeThreads * sizeof(Eight) / sizeof(uint4));
+    Weights weights(run);
+    Operation op = run.program[0];
+    uint32_t time = 0;
+    for (int n = 0; n < run.count; n++) {
+        for (int i = 1; i <= run.length; i++) {
+            if (op.kind == EmbedNext || op.kind == ChooseNext) {
+                for (int row = blockIdx.x; row < run.rows; row += gridDim.x) {
+                    int* token = run.tokens + n * run.rows + row;
+                    if (op.kind == ChooseNext) {
+                        int next = choose(run, (const float*)op.x + (int64_t)row * op.K, run.maxima + row *
+                            ((op.K + Channels - 1) / Channels), op.K, seed_of(run, row, n), scratch);
+                        if (threadIdx.x == 0)
+                            token[run.rows] = next;
+                        __syncthreads();
+                        continue;
+                    }
+                    for (int c = threadIdx.x * Width; c < op.N; c += DecodeThreads * Width)
+                        store((floatX*)op.y + (int64_t)row * op.N + c, load(op.x + (int64_t)*token * op.N + c) +
+                            load(op.b + (int64_t)(run.position + n) * op.N + c));
+                }
+            } else if (op.kind == AttentionNext) {
+                attend(op, run, run.position + n, scratch);
+            } else if (run.rows <= 16) {
+                multiply_rows<1>(op, run, n, weights, scratch);
+            } else if (run.rows <= 32) {
+                multiply_rows<2>(op, run, n, weights, scratch);
+            } else {
+                multiply_rows<4>(op, run, n, weights, scratch);
+            }
+            bool stays = op.kind == ChooseNext; // the block that has chosen a token embeds it
+            op = run.program[i % run.length];
+            if (!stays)
+                wait_for_all(run.arrivals, ++time);
+        }
+    }
+    cp_async_wait();
 }

@@ -132,7 +132,7 @@ public readonly record struct LayerParameters(
     Tensor Fcw, Tensor Fcb, Tensor Fcprojw, Tensor Fcprojb); // (4C, C), (4C), (C, 4C), (C)
 
 /// <summary>Which activations are kept: all layers' for a backward pass, one layer's for a loss, or one layer's and all
-/// keys and values for the rows that follow.</summary>
+/// keys and values for the tokens that follow.</summary>
 public enum Purpose { Train, Evaluate, Generate }
 
 /// <summary>The activations of a forward pass over (B, T) tokens, and the buffers of its backward pass, in one piece of
@@ -145,10 +145,10 @@ public sealed class Activations {
     public readonly Layer[] Layers;
     public readonly long Bytes;
 
-    /// <param name="context">Rows of queries, keys and values: T, or more for rows that came before.</param>
     /// <param name="recompute">What the backward pass computes again: 1 for GELU, 2 for layer norms too.</param>
-    public Activations(Config config, DataType type, int B, int T, int context, Purpose purpose, int recompute,
-        nint address) {
+    /// <param name="qkv">Each layer's queries, keys and values if they have a place already.</param>
+    public Activations(Config config, DataType type, int B, int T, Purpose purpose, int recompute, nint address,
+        Tensor[]? qkv = null) {
         var (C, L, NH, start) = (config.C, config.L, config.NH, address);
         Tensor Place(Tensor tensor) {
             const int alignment = 256;
@@ -158,8 +158,7 @@ public sealed class Activations {
         }
         Tensor New(int columns) => Place(new(0, B, T, columns, type));
         Tensor Fp32(int rows, int columns) => Place(new(0, B, rows, columns));
-        // Queries, keys and values come first: generation lays out one row over the memory of a longer prompt.
-        var qkv = Enumerable.Range(0, L).Select(_ => Place(new(0, B, context, 3 * C, type))).ToArray();
+        qkv ??= [.. Enumerable.Range(0, L).Select(_ => New(3 * C))];
         (Encoded, Final, FinalStatistics, Losses) = (New(C), New(C), Fp32(T, 2), Fp32(T, 1));
         Layers = new Layer[L];
         for (var l = 0; l < L; l++) {
@@ -175,7 +174,7 @@ public sealed class Activations {
             (DResidual, DBranch) = (New(C), New(C));
         // The logits, at most so many rows at a time, share memory with what the backward pass needs after them.
         const int logitRows = 1 << 14;
-        Logits = new(address, 1, purpose == Purpose.Generate ? 1 : Math.Min(B * T, logitRows), config.Vp, type);
+        Logits = new(address, 1, purpose == Purpose.Generate ? 0 : Math.Min(B * T, logitRows), config.Vp, type);
         if (purpose == Purpose.Train)
             (DQkv, DFch) = (New(3 * C), New(4 * C));
         Bytes = Math.Max(address, Logits.Address + (nint)Logits.Bytes) - start;
@@ -184,7 +183,7 @@ public sealed class Activations {
     /// <summary>One layer's activations, in the order of their computation.</summary>
     public sealed record Layer(
         Tensor Residual1, Tensor Ln1, Tensor Ln1Statistics, // (B, T, C), (B, T, C), (B, T, 2) in fp32
-        Tensor Qkv, Tensor Atty, Tensor Lse, // (B, context, 3C), (B, T, C), (B, NH, T) in fp32
+        Tensor Qkv, Tensor Atty, Tensor Lse, // (B, T, 3C), (B, T, C), (B, NH, T) in fp32
         Tensor Residual2, Tensor Ln2, Tensor Ln2Statistics, // (B, T, C), (B, T, C), (B, T, 2) in fp32
         Tensor Fch, Tensor FchGelu, Tensor Residual3); // (B, T, 4C), (B, T, 4C), (B, T, C)
 }
@@ -192,7 +191,7 @@ public sealed class Activations {
 /// <summary>GPT-2 (Radford et al., 2019) on a device: its parameters, forward and backward pass.</summary>
 public sealed class Model {
     readonly Activations activations;
-    readonly nint cache; // memory for the activations of generation
+    readonly Generation? generation;
     readonly Purpose purpose;
     readonly int recompute;
     readonly Cut[] wholes, cuts; // all parameters, and those that this rank updates
@@ -214,7 +213,8 @@ public sealed class Model {
         Gradients = purpose == Purpose.Train ? Allocate(DataType.Fp32, wholes) : null;
         GradientParts = IsCut ? AllocateParts() : Gradients;
         activations = Layout(B, recompute, device.Allocate(Layout(B, recompute, 0).Bytes));
-        cache = purpose == Purpose.Evaluate ? 0 : device.Allocate(Cache(config.MaxT, 0).Bytes);
+        if (purpose != Purpose.Evaluate)
+            generation = Generation(B, device.Allocate(Generation(B, 0).Bytes));
         (Tokens, Targets, Losses) = (new int[B * T], new int[B * T], new float[B * T]);
     }
 
@@ -267,7 +267,7 @@ public sealed class Model {
             ("Muon's scratch", Optimizer == OptimizerKind.AdamW ? 0 : Math.Max(
                 Device.Workspace > 0 ? MuonStep.ScratchBytes : 0, 14L * Config.C * Config.C * Tensor.SizeOf(type))),
             ("activations", Layout(B, recompute, 0).Bytes),
-            ("keys and values", purpose == Purpose.Evaluate ? 0 : Cache(Config.MaxT, 0).Bytes),
+            ("keys and values", purpose == Purpose.Evaluate ? 0 : Generation(B, 0).Bytes),
         ];
         return [.. all.Where(each => each.Bytes > 0)];
     }
@@ -294,11 +294,11 @@ public sealed class Model {
     }
 
     Activations Layout(int B, int recompute, nint address) =>
-        new(Config, Device.Precision, B, T, T, purpose, recompute, address);
+        new(Config, Device.Precision, purpose == Purpose.Generate ? 0 : B, T, purpose, recompute, address);
 
-    /// <summary>The activations of generation, with the keys and values of a full context.</summary>
-    Activations Cache(int T, nint address) =>
-        new(Config, Device.Precision, 1, T, Config.MaxT, Purpose.Generate, 0, address);
+    /// <summary>The memory of generation: for B sequences, or in training for one.</summary>
+    Generation Generation(int B, nint address) =>
+        new(Config, Device.Precision, purpose == Purpose.Generate ? B : 1, address);
 
     /// <summary>Allocates an fp32 number for each parameter that this rank updates, or that it updates by AdamW.
     /// </summary>
@@ -313,18 +313,15 @@ public sealed class Model {
     // ---- Forward and backward
 
     /// <summary>Computes the activations of the batch, up to the last layer norm.</summary>
-    public void Forward() => ForwardBlocks(Tokens, activations, 0);
+    public void Forward() => Forward(Tokens, activations);
 
-    /// <param name="start">Position of the first token: the context before it is in the keys and values.</param>
-    void ForwardBlocks(ReadOnlySpan<int> tokens, Activations a, int start) {
-        Device.Embed(tokens, Weights.Wte, Weights.Wpe, start, a.Encoded);
+    void Forward(ReadOnlySpan<int> tokens, Activations a) {
+        Device.Embed(tokens, Weights.Wte, Weights.Wpe, a.Encoded);
         for (var l = 0; l < Config.L; l++) {
             var (w, x) = (Weights[l], a.Layers[l]);
-            var (rows, context) = a.Encoded.Depth > 1 ? (x.Qkv, x.Qkv)
-                : (x.Qkv.Slice(start, a.Encoded.Rows), x.Qkv.Slice(0, start + a.Encoded.Rows));
             Device.LayerNorm(x.Residual1, w.Ln1w, w.Ln1b, x.Ln1, x.Ln1Statistics);
-            Device.Linear(x.Ln1, w.Qkvw, w.Qkvb, rows);
-            Device.Attention(context, start, Config.NH, x.Atty, x.Lse);
+            Device.Linear(x.Ln1, w.Qkvw, w.Qkvb, x.Qkv);
+            Device.Attention(x.Qkv, Config.NH, x.Atty, x.Lse);
             Device.LinearResidual(x.Atty, w.Attprojw, w.Attprojb, x.Residual1, x.Residual2);
             Device.LayerNorm(x.Residual2, w.Ln2w, w.Ln2b, x.Ln2, x.Ln2Statistics);
             Device.LinearGelu(x.Ln2, w.Fcw, w.Fcb, x.Fch, x.FchGelu);
@@ -404,17 +401,54 @@ public sealed class Model {
 
     // ---- Generation
 
-    /// <summary>Continues a prompt, one token at a time, until the context is full.</summary>
-    public IEnumerable<int> Generate(int[] prompt, Sampler sampler) {
-        var (tokens, logits) = (prompt, new float[Config.V]);
-        for (var start = 0; start + tokens.Length <= Config.MaxT; ) {
-            var a = Cache(tokens.Length, cache);
-            ForwardBlocks(tokens, a, start);
-            Device.Linear(a.Final.Slice(tokens.Length - 1, 1), Weights.Wte, default, a.Logits);
-            Device.Read(a.Logits.Flat(0, Config.V), logits);
-            start += tokens.Length;
-            tokens = [sampler.Next(logits)];
-            yield return tokens[0];
+    /// <summary>What makes the next token of each sequence: the forward pass for one more position.</summary>
+    Operation[] Program(Generation g) {
+        Operation Linear(OperationKind kind, Tensor x, Tensor w, Tensor b, Tensor y) => new(kind, x, w, b, y);
+        var blocks = Enumerable.Range(0, Config.L).SelectMany(l => {
+            var (w, qkv) = (Weights[l], g.Qkv[l]);
+            return (Operation[])[
+                Linear(OperationKind.Linear, g.X, w.Qkvw, w.Qkvb, qkv) with { NormW = w.Ln1w, NormB = w.Ln1b },
+                new(OperationKind.Attention, qkv, default, default, g.Atty, Heads: Config.NH),
+                Linear(OperationKind.Residual, g.Atty, w.Attprojw, w.Attprojb, g.X),
+                Linear(OperationKind.Gelu, g.X, w.Fcw, w.Fcb, g.FchGelu) with { NormW = w.Ln2w, NormB = w.Ln2b },
+                Linear(OperationKind.Residual, g.FchGelu, w.Fcprojw, w.Fcprojb, g.X),
+            ];
+        });
+        var head = Linear(OperationKind.Logits, g.X, Weights.Wte.Slice(0, Config.V), default, g.Logits);
+        return [
+            new(OperationKind.Embed, Weights.Wte, default, Weights.Wpe, g.X),
+            .. blocks,
+            head with { NormW = Weights.Lnfw, NormB = Weights.Lnfb },
+            new(OperationKind.Choose, g.Logits, default, default, default),
+        ];
+    }
+
+    /// <summary>Continues a prompt in as many ways as there are sequences. When the context is full, it goes on from the
+    /// newest half of it; a longer prompt is cut to that, too.</summary>
+    /// <returns>The next token of each sequence, (B), as often as asked for.</returns>
+    public IEnumerable<int[]> Generate(int[] prompt, Choice choice, int count) {
+        const int together = 16; // tokens that a device makes before any is read
+        var g = generation!;
+        var (program, B, half) = (Program(g), g.X.Depth, Math.Max(1, Config.MaxT / 2));
+        var texts = Enumerable.Range(0, B).Select(_ => prompt.ToList()).ToArray();
+        var (position, shared, made) = (Config.MaxT, 0, 0);
+        while (made < count) {
+            if (position == Config.MaxT) {
+                // At first all have the same text, which the first sequence's keys and values stand for.
+                var length = made == 0 && prompt.Length <= Config.MaxT ? prompt.Length : half;
+                (position, shared) = (length - 1, made == 0 ? length - 1 : 0);
+                for (var b = 0; b < (made == 0 ? 1 : B) && position > 0; b++)
+                    Forward(CollectionsMarshal.AsSpan(texts[b])[^length..^1], g.Prompt(b, position));
+            }
+            var next = new int[Math.Min(Math.Min(together, count - made), Config.MaxT - position) * B];
+            Device.Decode(program, choice with { Drawn = made }, position, shared, [.. texts.Select(text => text[^1])],
+                next);
+            foreach (var tokens in next.Chunk(B)) {
+                foreach (var (text, token) in texts.Zip(tokens))
+                    text.Add(token);
+                yield return tokens;
+            }
+            (position, made) = (position + next.Length / B, made + next.Length / B);
         }
     }
 
@@ -504,30 +538,37 @@ public sealed class Model {
     }
 }
 
-/// <summary>Picks the next token: the likeliest for temperature 0, or a random one of the topK likeliest (0 for all)
-/// and, of these, of the likeliest with probability topP together (Holtzman et al., 2020).</summary>
-public sealed class Sampler(float temperature, int topK, float topP, uint seed) {
-    readonly Mt19937 random = new(seed);
+/// <summary>The memory of generation for B sequences; laid out at address 0, it tells its size.</summary>
+public sealed class Generation {
+    readonly Config config;
+    readonly nint rest;
 
-    /// <summary>The index of the token picked; overwrites the logits.</summary>
-    public int Next(float[] logits) {
-        var max = logits.Max();
-        if (Numbers.NotFinite(logits) is { } value)
-            throw new Gpt2Exception($"--init: expected finite logits, found {value}: the weights are too large");
-        if (temperature == 0)
-            return Array.IndexOf(logits, max);
-        for (var i = 0; i < logits.Length; i++)
-            logits[i] = MathF.Exp((logits[i] - max) / temperature);
-        int[] order = [.. Enumerable.Range(0, logits.Length)];
-        var count = topK > 0 ? Math.Min(topK, logits.Length) : logits.Length;
-        if (count < logits.Length || topP < 1)
-            Array.Sort(logits, order, Comparer<float>.Create((x, y) => y.CompareTo(x)));
-        var (total, kept, last) = (logits.Take(count).Sum(x => (double)x) * topP, (double)logits[0], 0);
-        while (last < count - 1 && kept < total)
-            kept += logits[++last];
-        var (choice, threshold) = (0, random.NextFloat() * kept);
-        while (choice < last && threshold >= logits[choice])
-            threshold -= logits[choice++];
-        return order[choice];
+    public Generation(Config config, DataType type, int B, nint address) {
+        (this.config, var (C, start)) = (config, (config.C, address));
+        Tensor New(int rows, int columns, DataType type) {
+            var tensor = new Tensor(address, B, rows, columns, type);
+            address += (nint)((tensor.Bytes + 255) / 256 * 256);
+            return tensor;
+        }
+        Qkv = [.. Enumerable.Range(0, config.L).Select(_ => New(config.MaxT, 3 * C, type))];
+        (X, Atty, FchGelu) = (New(1, C, type), New(1, C, type), New(1, 4 * C, type));
+        Logits = New(1, config.V, DataType.Fp32);
+        rest = address;
+        Bytes = address + Prompt(0, config.MaxT).Bytes - start;
     }
+
+    /// <summary>Each layer's queries, keys and values: (B, MaxT, 3C).</summary>
+    public Tensor[] Qkv { get; }
+
+    /// <summary>Activations of the last position: (B, 1, C), (B, 1, C), (B, 1, 4C), and logits (B, 1, V) in fp32.</summary>
+    public Tensor X { get; }
+    public Tensor Atty { get; }
+    public Tensor FchGelu { get; }
+    public Tensor Logits { get; }
+
+    public long Bytes { get; }
+
+    /// <summary>The activations of a sequence's first <paramref name="T"/> tokens.</summary>
+    public Activations Prompt(int sequence, int T) => new(config, X.Type, 1, T, Purpose.Generate, 0, rest,
+        [.. Qkv.Select(qkv => qkv.Slice(sequence * config.MaxT, T))]);
 }

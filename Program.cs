@@ -121,23 +121,31 @@ internal sealed class Commands(GlobalOptions global) {
             int[] ids = promptIds ?? [Tokenizer.EndOfTextId, .. tokenizer!.Encode(text)];
             foreach (var id in ids)
                 Require(id >= 0 && id < config.V, "--prompt-ids", $"ids from 0 to {config.V - 1}", id);
-            var option = isText ? "--prompt" : "--prompt-ids";
-            Require(ids.Length <= config.MaxT, option, $"at most {config.MaxT} tokens", ids.Length);
             using var device = Open();
-            var model = new Model(config, device, 1, 1, Purpose.Generate);
+            var batch = Math.Min(num, IDevice.MostSequences);
+            var model = new Model(config, device, batch, 1, Purpose.Generate);
             model.Load(file);
-            var sampler = new Sampler(temperature, topK, topP, seed);
+            var (steps, made) = (Enumerable.Empty<int[]>().GetEnumerator(), new List<int[]>());
             for (var i = 0; i < num; i++) {
-                var generated = model.Generate(ids, sampler).Take(tokens);
-                if (i > 0)
-                    Console.Out.Write("---\n");
-                Console.Out.Write(isText ? text : string.Join(' ', ids));
-                foreach (var part in isText ? tokenizer!.Decode(generated.TakeWhile(Tokenizer.IsText))
-                    : generated.Select(id => $" {id}"))
+                if (i % batch == 0)
+                    (steps, made) = (model.Generate(ids, new(temperature, topK, topP, seed, i), tokens).GetEnumerator(), []);
+                var sample = Sample(i % batch);
+                Console.Out.Write((i > 0 ? "---\n" : "") + (isText ? text : string.Join(' ', ids)));
+                foreach (var part in isText ? tokenizer!.Decode(sample.TakeWhile(Tokenizer.IsText))
+                    : sample.Select(id => $" {id}"))
                     Console.Out.Write(part);
                 Console.Out.WriteLine();
             }
             return 0;
+
+            // One sample's tokens; whoever needs more than were made makes all samples' next ones.
+            IEnumerable<int> Sample(int j) {
+                for (var n = 0; n < made.Count || steps.MoveNext(); n++) {
+                    if (n == made.Count)
+                        made.Add(steps.Current);
+                    yield return made[n][j];
+                }
+            }
         });
 
     /// <summary>Measures a model's loss and perplexity on token shards, and its accuracy on multiple choices.</summary>

@@ -253,8 +253,8 @@ public sealed class Trainer : IDisposable {
     }
 
     void Sample() {
-        var (last, sampler) = (model.Config.V - 1, new Sampler(0.8f, 50, 1, options.Seed));
-        var tokens = model.Generate([last], sampler).Take(options.GenTokens);
+        var last = model.Config.V - 1;
+        var tokens = model.Generate([last], new Choice(0.8f, 50, 1, options.Seed), options.GenTokens).Select(x => x[0]);
         var isText = last == Tokenizer.EndOfTextId;
         var text = isText ? string.Concat(new Tokenizer().Decode(tokens)) : string.Join(' ', tokens);
         output.WriteLine($"sample: {text}");

@@ -176,29 +176,6 @@ public abstract class ModelTests(IDevice device) : PrecisionTests(device, Small,
         await Assert.That(RelativeError(mean, expected.Average())).IsLessThan(1e-6);
     }
 
-    // ---- Generation
-
-    [Test]
-    [Arguments(1, 0f), Arguments(5, 0f), Arguments(13, 0f)]
-    // Random picks with the same seed make a more varied sequence.
-    [Arguments(1, 2f), Arguments(5, 2f)]
-    public async Task GenerationPicksAsFullForwardPassesDo(int promptLength, float temperature) {
-        var model = RandomModel(1, 1, Purpose.Generate);
-        var whole = RandomModel(1, Small.MaxT, Purpose.Evaluate);
-        var prompt = Tokens(5, promptLength, Small.V);
-        Sampler NewSampler() => new(temperature, 0, 1, 1);
-        int[] generated = [.. model.Generate(prompt, NewSampler())];
-        // The last token follows a full context.
-        await Assert.That(generated.Length).IsEqualTo(Small.MaxT - promptLength + 1);
-        int[] sequence = [.. prompt, .. generated[..^1]];
-        sequence.CopyTo(whole.Tokens, 0);
-        var (rows, sampler) = (whole.ForwardLogits().Skip(promptLength - 1), NewSampler());
-        await Same(generated, rows.Select(row => sampler.Next(row)));
-        // Generated again, after the beginning of another prompt: nothing is left of the first time.
-        _ = model.Generate([1, 2, 3], NewSampler()).First();
-        await Same(model.Generate(prompt, NewSampler()), generated);
-    }
-
     // ---- Weights
 
     [Test]
@@ -314,55 +291,6 @@ public abstract class ModelTests(IDevice device) : PrecisionTests(device, Small,
             var accuracy = Evaluation.Accuracy(model, labeled, new Alone());
             await Assert.That(accuracy).IsEqualTo((double)(count - wrong) / count);
         }
-    }
-}
-
-/// <summary>The choice of the next token.</summary>
-public class SamplerTests {
-    static readonly float[] Logits = [1.5f, -2, 3, 0, 2.5f, -1e30f, 0.5f, -1];
-
-    /// <summary>The probabilities of the softmax at a temperature, of the likeliest k tokens alone.</summary>
-    static double[] Probabilities(double temperature, int k) {
-        var order = Logits.Order().Reverse().Take(k).ToArray();
-        var weights = Logits.Select(logit => logit >= order[^1] ? Math.Exp(logit / temperature) : 0).ToArray();
-        return [.. weights.Select(weight => weight / weights.Sum())];
-    }
-
-    static int[] Draw(Sampler sampler, int count) =>
-        [.. Enumerable.Range(0, count).Select(_ => sampler.Next([.. Logits]))];
-
-    [Test]
-    [Arguments(0f, 0, 1f), Arguments(0f, 5, 0.9f), Arguments(1f, 1, 1f), Arguments(1f, 0, 0.01f)]
-    [Arguments(0.001f, 0, 1f)]
-    public async Task TakesTheLikeliest(float temperature, int topK, float topP) =>
-        await Same(Draw(new Sampler(temperature, topK, topP, 1), 100).Distinct(), [2]);
-
-    [Test]
-    [Arguments(1f, 0, 1f, 8), Arguments(1.7f, 0, 1f, 8), Arguments(0.6f, 0, 1f, 8), Arguments(1f, 3, 1f, 3)]
-    [Arguments(2f, 100, 1f, 8)]
-    // The likeliest tokens have probabilities of about .50, .30, .11, .041 and .025: two reach .6, and three .85.
-    [Arguments(1f, 0, 0.6f, 2), Arguments(1f, 0, 0.85f, 3)]
-    // Among the first three, the first two have .88.
-    [Arguments(1f, 3, 0.87f, 2)]
-    public async Task FrequenciesAreThoseOfTheSoftmax(float temperature, int topK, float topP, int kept) {
-        const int draws = 20_000;
-        var counts = new int[Logits.Length];
-        foreach (var token in Draw(new Sampler(temperature, topK, topP, 1), draws))
-            counts[token]++;
-        var expected = Probabilities(temperature, kept);
-        for (var i = 0; i < Logits.Length; i++) {
-            // Five standard deviations of a binomial, which is exactly zero for a token that is left out.
-            var deviation = Math.Sqrt(draws * expected[i] * (1 - expected[i]));
-            await Assert.That(Math.Abs(counts[i] - draws * expected[i]) <= 5 * deviation).IsTrue()
-                .Because($"token {i} was drawn {counts[i]} times, not {draws * expected[i]:f0}");
-        }
-    }
-
-    [Test]
-    public async Task DependsOnTheSeedAlone() {
-        int[] first = Draw(new Sampler(1, 0, 1, 7), 200), second = Draw(new Sampler(1, 0, 1, 7), 200);
-        await Same(second, first);
-        await Assert.That(Draw(new Sampler(1, 0, 1, 8), 200).SequenceEqual(first)).IsFalse();
     }
 }
 

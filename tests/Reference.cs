@@ -3,12 +3,12 @@ namespace Gpt2.Tests;
 /// <summary>The forward pass of each operation in float64, from its formula; tests take derivatives by differences.
 /// Arrays are row-major.</summary>
 static class Reference {
-    /// <summary>x (B, T, C) = wte[token] + wpe[start + t].</summary>
-    public static double[] Embed(int[] tokens, double[] wte, double[] wpe, int start, int T, int C) {
+    /// <summary>x (B, T, C) = wte[token] + wpe[t].</summary>
+    public static double[] Embed(int[] tokens, double[] wte, double[] wpe, int T, int C) {
         var x = new double[tokens.Length * C];
         for (var row = 0; row < tokens.Length; row++) {
             for (var i = 0; i < C; i++)
-                x[row * C + i] = wte[tokens[row] * C + i] + wpe[(start + row % T) * C + i];
+                x[row * C + i] = wte[tokens[row] * C + i] + wpe[row % T * C + i];
         }
         return x;
     }
