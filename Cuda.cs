@@ -230,7 +230,7 @@ public sealed unsafe class Cuda : IDevice {
             for (var i = 0; i < arguments.Length; i++)
                 pointers[i] = values[i].Place != 0 ? values[i].Place : (nint)(values + i);
             var start = Begin();
-            Check(name == Decoder // whose blocks wait for one another, so all must be there
+            Check(name.StartsWith("decode") // whose blocks wait for one another, so all must be there
                 ? cuLaunchCooperativeKernel(kernel.Function, grid.X, 1, 1, block, 1, 1, shared, stream, pointers)
                 : cuLaunchKernel(kernel.Function, grid.X, grid.Y, grid.Z, block, 1, 1, shared, stream, pointers, null),
                 operation);
@@ -615,8 +615,6 @@ public sealed unsafe class Cuda : IDevice {
 
     // ---- Generation
 
-    const string Decoder = "decode";
-
     /// <summary>The kernel's structs, which Kernels.cu describes.</summary>
     readonly record struct OperationArguments(
         int Kind, int N, int K, int T, long Heads, nint X, nint NormW, nint NormB, nint B, nint Y);
@@ -649,7 +647,7 @@ public sealed unsafe class Cuda : IDevice {
             choice.Drawn, choice.Sample, choice.TopK, choice.Selects(operations[^1].K) ? 1 : 0, choice.Temperature,
             choice.TopP, choice.Seed);
         var bytes = factors.Sum(factor => (double)factor.N * factor.K * Tensor.SizeOf(Precision));
-        Launch(Decoder, (Math.Min(multiprocessors, factors.Max(factor => Blocks(factor.N, channels))), 1, 1), threads,
+        Launch(rows <= 16 ? "decode" : "decode_many", (Math.Min(multiprocessors, factors.Max(factor => Blocks(factor.N, channels))), 1, 1), threads,
             sharedBytes, count * rows * bytes * 2 / Tensor.SizeOf(Precision), count * bytes,
             new Argument(0, (nint)(&arguments)));
         Download<int>(places + sizeof(int) * (1 + rows), next.Length).CopyTo(next);

@@ -1804,70 +1804,69 @@ __device__ void wait_for_all(uint32_t* arrivals, uint32_t time) {
 }
 
 // The weights that this thread multiplies, in the order of their use: of each tile of 8 rows that its block has, of each
-// slice, eight of row lane/4. They wait in shared memory, where no other thread reads them.
+// slice, eight of row lane/4. They wait in a ring in shared memory, where no other thread reads them.
 struct Weights {
-    const Factor* factors;
-    int products, product, tile, k, asked, used;
-    Factor now, next;
+    const Factor *next, *first, *end;
+    Factor now;
+    const floatX* from; // what to ask for next
+    int tile, slices, left; // left: columns of this row from there on
+    uint32_t place;
 
     __device__ Weights(const Decode& run)
-        : factors(run.factors), products(run.products), product(0), tile(blockIdx.x), k(0), asked(0), used(0), now(),
-          next(run.factors[0]) {
+        : next(run.factors), first(run.factors), end(run.factors + run.products), now(), tile(blockIdx.x), slices(0),
+          place(shared_address(shared) + threadIdx.x * sizeof(Eight)) {
         for (int i = 0; i < Ahead; i++)
             ask();
-    }
-
-    __device__ uint32_t place(int i) const {
-        return shared_address(shared) + (i % Ahead * DecodeThreads + threadIdx.x) * sizeof(Eight);
-    }
-
-    __device__ void ask() {
-        if ((k += Slice) >= now.K) {
-            k = 0;
-            tile += gridDim.x;
-            while (tile * Channels >= now.N) {
-                now = next;
-                product = product + 1 == products ? 0 : product + 1;
-                next = factors[product];
-                tile = blockIdx.x;
-            }
-        }
-        int row = tile * Channels + threadIdx.x % Warp / 4, column = k + part();
-        bool inside = row < now.N && column < now.K;
-        const floatX* from = inside ? now.w + (int64_t)row * now.K + column : now.w;
-        for (int i = 0; i < sizeof(Eight); i += 16)
-            cp_async(place(asked) + i, (const char*)from + i, inside);
-        cp_async_commit();
-        asked++;
     }
 
     // The first column of a slice that is this thread's.
     static __device__ int part() { return (threadIdx.x / Warp * 4 + threadIdx.x % 4) * Width; }
 
+    __device__ void ask() {
+        if (slices == 0) {
+            for (tile += gridDim.x; tile * Channels >= now.N; tile = blockIdx.x) {
+                now = *next;
+                next = next + 1 == end ? first : next + 1;
+            }
+            int row = tile * Channels + threadIdx.x % Warp / 4;
+            from = now.w + (int64_t)row * now.K + part();
+            left = row < now.N ? now.K - part() : 0;
+            slices = (now.K + Slice - 1) / Slice;
+        }
+        for (int i = 0; i < sizeof(Eight); i += 16)
+            cp_async(place + i, left > 0 ? (const char*)from + i : (const char*)now.w, left > 0);
+        cp_async_commit();
+        from += Slice;
+        left -= Slice;
+        slices--;
+        uint32_t last = shared_address(shared) + (Ahead - 1) * DecodeThreads * sizeof(Eight);
+        place += place >= last ? -(Ahead - 1) * DecodeThreads * (int)sizeof(Eight) : DecodeThreads * (int)sizeof(Eight);
+    }
+
     __device__ Eight take() {
         cp_async_wait_first();
         Eight w;
         for (int i = 0; i < sizeof(Eight); i += 16)
-            load_shared(((uint4*)&w)[i / 16], place(used) + i);
-        used++;
+            load_shared(((uint4*)&w)[i / 16], place + i);
         ask();
         return w;
     }
 };
 
-// The sum, or whatever combine makes of it, of x over the block.
-template <typename Combine>
-__device__ uint64_t over_block(uint64_t x, Combine combine) {
+__device__ uint64_t largest(uint64_t x, uint64_t y) { return x > y ? x : y; }
+
+// The largest x in the block.
+__device__ uint64_t largest_of_block(uint64_t x) {
     __shared__ uint64_t parts[DecodeWarps];
     for (int distance = Warp / 2; distance > 0; distance /= 2)
-        x = combine(x, __shfl_xor_sync(~0u, x, distance));
+        x = largest(x, __shfl_xor_sync(~0u, x, distance));
     __syncthreads();
     if (threadIdx.x % Warp == 0)
         parts[threadIdx.x / Warp] = x;
     __syncthreads();
     x = parts[0];
     for (int i = 1; i < DecodeWarps; i++)
-        x = combine(x, parts[i]);
+        x = largest(x, parts[i]);
     return x;
 }
 
@@ -1910,30 +1909,58 @@ __device__ void row_statistics(const floatX* x, int rows, int C, float2* statist
 // part of the depth, and scratch has the warps' sums. Tiles is that of 16 rows.
 template <int Tiles>
 __device__ void multiply_rows(const Operation& op, const Decode& run, int n, Weights& weights, float* scratch) {
-    constexpr int Rows = Tiles * 16;
+    constexpr int Rows = Tiles * 16, Results = (Rows * Channels + DecodeThreads - 1) / DecodeThreads; // of a thread
     __shared__ float2 statistics[MostRows];
     int warp = threadIdx.x / Warp, lane = threadIdx.x % Warp, slices = (op.K + Slice - 1) / Slice;
-    if (op.norm_w)
-        row_statistics(op.x, run.rows, op.K, statistics);
+    bool draws = op.kind == LogitsNext && !run.selects && run.temperature > 0;
     auto fetch = [&](int row, int column) {
-        Eight x = {};
-        if (row < run.rows && column < op.K) {
-            x = *(const Eight*)(op.x + (int64_t)row * op.K + column);
-            if (op.norm_w) {
-                float2 s = statistics[row];
-                store(x.x, normalize(load(x.x), s.x, s.y) * load(op.norm_w + column) + load(op.norm_b + column));
-            }
-        }
-        return x;
+        return row < run.rows && column < op.K ? *(const Eight*)(op.x + (int64_t)row * op.K + column) : Eight{};
     };
+    // Layer norm of rows first, first + 8, ... in place, for a column of this thread's.
+    auto norm = [&](Eight* x, int count, int first, int column) {
+        if (column >= op.K)
+            return;
+        Pack w = load(op.norm_w + column), b = load(op.norm_b + column);
+        for (int j = 0; j < count; j++) {
+            float2 s = statistics[min(first + j * 8, MostRows - 1)];
+            store(x[j].x, normalize(load(x[j].x), s.x, s.y) * w + b);
+        }
+    };
+    uint32_t seeds[Results];
+    for (int j = 0; j < Results && draws; j++)
+        seeds[j] = seed_of(run, (threadIdx.x + j * DecodeThreads) / Channels, n);
+#ifndef FP32
+    constexpr int Batch = 8 / Tiles; // slices of x that are held together
+    Eight x[Batch][2 * Tiles];
+#endif
     for (int tile = blockIdx.x; tile * Channels < op.N; tile += gridDim.x) {
+        // What this thread adds to its results: a bias, what was there, or noise.
+        float addends[Results];
+#pragma unroll
+        for (int j = 0; j < Results; j++) {
+            int i = threadIdx.x + j * DecodeThreads, row = i / Channels, column = tile * Channels + i % Channels;
+            bool inside = row < run.rows && column < op.N;
+            addends[j] = inside && op.b ? (float)op.b[column] : 0;
+            if (inside && op.kind == ResidualNext)
+                addends[j] += (float)((floatX*)op.y)[(int64_t)row * op.N + column];
+            if (inside && draws)
+                addends[j] = gumbel(column, seeds[j]);
+        }
 #ifdef FP32
+        if (op.norm_w && tile == blockIdx.x)
+            row_statistics(op.x, run.rows, op.K, statistics);
         float sums[Rows] = {};
         for (int k = Weights::part(); k < slices * Slice; k += Slice) {
             Pack w = load(weights.take().x);
 #pragma unroll
-            for (int row = 0; row < Rows; row++)
-                sums[row] += row < run.rows ? sum(load(fetch(row, k).x) * w) : 0;
+            for (int row = 0; row < Rows; row++) {
+                if (row >= run.rows)
+                    continue;
+                Eight x = fetch(row, k);
+                if (op.norm_w)
+                    norm(&x, 1, row, k);
+                sums[row] += sum(load(x.x) * w);
+            }
         }
 #pragma unroll
         for (int row = 0; row < Rows; row++) {
@@ -1942,15 +1969,20 @@ __device__ void multiply_rows(const Operation& op, const Decode& run, int n, Wei
                 scratch[(warp * Rows + row) * Channels + lane / 4] = total;
         }
 #else
-        constexpr int Batch = 8 / Tiles; // slices of x that are loaded together
         float sums[Tiles][4] = {};
         for (int slice = 0; slice < slices; slice += Batch) {
-            Eight x[Batch][Tiles][2];
+            if (slices > Batch || tile == blockIdx.x) {
 #pragma unroll
-            for (int i = 0; i < Batch; i++) {
+                for (int i = 0; i < Batch; i++) {
 #pragma unroll
-                for (int j = 0; j < 2 * Tiles; j++)
-                    x[i][j / 2][j % 2] = fetch(j * 8 + lane / 4, Weights::part() + (slice + i) * Slice);
+                    for (int j = 0; j < 2 * Tiles; j++)
+                        x[i][j] = fetch(j * 8 + lane / 4, Weights::part() + (slice + i) * Slice);
+                }
+                if (op.norm_w && tile == blockIdx.x && slice == 0)
+                    row_statistics(op.x, run.rows, op.K, statistics);
+#pragma unroll
+                for (int i = 0; i < Batch && op.norm_w; i++)
+                    norm(x[i], 2 * Tiles, lane / 4, Weights::part() + (slice + i) * Slice);
             }
 #pragma unroll
             for (int i = 0; i < Batch; i++) {
@@ -1959,7 +1991,7 @@ __device__ void multiply_rows(const Operation& op, const Decode& run, int n, Wei
                 Eight taken = weights.take();
                 uint4 w = *(uint4*)&taken;
                 for (int j = 0; j < Tiles; j++) {
-                    uint4 low = *(uint4*)&x[i][j][0], high = *(uint4*)&x[i][j][1];
+                    uint4 low = *(uint4*)&x[i][2 * j], high = *(uint4*)&x[i][2 * j + 1];
                     mma(sums[j], {low.x, high.x, low.y, high.y}, w.x, w.y);
                     mma(sums[j], {low.z, high.z, low.w, high.w}, w.z, w.w);
                 }
@@ -1970,16 +2002,18 @@ __device__ void multiply_rows(const Operation& op, const Decode& run, int n, Wei
                 make_float2(sums[j / 2][j % 2 * 2], sums[j / 2][j % 2 * 2 + 1]);
 #endif
         __syncthreads();
-        for (int i = threadIdx.x; i < Rows * Channels; i += DecodeThreads) {
-            int row = i / Channels, column = tile * Channels + i % Channels;
+#pragma unroll
+        for (int j = 0; j < Results; j++) {
+            int i = threadIdx.x + j * DecodeThreads, row = i / Channels, column = tile * Channels + i % Channels;
+            if (i / Warp * Warp / Channels >= run.rows)
+                break;
             bool inside = row < run.rows && column < op.N;
-            float y = inside && op.b ? (float)op.b[column] : 0;
-            for (int j = 0; j < DecodeWarps; j++)
-                y += scratch[j * Rows * Channels + i];
+            float y = 0;
+            for (int part = 0; part < DecodeWarps; part++)
+                y += scratch[part * Rows * Channels + i];
+            y = (draws ? y / run.temperature : y) + addends[j];
             int64_t at = ((int64_t)row * op.T + (op.T > 1 ? run.position + n : 0)) * op.N + column;
             if (op.kind == LogitsNext) {
-                if (!run.selects && run.temperature > 0)
-                    y = y / run.temperature + gumbel(column, seed_of(run, row, n));
                 y = y == y ? y : INFINITY; // which no maximum ignores
                 float max = max_lanes<4, 2, 1>(inside ? y : -INFINITY);
                 if (inside && i % Channels == 0)
@@ -1987,43 +2021,61 @@ __device__ void multiply_rows(const Operation& op, const Decode& run, int n, Wei
                 if (inside)
                     ((float*)op.y)[at] = y;
             } else if (inside) {
-                floatX* to = (floatX*)op.y + at;
-                *to = op.kind == GeluNext ? gelu_of(y) : op.kind == ResidualNext ? y + (float)*to : y;
+                ((floatX*)op.y)[at] = op.kind == GeluNext ? gelu_of(y) : y;
             }
         }
         __syncthreads();
     }
 }
 
+// Eight channels of a head, or fewer; whole heads of a multiple of eight are loaded at once.
+template <bool Whole>
+__device__ Eight load_channels(const floatX* from, int count) {
+    Eight x = {};
+    if (Whole && count > 0)
+        x = *(const Eight*)from;
+    for (int i = 0; i < Width && !Whole; i++)
+        x.x[i] = i < count ? from[i] : (floatX)0.f;
+    return x;
+}
+
 // y (rows, C) = attention of the query at the position, for x (rows, T, 3C). A block takes a head of a row; as many lanes
 // as a key needs take it, eight channels each, and keep sums of their own until the end.
+template <bool Whole>
 __device__ void attend(const Operation& op, const Decode& run, int position, float* scratch) {
+    constexpr int Batch = 4; // keys loaded together
     int C = op.K, HS = C / op.heads, lanes = 1, warp = threadIdx.x / Warp, lane = threadIdx.x % Warp;
     while (lanes * Width < HS)
         lanes *= 2;
-    int channel = lane % lanes * Width, own = max(0, HS - channel), keys = Warp / lanes;
+    int channel = lane % lanes * Width, own = HS - channel, groups = DecodeThreads / lanes;
     float *maxima = scratch, *totals = maxima + DecodeWarps, *sums = totals + DecodeWarps;
     for (int item = blockIdx.x; item < run.rows * op.heads; item += gridDim.x) {
         int row = item / op.heads;
-        auto at = [&](int position) {
-            int64_t sequence = position < run.shared ? 0 : row;
-            return op.x + (sequence * op.T + position) * 3 * C + item % op.heads * HS + channel;
-        };
-        Pack q = load_some(at(position), own), total = {};
+        const floatX* first = op.x + item % op.heads * HS + channel;
+        const floatX* head = first + (int64_t)row * op.T * 3 * C;
+        Pack q = load(load_channels<Whole>(head + (int64_t)position * 3 * C, own).x), total = {};
         float scale = rsqrtf(HS) * Log2E, max = Lowest, all = 0;
-#pragma unroll 4
-        for (int key = warp * keys + lane / lanes; key - lane / lanes <= position; key += DecodeWarps * keys) {
-            const floatX* k = at(min(key, position)) + C;
-            float score = sum(q * load_some(k, own));
-            Pack v = load_some(k + C, own);
-            for (int distance = lanes / 2; distance > 0; distance /= 2)
-                score += __shfl_xor_sync(~0u, score, distance);
-            score = key <= position ? score * scale : Lowest;
-            float new_max = fmaxf(max, score), keep = exp2_approximate(max - new_max);
-            float p = key <= position ? exp2_approximate(score - new_max) : 0;
-            all = all * keep + p;
-            total = map(total, [=](float x) { return x * keep; }) + map(v, [=](float x) { return x * p; });
-            max = new_max;
+        for (int begin = 0; begin <= position; begin += Batch * groups) {
+            Eight k[Batch], v[Batch];
+#pragma unroll
+            for (int i = 0; i < Batch; i++) {
+                int key = min(begin + i * groups + (int)threadIdx.x / lanes, position);
+                const floatX* at = (key < run.shared ? first : head) + (int64_t)key * 3 * C + C;
+                k[i] = load_channels<Whole>(at, own);
+                v[i] = load_channels<Whole>(at + C, own);
+            }
+#pragma unroll
+            for (int i = 0; i < Batch; i++) {
+                float score = sum(q * load(k[i].x));
+                for (int distance = lanes / 2; distance > 0; distance /= 2)
+                    score += __shfl_xor_sync(~0u, score, distance);
+                bool counts = begin + i * groups + (int)threadIdx.x / lanes <= position;
+                float new_max = fmaxf(max, counts ? score * scale : Lowest), keep = exp2_approximate(max - new_max);
+                float p = counts ? exp2_approximate(score * scale - new_max) : 0;
+                all = all * keep + p;
+                total = map(total, [=](float x) { return x * keep; }) + map(load(v[i].x), [=](float x) { return x * p; });
+                max = new_max;
+            }
         }
         // The same sums over the lanes and then the warps.
         float top = max;
@@ -2031,15 +2083,13 @@ __device__ void attend(const Operation& op, const Decode& run, int position, flo
             top = fmaxf(top, __shfl_xor_sync(~0u, top, distance));
         float keep = exp2_approximate(max - top);
         all *= keep;
-        for (int distance = lanes; distance < Warp; distance *= 2)
+        total = map(total, [=](float x) { return x * keep; });
+        for (int distance = lanes; distance < Warp; distance *= 2) {
             all += __shfl_xor_sync(~0u, all, distance);
-        for (int i = 0; i < Width; i++) {
-            total.x[i] *= keep;
-            for (int distance = lanes; distance < Warp; distance *= 2)
-                total.x[i] += __shfl_xor_sync(~0u, total.x[i], distance);
-            if (lane < lanes)
-                sums[warp * LargestHead + channel + i] = total.x[i];
+            total = total + map(total, [=](float x) { return __shfl_xor_sync(~0u, x, distance); });
         }
+        if (lane < lanes)
+            store(sums + warp * LargestHead + channel, total);
         if (lane == 0) {
             maxima[warp] = top;
             totals[warp] = all;
@@ -2078,14 +2128,13 @@ __device__ uint32_t threshold(uint32_t low, uint32_t high, uint64_t target, Weig
 // summed as integers, whose order does not matter.
 __device__ int choose(const Decode& run, const float* logits, const float* maxima, int V, uint32_t seed, float* values) {
     __shared__ int found;
+    __shared__ uint32_t least;
     int *tokens = (int*)values + MostCandidates, tiles = (V + Channels - 1) / Channels;
-    auto largest = [](uint64_t x, uint64_t y) { return x > y ? x : y; };
-    auto sum = [](uint64_t x, uint64_t y) { return x + y; };
     auto entry = [](float x, int i) { return (uint64_t)ordered(x) << 32 | (uint32_t)~i; }; // of two alike the first wins
     uint64_t own = 0;
     for (int i = threadIdx.x; i < tiles; i += DecodeThreads)
         own = largest(own, entry(maxima[i], i));
-    uint64_t best = over_block(own, largest);
+    uint64_t best = largest_of_block(own);
     float max = number(best >> 32);
     if (!isfinite(max))
         return V;
@@ -2117,35 +2166,43 @@ __device__ int choose(const Decode& run, const float* logits, const float* maxim
     bool listed = found <= MostCandidates;
     int count = listed ? found : V;
     const float* candidates = listed ? values : logits;
-    // What tokens of at least a threshold weigh: each 1, or its probability.
-    auto number_above = [&](uint32_t least) {
-        uint64_t own = 0;
-        for (int i = threadIdx.x; i < count; i += DecodeThreads)
-            own += ordered(candidates[i]) >= least;
-        return over_block(own, sum);
-    };
-    auto probability_above = [&](uint32_t least) {
-        uint64_t own = 0;
-        for (int i = threadIdx.x; i < count; i += DecodeThreads)
-            own += ordered(candidates[i]) < least ? 0
-                : (uint64_t)(exp2f((candidates[i] - max) / run.temperature * Log2E) * 0x1p40f);
-        return over_block(own, sum);
-    };
-    if (run.top_k > 0)
-        low = threshold(low, high, min(run.top_k, V), number_above);
-    if (run.top_p < 1)
-        low = threshold(low, high, (uint64_t)(run.top_p * (double)probability_above(low)), probability_above);
+    if (threadIdx.x < Warp) {
+        // What tokens of at least a threshold weigh: each 1, or its probability.
+        auto number_above = [&](uint32_t least) {
+            uint32_t own = 0;
+            for (int i = threadIdx.x; i < count; i += Warp)
+                own += ordered(candidates[i]) >= least;
+            return __reduce_add_sync(~0u, own);
+        };
+        auto probability_above = [&](uint32_t least) {
+            uint64_t own = 0;
+            for (int i = threadIdx.x; i < count; i += Warp)
+                own += ordered(candidates[i]) < least ? 0
+                    : (uint64_t)(exp2f((candidates[i] - max) / run.temperature * Log2E) * 0x1p40f);
+            constexpr uint32_t half = (1 << 26) - 1; // so that no sum overflows
+            return __reduce_add_sync(~0u, (uint32_t)own & half) +
+                ((uint64_t)__reduce_add_sync(~0u, (uint32_t)(own >> 26)) << 26);
+        };
+        if (run.top_k > 0)
+            low = threshold(low, high, min(run.top_k, V), number_above);
+        if (run.top_p < 1)
+            low = threshold(low, high, (uint64_t)(run.top_p * (double)probability_above(low)), probability_above);
+        if (threadIdx.x == 0)
+            least = low;
+    }
+    __syncthreads();
     own = 0;
     for (int i = threadIdx.x; i < count; i += DecodeThreads) {
         int token = listed ? tokens[i] : i;
-        if (ordered(candidates[i]) >= low)
+        if (ordered(candidates[i]) >= least)
             own = largest(own, entry(candidates[i] / run.temperature + gumbel(token, seed), token));
     }
-    return ~(uint32_t)over_block(own, largest);
+    return ~(uint32_t)largest_of_block(own);
 }
 
 // Runs the program count times.
-KERNEL __launch_bounds__(DecodeThreads, 1) decode(Decode run) {
+template <int Tiles>
+__device__ void run_program(const Decode& run) {
     float* scratch = (float*)(shared + Ahead * DecodeThreads * sizeof(Eight) / sizeof(uint4));
     Weights weights(run);
     Operation op = run.program[0];
@@ -2168,13 +2225,12 @@ KERNEL __launch_bounds__(DecodeThreads, 1) decode(Decode run) {
                             load(op.b + (int64_t)(run.position + n) * op.N + c));
                 }
             } else if (op.kind == AttentionNext) {
-                attend(op, run, run.position + n, scratch);
-            } else if (run.rows <= 16) {
-                multiply_rows<1>(op, run, n, weights, scratch);
-            } else if (run.rows <= 32) {
-                multiply_rows<2>(op, run, n, weights, scratch);
+                if (op.K / op.heads % Width == 0)
+                    attend<true>(op, run, run.position + n, scratch);
+                else
+                    attend<false>(op, run, run.position + n, scratch);
             } else {
-                multiply_rows<4>(op, run, n, weights, scratch);
+                multiply_rows<Tiles>(op, run, n, weights, scratch);
             }
             bool stays = op.kind == ChooseNext; // the block that has chosen a token embeds it
             op = run.program[i % run.length];
@@ -2184,3 +2240,7 @@ KERNEL __launch_bounds__(DecodeThreads, 1) decode(Decode run) {
     }
     cp_async_wait();
 }
+
+// For up to 16 sequences, and up to 64.
+KERNEL __launch_bounds__(DecodeThreads, 1) decode(Decode run) { run_program<1>(run); }
+KERNEL __launch_bounds__(DecodeThreads, 1) decode_many(Decode run) { run_program<MostRows / 16>(run); }

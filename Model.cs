@@ -191,7 +191,7 @@ public sealed class Activations {
 /// <summary>GPT-2 (Radford et al., 2019) on a device: its parameters, forward and backward pass.</summary>
 public sealed class Model {
     readonly Activations activations;
-    readonly Generation? generation;
+    readonly nint cache; // memory of generation
     readonly Purpose purpose;
     readonly int recompute;
     readonly Cut[] wholes, cuts; // all parameters, and those that this rank updates
@@ -213,8 +213,7 @@ public sealed class Model {
         Gradients = purpose == Purpose.Train ? Allocate(DataType.Fp32, wholes) : null;
         GradientParts = IsCut ? AllocateParts() : Gradients;
         activations = Layout(B, recompute, device.Allocate(Layout(B, recompute, 0).Bytes));
-        if (purpose != Purpose.Evaluate)
-            generation = Generation(B, device.Allocate(Generation(B, 0).Bytes));
+        cache = purpose == Purpose.Evaluate ? 0 : device.Allocate(Cache(B).Bytes);
         (Tokens, Targets, Losses) = (new int[B * T], new int[B * T], new float[B * T]);
     }
 
@@ -267,7 +266,7 @@ public sealed class Model {
             ("Muon's scratch", Optimizer == OptimizerKind.AdamW ? 0 : Math.Max(
                 Device.Workspace > 0 ? MuonStep.ScratchBytes : 0, 14L * Config.C * Config.C * Tensor.SizeOf(type))),
             ("activations", Layout(B, recompute, 0).Bytes),
-            ("keys and values", purpose == Purpose.Evaluate ? 0 : Generation(B, 0).Bytes),
+            ("keys and values", purpose == Purpose.Evaluate ? 0 : Cache(B).Bytes),
         ];
         return [.. all.Where(each => each.Bytes > 0)];
     }
@@ -297,8 +296,7 @@ public sealed class Model {
         new(Config, Device.Precision, purpose == Purpose.Generate ? 0 : B, T, purpose, recompute, address);
 
     /// <summary>The memory of generation: for B sequences, or in training for one.</summary>
-    Generation Generation(int B, nint address) =>
-        new(Config, Device.Precision, purpose == Purpose.Generate ? B : 1, address);
+    Generation Cache(int B) => new(Config, Device.Precision, purpose == Purpose.Generate ? B : 1, 0);
 
     /// <summary>Allocates an fp32 number for each parameter that this rank updates, or that it updates by AdamW.
     /// </summary>
@@ -423,13 +421,12 @@ public sealed class Model {
         ];
     }
 
-    /// <summary>Continues a prompt in as many ways as there are sequences. When the context is full, it goes on from the
-    /// newest half of it; a longer prompt is cut to that, too.</summary>
+    /// <summary>Continues a prompt in B ways, at most as many as the model has memory for. When the context is full, it
+    /// goes on from the newest half of it; a longer prompt is cut to that, too.</summary>
     /// <returns>The next token of each sequence, (B), as often as asked for.</returns>
-    public IEnumerable<int[]> Generate(int[] prompt, Choice choice, int count) {
-        const int together = 16; // tokens that a device makes before any is read
-        var g = generation!;
-        var (program, B, half) = (Program(g), g.X.Depth, Math.Max(1, Config.MaxT / 2));
+    public IEnumerable<int[]> Generate(int[] prompt, Choice choice, int count, int B = 1) {
+        var g = new Generation(Config, Device.Precision, B, cache);
+        var (program, half) = (Program(g), Math.Max(1, Config.MaxT / 2));
         var texts = Enumerable.Range(0, B).Select(_ => prompt.ToList()).ToArray();
         var (position, shared, made) = (Config.MaxT, 0, 0);
         while (made < count) {
@@ -440,6 +437,7 @@ public sealed class Model {
                 for (var b = 0; b < (made == 0 ? 1 : B) && position > 0; b++)
                     Forward(CollectionsMarshal.AsSpan(texts[b])[^length..^1], g.Prompt(b, position));
             }
+            var together = made == 0 ? 1 : 16; // tokens that the device makes before any is read
             var next = new int[Math.Min(Math.Min(together, count - made), Config.MaxT - position) * B];
             Device.Decode(program, choice with { Drawn = made }, position, shared, [.. texts.Select(text => text[^1])],
                 next);

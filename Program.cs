@@ -92,7 +92,7 @@ internal sealed class Commands(GlobalOptions global) {
             trainer.Run();
         });
 
-    /// <summary>Continues a text.</summary>
+    /// <summary>Continues a text, or with no prompt each line typed in.</summary>
     /// <param name="init">-e, A model file, or a run's folder for its newest checkpoint.</param>
     /// <param name="prompt">-p, Text to continue; - reads it from standard input.</param>
     /// <param name="promptIds">Token ids to continue, in place of a text: 1,2,3. Ids are printed then.</param>
@@ -102,48 +102,76 @@ internal sealed class Commands(GlobalOptions global) {
     /// <param name="topP">--top-p, Choose among the likeliest tokens of this probability (above 0 and up to 1).</param>
     /// <param name="num">Samples (1 or more).</param>
     /// <param name="seed">Seed of the choices.</param>
+    /// <param name="stopAtContext">End where the context is full, instead of going on from its newest half.</param>
+    /// <param name="quiet">Do not tell the speed.</param>
     public int Sample(string init, string? prompt = null, int[]? promptIds = null, int tokens = 256,
-        float temperature = 1, int topK = 0, float topP = 1, int num = 1, uint seed = 42) =>
-        Guard(global.Verbose, () => {
+        float temperature = 0.8f, int topK = 50, float topP = 1, int num = 1, uint seed = 42,
+        bool stopAtContext = false, bool quiet = false) => Guard(global.Verbose, () => {
             Require(prompt == null || promptIds == null, "--prompt-ids", "no --prompt beside it", "both");
             var (file, config) = Config.Open(Checkpoints.ModelOf(init));
             using var _ = file;
-            var isText = promptIds == null;
-            if (isText && config.V != Tokenizer.EndOfTextId + 1)
+            if (promptIds == null && config.V != Tokenizer.EndOfTextId + 1)
                 throw file.Fail("the tokenizer's vocabulary of 50257 (or --prompt-ids 1,2,3)", $"{config.V}");
-            var tokenizer = isText ? new Tokenizer() : null;
-            var text = prompt?.TrimStart('\0') ?? "";
-            if (text == "-") {
-                using var input = new StreamReader(Console.OpenStandardInput(), new UTF8Encoding(false, true));
-                text = input.ReadToEnd();
-                text = text.EndsWith('\n') ? text[..^1] : text;
-            }
-            int[] ids = promptIds ?? [Tokenizer.EndOfTextId, .. tokenizer!.Encode(text)];
-            foreach (var id in ids)
+            foreach (var id in promptIds ?? [])
                 Require(id >= 0 && id < config.V, "--prompt-ids", $"ids from 0 to {config.V - 1}", id);
+            var tokenizer = promptIds == null ? new Tokenizer() : null;
+            var types = prompt == null && promptIds == null && !Console.IsInputRedirected;
+            if (promptIds == null && !types && prompt is null or "\0-") {
+                using var input = new StreamReader(Console.OpenStandardInput(), new UTF8Encoding(false, true));
+                prompt = input.ReadToEnd();
+                prompt = prompt.EndsWith('\n') ? prompt[..^1] : prompt;
+            }
             using var device = Open();
             var batch = Math.Min(num, IDevice.MostSequences);
             var model = new Model(config, device, batch, 1, Purpose.Generate);
             model.Load(file);
-            var (steps, made) = (Enumerable.Empty<int[]>().GetEnumerator(), new List<int[]>());
-            for (var i = 0; i < num; i++) {
-                if (i % batch == 0)
-                    (steps, made) = (model.Generate(ids, new(temperature, topK, topP, seed, i), tokens).GetEnumerator(), []);
-                var sample = Sample(i % batch);
-                Console.Out.Write((i > 0 ? "---\n" : "") + (isText ? text : string.Join(' ', ids)));
-                foreach (var part in isText ? tokenizer!.Decode(sample.TakeWhile(Tokenizer.IsText))
-                    : sample.Select(id => $" {id}"))
-                    Console.Out.Write(part);
-                Console.Out.WriteLine();
+            var since = Process.GetCurrentProcess().StartTime;
+            while (true) {
+                if (types)
+                    Console.Error.Write("> ");
+                var text = types ? Console.In.ReadLine() : prompt?.TrimStart('\0') ?? "";
+                if (text == null)
+                    return 0;
+                since = types ? DateTime.Now : since;
+                Write(text, promptIds ?? [Tokenizer.EndOfTextId, .. tokenizer!.Encode(text)]);
+                if (!types)
+                    return 0;
             }
-            return 0;
 
-            // One sample's tokens; whoever needs more than were made makes all samples' next ones.
-            IEnumerable<int> Sample(int j) {
-                for (var n = 0; n < made.Count || steps.MoveNext(); n++) {
-                    if (n == made.Count)
-                        made.Add(steps.Current);
-                    yield return made[n][j];
+            void Write(string text, int[] ids) {
+                var room = config.MaxT + 1 - ids.Length;
+                if (tokens > room)
+                    Console.Error.WriteLine($"gpt2: {ids.Length} tokens and {tokens} more do not fit into the context of " +
+                        $"{config.MaxT}: {(stopAtContext ? "it ends there" : "it goes on from the newest half of them")}");
+                var (steps, made) = (Enumerable.Empty<int[]>().GetEnumerator(), new List<int[]>());
+                var (first, more) = (TimeSpan.Zero, 0L);
+                for (var i = 0; i < num; i++) {
+                    if (i % batch == 0) {
+                        var choice = new Choice(temperature, topK, topP, seed, i);
+                        var count = stopAtContext ? Math.Min(tokens, Math.Max(room, 0)) : tokens;
+                        (steps, made) = (model.Generate(ids, choice, count, Math.Min(batch, num - i)).GetEnumerator(), []);
+                    }
+                    var sample = Sample(i % batch);
+                    Console.Out.Write((i > 0 ? "---\n" : "") + (tokenizer != null ? text : string.Join(' ', ids)));
+                    foreach (var part in tokenizer?.Decode(sample.TakeWhile(Tokenizer.IsText)) ??
+                        sample.Select(id => $" {id}"))
+                        Console.Out.Write(part);
+                    Console.Out.WriteLine();
+                }
+                var rest = DateTime.Now - since - first;
+                if (!quiet)
+                    Console.Error.WriteLine($"speed   {first.TotalSeconds:f2} s to the first token" +
+                        (more == 0 ? "" : $"; then {more / rest.TotalSeconds:f0} tokens/s"));
+
+                // One sample's tokens; whoever needs more than were made makes all samples' next ones.
+                IEnumerable<int> Sample(int j) {
+                    for (var n = 0; n < made.Count || steps.MoveNext(); n++) {
+                        if (n == made.Count) {
+                            made.Add(steps.Current);
+                            (first, more) = first == default ? (DateTime.Now - since, 0) : (first, more + steps.Current.Length);
+                        }
+                        yield return made[n][j];
+                    }
                 }
             }
         });
@@ -235,10 +263,15 @@ internal sealed class Commands(GlobalOptions global) {
     /// <param name="recompute">-r, As in training (0 to 2).</param>
     /// <param name="optimizer">As in training: adamw or muon.</param>
     /// <param name="portable">Do without the instructions that only Hopper GPUs have.</param>
+    /// <param name="decode">Time generation instead of training.</param>
     public int Bench(string init = "d12", int? batch = null, int? seq = null, int? totalBatch = null, int steps = 5,
-        int recompute = 0, OptimizerKind optimizer = OptimizerKind.AdamW, bool portable = false) =>
+        int recompute = 0, OptimizerKind optimizer = OptimizerKind.AdamW, bool portable = false, bool decode = false) =>
         Guard(global.Verbose, () => {
             using var device = Open(portable);
+            if (decode) {
+                Benchmark.Decode(init, device, Console.Out);
+                return 0;
+            }
             var (B, T) = Sizes(device, batch, seq, (64, 1024), (4, 64));
             totalBatch ??= device is Cpu ? B * T : 524_288;
             Benchmark.Run(init, B, T, totalBatch.Value, steps, recompute, optimizer, device, Console.Out);

@@ -771,6 +771,34 @@ public static class Benchmark {
         output.WriteLine($"{"together",-46}{total * 1e3,10:F3}");
     }
 
+    /// <summary>Prints how many tokens generation makes a second, and how many it would if it only read each weight once
+    /// a token.</summary>
+    public static void Decode(string init, IDevice device, TextWriter output) {
+        var (file, config) = Trainer.Open(init);
+        var (most, bytes) = (device is Cpu ? 8 : IDevice.MostSequences, device.MeasureCeilings().Bytes);
+        var model = new Model(config, device, most, 1, Purpose.Generate);
+        model.Load(file, 42);
+        var limit = bytes / ((double)config.ParameterCount * Tensor.SizeOf(model.Weights.All.Type));
+        output.WriteLine($"{device.Name}, {device.Precision}; {config.Summary}; large copy {bytes / 1e9:F0} GB/s, which " +
+            $"reads the weights {limit:F0} times a second");
+        Choice greedy = new(0, 0, 1, 42), usual = new(0.8f, 50, 0.9f, 42);
+        foreach (var (name, B, prompt, choice) in ((string, int, int, Choice)[])[
+            ("1 sample, greedy", 1, 10, greedy), ("1 sample, top-k 50, top-p 0.9, temperature 0.8", 1, 10, usual),
+            ("1 sample, temperature 1", 1, 10, new(1, 0, 1, 42)), ("1 sample, top-p 0.9", 1, 10, new(1, 0, 0.9f, 42)),
+            ("1 sample, greedy, after 700 tokens", 1, 700, greedy), ($"{most} samples, top-k 50, top-p 0.9", most, 10, usual),
+        ]) {
+            int[] ids = [.. Enumerable.Range(0, Math.Min(prompt, config.MaxT)).Select(i => i * 31 % config.V)];
+            _ = model.Generate(ids, choice, 17, B).Count(); // warms up
+            var start = Stopwatch.GetTimestamp();
+            using var steps = model.Generate(ids, choice, 257, B).GetEnumerator();
+            steps.MoveNext();
+            var first = Stopwatch.GetElapsedTime(start).TotalSeconds;
+            while (steps.MoveNext()) { }
+            var rate = 256 * B / (Stopwatch.GetElapsedTime(start).TotalSeconds - first);
+            output.WriteLine($"{name,-50}{rate,9:F0} tok/s{rate / B / limit,6:0%} of the limit; first token {first * 1e3:F1} ms");
+        }
+    }
+
     static double Median(double[] values) => values.Order().ElementAt(values.Length / 2);
 }
 

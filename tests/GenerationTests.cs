@@ -13,7 +13,7 @@ public abstract class GenerationTests(DeviceUnderTest under) : IDisposable {
         Models.Random(config ?? Small, device, sequences, 1, Purpose.Generate);
 
     static int[][] Generate(Model model, int[] prompt, Choice choice, int count) =>
-        [.. model.Generate(prompt, choice, count).Select(tokens => (int[])[.. tokens])];
+        [.. model.Generate(prompt, choice, count, model.B)];
 
     [Test, Arguments(1, 0f), Arguments(70, 0f), Arguments(80, 0f), Arguments(1, 2f), Arguments(5, 2f)]
     public async Task PicksAsFullForwardPassesDo(int promptLength, float temperature) {
