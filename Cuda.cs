@@ -626,7 +626,7 @@ public sealed unsafe class Cuda : IDevice {
 
     public void Decode(ReadOnlySpan<Operation> program, in Choice choice, int position, int shared,
         ReadOnlySpan<int> tokens, Span<int> next) {
-        const int threads = 384, channels = 8, sharedBytes = 6 * threads * 32 + 64 * channels * threads / 32 * 4;
+        const int threads = 384, channels = 8, sharedBytes = 6 * threads * 32 + 2 * 64 * channels * threads / 32 * 4;
         var (operations, factors) = (new List<OperationArguments>(), new List<Factor>());
         foreach (var (kind, x, w, b, y, normW, normB, heads) in program) {
             var isProduct = w.Address != 0;

@@ -1756,9 +1756,10 @@ KERNEL muon(
 
 constexpr int DecodeThreads = 384, DecodeWarps = DecodeThreads / Warp, MostRows = 64;
 constexpr int Channels = 8;                    // columns of a product that a block computes at a time
-constexpr int Slice = DecodeWarps * 4 * Width; // of its depth, which a block multiplies at a time
-constexpr int Ahead = 24 / sizeof(floatX);     // slices asked for and not multiplied yet
-constexpr int ScratchBytes = MostRows * Channels * DecodeWarps * 4, MostCandidates = ScratchBytes / 8;
+constexpr int Slice = DecodeWarps * 8 * Width; // of its depth, which a block multiplies at a time
+constexpr int Ahead = 12 / sizeof(floatX);     // slices asked for and not multiplied yet
+constexpr int RingBytes = Ahead * Slice * Channels * sizeof(floatX);
+constexpr int ScratchBytes = 2 * MostRows * Channels * DecodeWarps * 4, MostCandidates = ScratchBytes / 16;
 
 enum Kind { EmbedNext, LinearNext, GeluNext, ResidualNext, LogitsNext, AttentionNext, ChooseNext };
 
@@ -1788,6 +1789,7 @@ struct Decode {
 };
 
 PTX(cp_async_wait_first, (), "cp.async.wait_group %0;" ::"n"(Ahead - 1) : "memory")
+PTX(prefetch, (const void* at), "prefetch.global.L1 [%0];" ::"l"(at))
 PTX(arrive, (uint32_t* counter), "red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory")
 PTX(load_acquire, (uint32_t& to, const uint32_t* from), "ld.acquire.gpu.global.u32 %0, [%1];"
     : "=r"(to) : "l"(from) : "memory")
@@ -1803,53 +1805,67 @@ __device__ void wait_for_all(uint32_t* arrivals, uint32_t time) {
     __syncthreads();
 }
 
-// The weights that this thread multiplies, in the order of their use: of each tile of 8 rows that its block has, of each
-// slice, eight of row lane/4. They wait in a ring in shared memory, where no other thread reads them.
+// The weights that this warp multiplies, in the order of their use: of each tile of 8 rows that its block has, of each
+// slice, 64 columns. They wait in a ring in shared memory, where no other warp reads them.
 struct Weights {
-    const Factor *next, *first, *end;
-    Factor now;
-    const floatX* from; // what to ask for next
-    int tile, slices, left; // left: columns of this row from there on
-    uint32_t place;
+    static constexpr int Bytes = Channels * 8 * sizeof(Eight);
+    const Factor *place_of_next, *first, *end;
+    Factor now, next;
+    const floatX* from; // what this thread asks for next: of row lane/8, and of the one four below
+    int tile, slices, left, turn; // left: columns from there on; 0 or less if there is nothing
 
     __device__ Weights(const Decode& run)
-        : next(run.factors), first(run.factors), end(run.factors + run.products), now(), tile(blockIdx.x), slices(0),
-          place(shared_address(shared) + threadIdx.x * sizeof(Eight)) {
+        : place_of_next(run.factors), first(run.factors), end(run.factors + run.products), now(), next(run.factors[0]),
+          tile(blockIdx.x), slices(0), turn(0) {
         for (int i = 0; i < Ahead; i++)
             ask();
     }
 
-    // The first column of a slice that is this thread's.
-    static __device__ int part() { return (threadIdx.x / Warp * 4 + threadIdx.x % 4) * Width; }
+    // The first column of a slice that is this warp's.
+    static __device__ int part() { return threadIdx.x / Warp * 8 * Width; }
+
+    // Where a row has eight columns; of an odd row the halves are exchanged, so that no banks conflict.
+    __device__ uint32_t place(int row, int column8) const {
+        uint32_t warp = turn * DecodeWarps + threadIdx.x / Warp;
+        return shared_address(shared) + warp * Bytes + (row * 8 + (column8 ^ row % 2 * 4)) * sizeof(Eight);
+    }
 
     __device__ void ask() {
+        int lane = threadIdx.x % Warp, column8 = lane % 8;
         if (slices == 0) {
             for (tile += gridDim.x; tile * Channels >= now.N; tile = blockIdx.x) {
-                now = *next;
-                next = next + 1 == end ? first : next + 1;
+                now = next;
+                place_of_next = place_of_next + 1 == end ? first : place_of_next + 1;
+                next = *place_of_next;
             }
-            int row = tile * Channels + threadIdx.x % Warp / 4;
-            from = now.w + (int64_t)row * now.K + part();
-            left = row < now.N ? now.K - part() : 0;
+            int column = part() + column8 * Width;
+            from = now.w + (int64_t)(tile * Channels + lane / 8) * now.K + column;
+            left = now.K - column;
             slices = (now.K + Slice - 1) / Slice;
         }
-        for (int i = 0; i < sizeof(Eight); i += 16)
-            cp_async(place + i, left > 0 ? (const char*)from + i : (const char*)now.w, left > 0);
+        for (int row = lane / 8; row < Channels; row += 4) {
+            bool inside = left > 0 && tile * Channels + row < now.N;
+            const floatX* at = inside ? from + (row - lane / 8) * now.K : now.w;
+            for (int i = 0; i < sizeof(Eight); i += 16)
+                cp_async(place(row, column8) + i, (const char*)at + i, inside);
+        }
         cp_async_commit();
         from += Slice;
         left -= Slice;
         slices--;
-        uint32_t last = shared_address(shared) + (Ahead - 1) * DecodeThreads * sizeof(Eight);
-        place += place >= last ? -(Ahead - 1) * DecodeThreads * (int)sizeof(Eight) : DecodeThreads * (int)sizeof(Eight);
+        turn = turn + 1 == Ahead ? 0 : turn + 1;
     }
 
-    __device__ Eight take() {
+    // Of row lane/4 columns lane%4·8 to ·8 + 7, and those 32 further on.
+    __device__ void take(Eight (&w)[2]) {
         cp_async_wait_first();
-        Eight w;
-        for (int i = 0; i < sizeof(Eight); i += 16)
-            load_shared(((uint4*)&w)[i / 16], place + i);
+        __syncwarp();
+        for (int i = 0; i < 2; i++) {
+            for (int j = 0; j < sizeof(Eight); j += 16)
+                load_shared(((uint4*)&w[i])[j / 16], place(threadIdx.x % Warp / 4, threadIdx.x % 4 + 4 * i) + j);
+        }
+        __syncwarp();
         ask();
-        return w;
     }
 };
 
@@ -1886,131 +1902,161 @@ __device__ float gumbel(int token, uint32_t seed) {
     return -logf(-logf(((random_bits(token, seed) >> 9) + 0.5f) * 0x1p-23f));
 }
 
-// statistics (rows) = mean and 1/deviation of x (rows, C).
+// statistics (rows) = mean and 1/deviation of x (rows, C). Half a warp per row.
 __device__ void row_statistics(const floatX* x, int rows, int C, float2* statistics) {
-    int lane = threadIdx.x % Warp;
-    for (int row = threadIdx.x / Warp; row < rows; row += DecodeWarps) {
-        float total = 0, squares = 0;
-        for (int c = lane * Width; c < C; c += Warp * Width)
-            total += sum(load(x + row * C + c));
-        float mean = warp_sum(total) / C;
-        for (int c = lane * Width; c < C; c += Warp * Width) {
-            Pack difference = normalize(load(x + row * C + c), mean, 1);
-            squares += sum(difference * difference);
-        }
-        float rstd = rsqrtf(warp_sum(squares) / C + 1e-5f);
-        if (lane == 0)
-            statistics[row] = make_float2(mean, rstd);
+    constexpr int Lanes = Warp / 2, Batch = 8; // loaded together
+    int lane = threadIdx.x % Lanes;
+    for (int first = 0; first < rows; first += DecodeThreads / Lanes) {
+        int row = first + threadIdx.x / Lanes;
+        if (row - row % 2 >= rows) // this warp has none
+            break;
+        auto sum_of = [&](auto term) {
+            float total = 0;
+            for (int c = lane * Width; c < C; c += Lanes * Width * Batch) {
+                Eight pack[Batch];
+#pragma unroll
+                for (int i = 0; i < Batch; i++) {
+                    int column = c + i * Lanes * Width;
+                    pack[i] = row < rows && column < C ? *(const Eight*)(x + (int64_t)row * C + column) : Eight{};
+                }
+#pragma unroll
+                for (int i = 0; i < Batch; i++)
+                    total += c + i * Lanes * Width < C ? term(load(pack[i].x)) : 0;
+            }
+            return sum_lanes<8, 4, 2, 1>(total);
+        };
+        float mean = sum_of([](Pack x) { return sum(x); }) / C;
+        float squares = sum_of([=](Pack x) { return x = normalize(x, mean, 1), sum(x * x); });
+        if (lane == 0 && row < rows)
+            statistics[row] = make_float2(mean, rsqrtf(squares / C + 1e-5f));
     }
     __syncthreads();
 }
 
 // One product: y = x·wᵀ + b, with the rows of x normalized first if there are weights for that. Each warp multiplies its
-// part of the depth, and scratch has the warps' sums. Tiles is that of 16 rows.
+// part of the depth; scratch has the warps' sums, which some of them add up while the others go on. Tiles is that of 16
+// rows.
 template <int Tiles>
 __device__ void multiply_rows(const Operation& op, const Decode& run, int n, Weights& weights, float* scratch) {
     constexpr int Rows = Tiles * 16, Results = (Rows * Channels + DecodeThreads - 1) / DecodeThreads; // of a thread
-    __shared__ float2 statistics[MostRows];
+    constexpr int ScratchSize = DecodeWarps * Rows * Channels;
+    __shared__ float2 statistics[MostRows]; // of rows that there are not: any
     int warp = threadIdx.x / Warp, lane = threadIdx.x % Warp, slices = (op.K + Slice - 1) / Slice;
     bool draws = op.kind == LogitsNext && !run.selects && run.temperature > 0;
     auto fetch = [&](int row, int column) {
         return row < run.rows && column < op.K ? *(const Eight*)(op.x + (int64_t)row * op.K + column) : Eight{};
     };
+    auto column_of = [&](int slice, int half) { return slice * Slice + Weights::part() + (half * 4 + lane % 4) * Width; };
     // Layer norm of rows first, first + 8, ... in place, for a column of this thread's.
     auto norm = [&](Eight* x, int count, int first, int column) {
         if (column >= op.K)
             return;
         Pack w = load(op.norm_w + column), b = load(op.norm_b + column);
         for (int j = 0; j < count; j++) {
-            float2 s = statistics[min(first + j * 8, MostRows - 1)];
+            if (j * 8 >= run.rows)
+                continue;
+            float2 s = statistics[first + j * 8];
             store(x[j].x, normalize(load(x[j].x), s.x, s.y) * w + b);
         }
     };
-    uint32_t seeds[Results];
-    for (int j = 0; j < Results && draws; j++)
-        seeds[j] = seed_of(run, (threadIdx.x + j * DecodeThreads) / Channels, n);
 #ifndef FP32
-    constexpr int Batch = 8 / Tiles; // slices of x that are held together
-    Eight x[Batch][2 * Tiles];
+    constexpr int Batch = 8 / Tiles; // half slices of x that are held together
+    Eight x[Batch][2 * Tiles] = {};
 #endif
-    for (int tile = blockIdx.x; tile * Channels < op.N; tile += gridDim.x) {
+    if (op.norm_w) {
+        for (int k = threadIdx.x * 64; k < op.K; k += DecodeThreads * 64) {
+            prefetch(op.norm_w + k);
+            prefetch(op.norm_b + k);
+        }
+        row_statistics(op.x, run.rows, op.K, statistics);
+    }
+    for (int tile = blockIdx.x, turn = 0; tile * Channels < op.N; tile += gridDim.x, turn++) {
         // What this thread adds to its results: a bias, what was there, or noise.
-        float addends[Results];
+        int own = (threadIdx.x + turn * Rows * Channels) % DecodeThreads;
+        float *partial = scratch + turn % 2 * ScratchSize, addends[Results];
 #pragma unroll
         for (int j = 0; j < Results; j++) {
-            int i = threadIdx.x + j * DecodeThreads, row = i / Channels, column = tile * Channels + i % Channels;
+            int i = own + j * DecodeThreads, row = i / Channels, column = tile * Channels + i % Channels;
             bool inside = row < run.rows && column < op.N;
             addends[j] = inside && op.b ? (float)op.b[column] : 0;
             if (inside && op.kind == ResidualNext)
                 addends[j] += (float)((floatX*)op.y)[(int64_t)row * op.N + column];
             if (inside && draws)
-                addends[j] = gumbel(column, seeds[j]);
+                addends[j] = gumbel(column, seed_of(run, row, n));
         }
 #ifdef FP32
-        if (op.norm_w && tile == blockIdx.x)
-            row_statistics(op.x, run.rows, op.K, statistics);
         float sums[Rows] = {};
-        for (int k = Weights::part(); k < slices * Slice; k += Slice) {
-            Pack w = load(weights.take().x);
+        for (int slice = 0; slice < slices; slice++) {
+            Eight w[2];
+            weights.take(w);
+            for (int i = 0; i < 2; i++) {
 #pragma unroll
-            for (int row = 0; row < Rows; row++) {
-                if (row >= run.rows)
-                    continue;
-                Eight x = fetch(row, k);
-                if (op.norm_w)
-                    norm(&x, 1, row, k);
-                sums[row] += sum(load(x.x) * w);
+                for (int row = 0; row < Rows; row++) {
+                    if (row >= run.rows)
+                        continue;
+                    Eight x = fetch(row, column_of(slice, i));
+                    if (op.norm_w)
+                        norm(&x, 1, row, column_of(slice, i));
+                    sums[row] += sum(load(x.x) * load(w[i].x));
+                }
             }
         }
 #pragma unroll
         for (int row = 0; row < Rows; row++) {
             float total = sum_lanes<2, 1>(sums[row]);
             if (lane % 4 == 0)
-                scratch[(warp * Rows + row) * Channels + lane / 4] = total;
+                partial[(warp * Rows + row) * Channels + lane / 4] = total;
         }
 #else
-        float sums[Tiles][4] = {};
-        for (int slice = 0; slice < slices; slice += Batch) {
-            if (slices > Batch || tile == blockIdx.x) {
+        float sums[2][Tiles][4] = {}; // of the even and the odd steps
+        for (int slice = 0; slice < slices; slice += Batch / 2) {
+            if (slices > Batch / 2 || tile == blockIdx.x) {
 #pragma unroll
                 for (int i = 0; i < Batch; i++) {
 #pragma unroll
-                    for (int j = 0; j < 2 * Tiles; j++)
-                        x[i][j] = fetch(j * 8 + lane / 4, Weights::part() + (slice + i) * Slice);
+                    for (int j = 0; j < 2 * Tiles; j++) {
+                        if (slice + i / 2 < slices && j * 8 < run.rows)
+                            x[i][j] = fetch(j * 8 + lane / 4, column_of(slice + i / 2, i % 2));
+                    }
                 }
-                if (op.norm_w && tile == blockIdx.x && slice == 0)
-                    row_statistics(op.x, run.rows, op.K, statistics);
 #pragma unroll
-                for (int i = 0; i < Batch && op.norm_w; i++)
-                    norm(x[i], 2 * Tiles, lane / 4, Weights::part() + (slice + i) * Slice);
+                for (int i = 0; i < Batch; i++) {
+                    if (op.norm_w && slice + i / 2 < slices)
+                        norm(x[i], 2 * Tiles, lane / 4, column_of(slice + i / 2, i % 2));
+                }
             }
 #pragma unroll
-            for (int i = 0; i < Batch; i++) {
-                if (slice + i >= slices)
+            for (int i = 0; i < Batch; i += 2) {
+                if (slice + i / 2 >= slices)
                     continue;
-                Eight taken = weights.take();
-                uint4 w = *(uint4*)&taken;
-                for (int j = 0; j < Tiles; j++) {
-                    uint4 low = *(uint4*)&x[i][2 * j], high = *(uint4*)&x[i][2 * j + 1];
-                    mma(sums[j], {low.x, high.x, low.y, high.y}, w.x, w.y);
-                    mma(sums[j], {low.z, high.z, low.w, high.w}, w.z, w.w);
+                Eight taken[2];
+                weights.take(taken);
+                for (int half = 0; half < 2; half++) {
+                    uint4 w = *(uint4*)&taken[half];
+                    for (int j = 0; j < Tiles; j++) {
+                        uint4 low = *(uint4*)&x[i + half][2 * j], high = *(uint4*)&x[i + half][2 * j + 1];
+                        mma(sums[0][j], {low.x, high.x, low.y, high.y}, w.x, w.y);
+                        mma(sums[1][j], {low.z, high.z, low.w, high.w}, w.z, w.w);
+                    }
                 }
             }
         }
-        for (int j = 0; j < 2 * Tiles; j++)
-            *(float2*)&scratch[(warp * Rows + j * 8 + lane / 4) * Channels + lane % 4 * 2] =
-                make_float2(sums[j / 2][j % 2 * 2], sums[j / 2][j % 2 * 2 + 1]);
+        for (int j = 0; j < 2 * Tiles; j++) {
+            float *even = &sums[0][j / 2][j % 2 * 2], *odd = &sums[1][j / 2][j % 2 * 2];
+            *(float2*)&partial[(warp * Rows + j * 8 + lane / 4) * Channels + lane % 4 * 2] =
+                make_float2(even[0] + odd[0], even[1] + odd[1]);
+        }
 #endif
         __syncthreads();
 #pragma unroll
         for (int j = 0; j < Results; j++) {
-            int i = threadIdx.x + j * DecodeThreads, row = i / Channels, column = tile * Channels + i % Channels;
+            int i = own + j * DecodeThreads, row = i / Channels, column = tile * Channels + i % Channels;
             if (i / Warp * Warp / Channels >= run.rows)
                 break;
             bool inside = row < run.rows && column < op.N;
             float y = 0;
             for (int part = 0; part < DecodeWarps; part++)
-                y += scratch[part * Rows * Channels + i];
+                y += partial[part * Rows * Channels + i];
             y = (draws ? y / run.temperature : y) + addends[j];
             int64_t at = ((int64_t)row * op.T + (op.T > 1 ? run.position + n : 0)) * op.N + column;
             if (op.kind == LogitsNext) {
@@ -2024,7 +2070,6 @@ __device__ void multiply_rows(const Operation& op, const Decode& run, int n, Wei
                 ((floatX*)op.y)[at] = op.kind == GeluNext ? gelu_of(y) : y;
             }
         }
-        __syncthreads();
     }
 }
 
@@ -2043,7 +2088,7 @@ __device__ Eight load_channels(const floatX* from, int count) {
 // as a key needs take it, eight channels each, and keep sums of their own until the end.
 template <bool Whole>
 __device__ void attend(const Operation& op, const Decode& run, int position, float* scratch) {
-    constexpr int Batch = 4; // keys loaded together
+    constexpr int Batch = 8; // keys of a lane that are loaded together
     int C = op.K, HS = C / op.heads, lanes = 1, warp = threadIdx.x / Warp, lane = threadIdx.x % Warp;
     while (lanes * Width < HS)
         lanes *= 2;
@@ -2064,18 +2109,25 @@ __device__ void attend(const Operation& op, const Decode& run, int position, flo
                 k[i] = load_channels<Whole>(at, own);
                 v[i] = load_channels<Whole>(at + C, own);
             }
+            float scores[Batch], new_max = max;
 #pragma unroll
             for (int i = 0; i < Batch; i++) {
-                float score = sum(q * load(k[i].x));
+                float score = sum(q * load(k[i].x)) * scale;
                 for (int distance = lanes / 2; distance > 0; distance /= 2)
                     score += __shfl_xor_sync(~0u, score, distance);
-                bool counts = begin + i * groups + (int)threadIdx.x / lanes <= position;
-                float new_max = fmaxf(max, counts ? score * scale : Lowest), keep = exp2_approximate(max - new_max);
-                float p = counts ? exp2_approximate(score * scale - new_max) : 0;
-                all = all * keep + p;
-                total = map(total, [=](float x) { return x * keep; }) + map(load(v[i].x), [=](float x) { return x * p; });
-                max = new_max;
+                scores[i] = begin + i * groups + (int)threadIdx.x / lanes <= position ? score : 2 * Lowest;
+                new_max = fmaxf(new_max, scores[i]);
             }
+            float keep = exp2_approximate(max - new_max);
+            all *= keep;
+            total = map(total, [=](float x) { return x * keep; });
+#pragma unroll
+            for (int i = 0; i < Batch; i++) {
+                float p = exp2_approximate(scores[i] - new_max);
+                all += p;
+                total = total + map(load(v[i].x), [=](float x) { return x * p; });
+            }
+            max = new_max;
         }
         // The same sums over the lanes and then the warps.
         float top = max;
@@ -2126,14 +2178,24 @@ __device__ uint32_t threshold(uint32_t low, uint32_t high, uint64_t target, Weig
 // The next token of a row from its logits (V), of which maxima has the largest of every eight; V if they are not finite.
 // Top-k and top-p are thresholds: a token as likely as the last one let through is let through, too. Probabilities are
 // summed as integers, whose order does not matter.
-__device__ int choose(const Decode& run, const float* logits, const float* maxima, int V, uint32_t seed, float* values) {
+__device__ int choose(const Decode& run, const float* logits, const float* maxima, int V, uint32_t seed, void* scratch) {
+    constexpr int Batch = 8; // loaded together
     __shared__ int found;
-    __shared__ uint32_t least;
-    int *tokens = (int*)values + MostCandidates, tiles = (V + Channels - 1) / Channels;
+    __shared__ uint64_t sums[2][DecodeWarps];
+    uint64_t* weights = (uint64_t*)scratch;
+    float* values = (float*)(weights + MostCandidates);
+    int *tokens = (int*)(values + MostCandidates), tiles = (V + Channels - 1) / Channels;
     auto entry = [](float x, int i) { return (uint64_t)ordered(x) << 32 | (uint32_t)~i; }; // of two alike the first wins
     uint64_t own = 0;
-    for (int i = threadIdx.x; i < tiles; i += DecodeThreads)
-        own = largest(own, entry(maxima[i], i));
+    for (int first = threadIdx.x; first < tiles; first += Batch * DecodeThreads) {
+        float largest_ones[Batch];
+#pragma unroll
+        for (int i = 0; i < Batch; i++)
+            largest_ones[i] = first + i * DecodeThreads < tiles ? maxima[first + i * DecodeThreads] : -INFINITY;
+#pragma unroll
+        for (int i = 0; i < Batch; i++)
+            own = largest(own, entry(largest_ones[i], first + i * DecodeThreads));
+    }
     uint64_t best = largest_of_block(own);
     float max = number(best >> 32);
     if (!isfinite(max))
@@ -2149,16 +2211,23 @@ __device__ int choose(const Decode& run, const float* logits, const float* maxim
     if (run.top_k > 0 && run.top_k <= min(tiles, DecodeThreads))
         low = ::max(low, threshold(0, high, run.top_k,
             [&](uint32_t least) { return (uint64_t)__syncthreads_count(own >> 32 >= least); }));
+    auto weight_of = [&](float logit) { return (uint64_t)(exp2f((logit - max) / run.temperature * Log2E) * 0x1p40f); };
     if (threadIdx.x == 0)
         found = 0;
     __syncthreads();
     for (int i = threadIdx.x; i < tiles; i += DecodeThreads) {
-        for (int token = i * Channels; token < min(V, (i + 1) * Channels) && ordered(maxima[i]) >= low; token++) {
-            if (ordered(logits[token]) < low)
-                continue;
-            if (int at = atomicAdd(&found, 1); at < MostCandidates) {
-                values[at] = logits[token];
-                tokens[at] = token;
+        if (ordered(maxima[i]) < low)
+            continue;
+        float eight[Channels];
+#pragma unroll
+        for (int j = 0; j < Channels; j++)
+            eight[j] = i * Channels + j < V ? logits[i * Channels + j] : -INFINITY;
+        for (int j = 0; j < Channels; j++) {
+            int at = ordered(eight[j]) >= low ? atomicAdd(&found, 1) : MostCandidates;
+            if (at < MostCandidates) {
+                values[at] = eight[j];
+                tokens[at] = i * Channels + j;
+                weights[at] = weight_of(eight[j]);
             }
         }
     }
@@ -2166,35 +2235,35 @@ __device__ int choose(const Decode& run, const float* logits, const float* maxim
     bool listed = found <= MostCandidates;
     int count = listed ? found : V;
     const float* candidates = listed ? values : logits;
-    if (threadIdx.x < Warp) {
-        // What tokens of at least a threshold weigh: each 1, or its probability.
-        auto number_above = [&](uint32_t least) {
-            uint32_t own = 0;
-            for (int i = threadIdx.x; i < count; i += Warp)
-                own += ordered(candidates[i]) >= least;
-            return __reduce_add_sync(~0u, own);
-        };
-        auto probability_above = [&](uint32_t least) {
-            uint64_t own = 0;
-            for (int i = threadIdx.x; i < count; i += Warp)
-                own += ordered(candidates[i]) < least ? 0
-                    : (uint64_t)(exp2f((candidates[i] - max) / run.temperature * Log2E) * 0x1p40f);
-            constexpr uint32_t half = (1 << 26) - 1; // so that no sum overflows
-            return __reduce_add_sync(~0u, (uint32_t)own & half) +
-                ((uint64_t)__reduce_add_sync(~0u, (uint32_t)(own >> 26)) << 26);
-        };
-        if (run.top_k > 0)
-            low = threshold(low, high, min(run.top_k, V), number_above);
-        if (run.top_p < 1)
-            low = threshold(low, high, (uint64_t)(run.top_p * (double)probability_above(low)), probability_above);
-        if (threadIdx.x == 0)
-            least = low;
-    }
-    __syncthreads();
+    // What tokens of at least a threshold weigh: each 1, or its probability. Few are added up by each warp alone.
+    int threads = count <= 8 * Warp ? Warp : DecodeThreads, turn = 0;
+    auto sum_above = [&](uint32_t least, bool by_probability) {
+        uint64_t own = 0;
+        for (int i = threadIdx.x % threads; i < count; i += threads) {
+            if (ordered(candidates[i]) >= least)
+                own += !by_probability ? 1 : listed ? weights[i] : weight_of(candidates[i]);
+        }
+        constexpr uint32_t half = (1 << 26) - 1; // so that no sum overflows
+        own = __reduce_add_sync(~0u, (uint32_t)own & half) +
+            ((uint64_t)__reduce_add_sync(~0u, (uint32_t)(own >> 26)) << 26);
+        if (threads == Warp)
+            return own;
+        sums[turn ^= 1][threadIdx.x / Warp] = own;
+        __syncthreads();
+        own = 0;
+        for (int i = 0; i < DecodeWarps; i++)
+            own += sums[turn][i];
+        return own;
+    };
+    if (run.top_k > 0)
+        low = threshold(low, high, min(run.top_k, V), [&](uint32_t least) { return sum_above(least, false); });
+    if (run.top_p < 1)
+        low = threshold(low, high, (uint64_t)(run.top_p * (double)sum_above(low, true)),
+            [&](uint32_t least) { return sum_above(least, true); });
     own = 0;
     for (int i = threadIdx.x; i < count; i += DecodeThreads) {
         int token = listed ? tokens[i] : i;
-        if (ordered(candidates[i]) >= least)
+        if (ordered(candidates[i]) >= low)
             own = largest(own, entry(candidates[i] / run.temperature + gumbel(token, seed), token));
     }
     return ~(uint32_t)largest_of_block(own);
@@ -2203,12 +2272,12 @@ __device__ int choose(const Decode& run, const float* logits, const float* maxim
 // Runs the program count times.
 template <int Tiles>
 __device__ void run_program(const Decode& run) {
-    float* scratch = (float*)(shared + Ahead * DecodeThreads * sizeof(Eight) / sizeof(uint4));
+    float* scratch = (float*)(shared + RingBytes / sizeof(uint4));
     Weights weights(run);
     Operation op = run.program[0];
     uint32_t time = 0;
     for (int n = 0; n < run.count; n++) {
-        for (int i = 1; i <= run.length; i++) {
+        for (int i = 0; i < run.length; i++) {
             if (op.kind == EmbedNext || op.kind == ChooseNext) {
                 for (int row = blockIdx.x; row < run.rows; row += gridDim.x) {
                     int* token = run.tokens + n * run.rows + row;
@@ -2233,7 +2302,7 @@ __device__ void run_program(const Decode& run) {
                 multiply_rows<Tiles>(op, run, n, weights, scratch);
             }
             bool stays = op.kind == ChooseNext; // the block that has chosen a token embeds it
-            op = run.program[i % run.length];
+            op = run.program[i + 1 < run.length ? i + 1 : 0];
             if (!stays)
                 wait_for_all(run.arrivals, ++time);
         }
