@@ -42,26 +42,34 @@ __device__ Pack load(const float* from) {
     return {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
 }
 
-__device__ Pack load(const __nv_bfloat16* from) {
-    uint4 bits = *(const uint4*)from;
-    uint32_t pairs[4] = {bits.x, bits.y, bits.z, bits.w};
-    Pack pack;
-    for (int i = 0; i < 4; i++) {
-        pack.x[2 * i] = __uint_as_float(pairs[i] << 16);
-        pack.x[2 * i + 1] = __uint_as_float(pairs[i] & 0xffff0000);
-    }
-    return pack;
+__device__ Pack widen(uint4 bits) {
+    float2 a = unpair(bits.x), b = unpair(bits.y), c = unpair(bits.z), d = unpair(bits.w);
+    return {a.x, a.y, b.x, b.y, c.x, c.y, d.x, d.y};
 }
+
+__device__ Pack load(const __nv_bfloat16* from) { return widen(*(const uint4*)from); }
 
 __device__ void store(float* to, Pack pack) {
     *(float4*)to = *(float4*)pack.x;
     *(float4*)(to + 4) = *(float4*)(pack.x + 4);
 }
 
-__device__ void store(__nv_bfloat16* to, Pack pack) {
+__device__ uint4 narrow(Pack pack) {
     float* x = pack.x;
-    *(uint4*)to = make_uint4(pair(x[0], x[1]), pair(x[2], x[3]), pair(x[4], x[5]), pair(x[6], x[7]));
+    return make_uint4(pair(x[0], x[1]), pair(x[2], x[3]), pair(x[4], x[5]), pair(x[6], x[7]));
 }
+
+__device__ void store(__nv_bfloat16* to, Pack pack) { *(uint4*)to = narrow(pack); }
+
+// Eight elements in registers as they are in memory.
+#ifdef FP32
+typedef Pack Raw;
+__device__ Pack widen(Raw x) { return x; }
+__device__ Raw raw(Pack x) { return x; }
+#else
+typedef uint4 Raw;
+__device__ Raw raw(Pack x) { return narrow(x); }
+#endif
 
 // f of each element.
 template <typename F>
@@ -1791,8 +1799,9 @@ struct Decode {
 PTX(cp_async_wait_first, (), "cp.async.wait_group %0;" ::"n"(Ahead - 1) : "memory")
 PTX(prefetch, (const void* at), "prefetch.global.L1 [%0];" ::"l"(at))
 PTX(arrive, (uint32_t* counter), "red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory")
-PTX(load_acquire, (uint32_t& to, const uint32_t* from), "ld.acquire.gpu.global.u32 %0, [%1];"
+PTX(load_relaxed, (uint32_t& to, const uint32_t* from), "ld.relaxed.gpu.global.u32 %0, [%1];"
     : "=r"(to) : "l"(from) : "memory")
+PTX(fence, (), "fence.acq_rel.gpu;" ::: "memory")
 
 // Waits until all blocks have come here, for the time-th time.
 __device__ void wait_for_all(uint32_t* arrivals, uint32_t time) {
@@ -1800,7 +1809,8 @@ __device__ void wait_for_all(uint32_t* arrivals, uint32_t time) {
     if (threadIdx.x == 0) {
         arrive(arrivals);
         for (uint32_t seen = 0; (int)(seen - time * gridDim.x) < 0;)
-            load_acquire(seen, arrivals);
+            load_relaxed(seen, arrivals);
+        fence();
     }
     __syncthreads();
 }
@@ -1808,62 +1818,64 @@ __device__ void wait_for_all(uint32_t* arrivals, uint32_t time) {
 // The weights that this warp multiplies, in the order of their use: of each tile of 8 rows that its block has, of each
 // slice, 64 columns. They wait in a ring in shared memory, where no other warp reads them.
 struct Weights {
-    static constexpr int Bytes = Channels * 8 * sizeof(Eight);
+    static constexpr int Bytes = Channels * 8 * sizeof(Eight), Stride = DecodeWarps * Bytes;
     const Factor *place_of_next, *first, *end;
     Factor now, next;
-    const floatX* from; // what this thread asks for next: of row lane/8, and of the one four below
-    int tile, slices, left, turn; // left: columns from there on; 0 or less if there is nothing
+    const floatX* from; // what this lane asks for next: eight columns of row lane/8, and of the one four below
+    int tile, slices, left, rows; // left: columns from there on; rows: of those two that there are
+    uint32_t slot, last, write, read; // addresses in the ring, and this lane's places in a slot
 
     __device__ Weights(const Decode& run)
         : place_of_next(run.factors), first(run.factors), end(run.factors + run.products), now(), next(run.factors[0]),
-          tile(blockIdx.x), slices(0), turn(0) {
+          tile(blockIdx.x), slices(0) {
+        int lane = threadIdx.x % Warp;
+        slot = shared_address(shared) + threadIdx.x / Warp * Bytes;
+        last = slot + (Ahead - 1) * Stride;
+        write = place(lane / 8, lane % 8);
+        read = place(lane / 4, lane % 4);
         for (int i = 0; i < Ahead; i++)
             ask();
+    }
+
+    // Where a slot has eight columns of a row; an odd row has its halves exchanged, so that no banks conflict.
+    static __device__ uint32_t place(int row, int column8) {
+        return (row * 8 + (column8 ^ row % 2 * 4)) * sizeof(Eight);
     }
 
     // The first column of a slice that is this warp's.
     static __device__ int part() { return threadIdx.x / Warp * 8 * Width; }
 
-    // Where a row has eight columns; of an odd row the halves are exchanged, so that no banks conflict.
-    __device__ uint32_t place(int row, int column8) const {
-        uint32_t warp = turn * DecodeWarps + threadIdx.x / Warp;
-        return shared_address(shared) + warp * Bytes + (row * 8 + (column8 ^ row % 2 * 4)) * sizeof(Eight);
-    }
-
     __device__ void ask() {
-        int lane = threadIdx.x % Warp, column8 = lane % 8;
         if (slices == 0) {
             for (tile += gridDim.x; tile * Channels >= now.N; tile = blockIdx.x) {
                 now = next;
                 place_of_next = place_of_next + 1 == end ? first : place_of_next + 1;
                 next = *place_of_next;
             }
-            int column = part() + column8 * Width;
-            from = now.w + (int64_t)(tile * Channels + lane / 8) * now.K + column;
+            int row = tile * Channels + threadIdx.x % Warp / 8, column = part() + threadIdx.x % 8 * Width;
+            from = now.w + (int64_t)row * now.K + column;
             left = now.K - column;
+            rows = row + 4 < now.N ? 2 : row < now.N;
             slices = (now.K + Slice - 1) / Slice;
         }
-        for (int row = lane / 8; row < Channels; row += 4) {
-            bool inside = left > 0 && tile * Channels + row < now.N;
-            const floatX* at = inside ? from + (row - lane / 8) * now.K : now.w;
-            for (int i = 0; i < sizeof(Eight); i += 16)
-                cp_async(place(row, column8) + i, (const char*)at + i, inside);
+        for (int i = 0; i < sizeof(Eight); i += 16) {
+            bool inside = left > 0 && rows > 0, both = left > 0 && rows > 1;
+            cp_async(slot + write + i, inside ? (const char*)from + i : (const char*)now.w, inside);
+            cp_async(slot + write + Bytes / 2 + i, both ? (const char*)(from + 4 * now.K) + i : (const char*)now.w, both);
         }
         cp_async_commit();
         from += Slice;
         left -= Slice;
         slices--;
-        turn = turn + 1 == Ahead ? 0 : turn + 1;
+        slot += slot == last ? -(Ahead - 1) * Stride : Stride;
     }
 
     // Of row lane/4 columns lane%4·8 to ·8 + 7, and those 32 further on.
-    __device__ void take(Eight (&w)[2]) {
+    __device__ void take(Raw (&w)[2]) {
         cp_async_wait_first();
         __syncwarp();
-        for (int i = 0; i < 2; i++) {
-            for (int j = 0; j < sizeof(Eight); j += 16)
-                load_shared(((uint4*)&w[i])[j / 16], place(threadIdx.x % Warp / 4, threadIdx.x % 4 + 4 * i) + j);
-        }
+        w[0] = at<Raw>(slot + read);
+        w[1] = at<Raw>(slot + (read ^ 4 * (int)sizeof(Eight)));
         __syncwarp();
         ask();
     }
@@ -1913,15 +1925,15 @@ __device__ void row_statistics(const floatX* x, int rows, int C, float2* statist
         auto sum_of = [&](auto term) {
             float total = 0;
             for (int c = lane * Width; c < C; c += Lanes * Width * Batch) {
-                Eight pack[Batch];
+                Raw pack[Batch] = {};
 #pragma unroll
                 for (int i = 0; i < Batch; i++) {
-                    int column = c + i * Lanes * Width;
-                    pack[i] = row < rows && column < C ? *(const Eight*)(x + (int64_t)row * C + column) : Eight{};
+                    if (row < rows && c + i * Lanes * Width < C)
+                        pack[i] = *(const Raw*)(x + (int64_t)row * C + c + i * Lanes * Width);
                 }
 #pragma unroll
                 for (int i = 0; i < Batch; i++)
-                    total += c + i * Lanes * Width < C ? term(load(pack[i].x)) : 0;
+                    total += c + i * Lanes * Width < C ? term(widen(pack[i])) : 0;
             }
             return sum_lanes<8, 4, 2, 1>(total);
         };
@@ -1934,21 +1946,22 @@ __device__ void row_statistics(const floatX* x, int rows, int C, float2* statist
 }
 
 // One product: y = x·wᵀ + b, with the rows of x normalized first if there are weights for that. Each warp multiplies its
-// part of the depth; scratch has the warps' sums, which some of them add up while the others go on. Tiles is that of 16
-// rows.
+// part of the depth, of a group of tiles; then their sums, in scratch, are added up. Tiles is that of 16 rows.
 template <int Tiles>
 __device__ void multiply_rows(const Operation& op, const Decode& run, int n, Weights& weights, float* scratch) {
-    constexpr int Rows = Tiles * 16, Results = (Rows * Channels + DecodeThreads - 1) / DecodeThreads; // of a thread
-    constexpr int ScratchSize = DecodeWarps * Rows * Channels;
+    constexpr int Rows = Tiles * 16, Group = MostRows / Rows, ScratchSize = DecodeWarps * MostRows * Channels;
+    constexpr int Results = (MostRows * Channels + DecodeThreads - 1) / DecodeThreads; // of a thread in a group of tiles
     __shared__ float2 statistics[MostRows]; // of rows that there are not: any
     int warp = threadIdx.x / Warp, lane = threadIdx.x % Warp, slices = (op.K + Slice - 1) / Slice;
     bool draws = op.kind == LogitsNext && !run.selects && run.temperature > 0;
-    auto fetch = [&](int row, int column) {
-        return row < run.rows && column < op.K ? *(const Eight*)(op.x + (int64_t)row * op.K + column) : Eight{};
+    auto fetch = [&](Raw& x, int row, int column) {
+        x = {};
+        if (row < run.rows && column < op.K)
+            x = *(const Raw*)(op.x + row * op.K + column);
     };
     auto column_of = [&](int slice, int half) { return slice * Slice + Weights::part() + (half * 4 + lane % 4) * Width; };
     // Layer norm of rows first, first + 8, ... in place, for a column of this thread's.
-    auto norm = [&](Eight* x, int count, int first, int column) {
+    auto norm = [&](Raw* x, int count, int first, int column) {
         if (column >= op.K)
             return;
         Pack w = load(op.norm_w + column), b = load(op.norm_b + column);
@@ -1956,48 +1969,25 @@ __device__ void multiply_rows(const Operation& op, const Decode& run, int n, Wei
             if (j * 8 >= run.rows)
                 continue;
             float2 s = statistics[first + j * 8];
-            store(x[j].x, normalize(load(x[j].x), s.x, s.y) * w + b);
+            x[j] = raw(normalize(widen(x[j]), s.x, s.y) * w + b);
         }
     };
-#ifndef FP32
-    constexpr int Batch = 8 / Tiles; // half slices of x that are held together
-    Eight x[Batch][2 * Tiles] = {};
-#endif
-    if (op.norm_w) {
-        for (int k = threadIdx.x * 64; k < op.K; k += DecodeThreads * 64) {
-            prefetch(op.norm_w + k);
-            prefetch(op.norm_b + k);
-        }
-        row_statistics(op.x, run.rows, op.K, statistics);
-    }
-    for (int tile = blockIdx.x, turn = 0; tile * Channels < op.N; tile += gridDim.x, turn++) {
-        // What this thread adds to its results: a bias, what was there, or noise.
-        int own = (threadIdx.x + turn * Rows * Channels) % DecodeThreads;
-        float *partial = scratch + turn % 2 * ScratchSize, addends[Results];
-#pragma unroll
-        for (int j = 0; j < Results; j++) {
-            int i = own + j * DecodeThreads, row = i / Channels, column = tile * Channels + i % Channels;
-            bool inside = row < run.rows && column < op.N;
-            addends[j] = inside && op.b ? (float)op.b[column] : 0;
-            if (inside && op.kind == ResidualNext)
-                addends[j] += (float)((floatX*)op.y)[(int64_t)row * op.N + column];
-            if (inside && draws)
-                addends[j] = gumbel(column, seed_of(run, row, n));
-        }
 #ifdef FP32
+    auto multiply_tile = [&](bool, float* partial) {
         float sums[Rows] = {};
         for (int slice = 0; slice < slices; slice++) {
-            Eight w[2];
+            Raw w[2];
             weights.take(w);
             for (int i = 0; i < 2; i++) {
 #pragma unroll
                 for (int row = 0; row < Rows; row++) {
                     if (row >= run.rows)
                         continue;
-                    Eight x = fetch(row, column_of(slice, i));
+                    Raw x;
+                    fetch(x, row, column_of(slice, i));
                     if (op.norm_w)
                         norm(&x, 1, row, column_of(slice, i));
-                    sums[row] += sum(load(x.x) * load(w[i].x));
+                    sums[row] += sum(widen(x) * widen(w[i]));
                 }
             }
         }
@@ -2007,16 +1997,20 @@ __device__ void multiply_rows(const Operation& op, const Decode& run, int n, Wei
             if (lane % 4 == 0)
                 partial[(warp * Rows + row) * Channels + lane / 4] = total;
         }
+    };
 #else
+    constexpr int Batch = 8 / Tiles; // half slices of x that are held together, and stay if they are all
+    Raw x[Batch][2 * Tiles] = {};
+    auto multiply_tile = [&](bool is_first, float* partial) {
         float sums[2][Tiles][4] = {}; // of the even and the odd steps
         for (int slice = 0; slice < slices; slice += Batch / 2) {
-            if (slices > Batch / 2 || tile == blockIdx.x) {
+            if (slices > Batch / 2 || is_first) {
 #pragma unroll
                 for (int i = 0; i < Batch; i++) {
 #pragma unroll
                     for (int j = 0; j < 2 * Tiles; j++) {
                         if (slice + i / 2 < slices && j * 8 < run.rows)
-                            x[i][j] = fetch(j * 8 + lane / 4, column_of(slice + i / 2, i % 2));
+                            fetch(x[i][j], j * 8 + lane / 4, column_of(slice + i / 2, i % 2));
                     }
                 }
 #pragma unroll
@@ -2029,14 +2023,13 @@ __device__ void multiply_rows(const Operation& op, const Decode& run, int n, Wei
             for (int i = 0; i < Batch; i += 2) {
                 if (slice + i / 2 >= slices)
                     continue;
-                Eight taken[2];
-                weights.take(taken);
+                Raw w[2];
+                weights.take(w);
                 for (int half = 0; half < 2; half++) {
-                    uint4 w = *(uint4*)&taken[half];
                     for (int j = 0; j < Tiles; j++) {
-                        uint4 low = *(uint4*)&x[i + half][2 * j], high = *(uint4*)&x[i + half][2 * j + 1];
-                        mma(sums[0][j], {low.x, high.x, low.y, high.y}, w.x, w.y);
-                        mma(sums[1][j], {low.z, high.z, low.w, high.w}, w.z, w.w);
+                        Raw low = x[i + half][2 * j], high = x[i + half][2 * j + 1];
+                        mma(sums[0][j], {low.x, high.x, low.y, high.y}, w[half].x, w[half].y);
+                        mma(sums[1][j], {low.z, high.z, low.w, high.w}, w[half].z, w[half].w);
                     }
                 }
             }
@@ -2046,27 +2039,54 @@ __device__ void multiply_rows(const Operation& op, const Decode& run, int n, Wei
             *(float2*)&partial[(warp * Rows + j * 8 + lane / 4) * Channels + lane % 4 * 2] =
                 make_float2(even[0] + odd[0], even[1] + odd[1]);
         }
+    };
 #endif
+    if (op.norm_w) {
+        for (int k = threadIdx.x * 64; k < op.K; k += DecodeThreads * 64) {
+            prefetch(op.norm_w + k);
+            prefetch(op.norm_b + k);
+        }
+        row_statistics(op.x, run.rows, op.K, statistics);
+    }
+    for (int first = blockIdx.x, turn = 0; first * Channels < op.N; first += Group * gridDim.x, turn ^= 1) {
+        // This thread's results, and what it adds to them: a bias, what was there, or noise.
+        float *partial = scratch + turn * ScratchSize, addends[Results] = {};
+        int rows[Results], columns[Results];
+#pragma unroll
+        for (int j = 0; j < Results; j++) {
+            int i = threadIdx.x + j * DecodeThreads, tile = first + i / (Rows * Channels) * gridDim.x;
+            rows[j] = i % (Rows * Channels) / Channels;
+            columns[j] = tile * Channels + i % Channels;
+            if (i >= Group * Rows * Channels || rows[j] >= run.rows || columns[j] >= op.N) {
+                columns[j] = -1;
+                continue;
+            }
+            addends[j] = op.b ? (float)op.b[columns[j]] : draws ? gumbel(columns[j], seed_of(run, rows[j], n)) : 0;
+            if (op.kind == ResidualNext)
+                addends[j] += (float)((floatX*)op.y)[rows[j] * op.N + columns[j]];
+        }
+        for (int tile = first, i = 0; i < Group && tile * Channels < op.N; i++, tile += gridDim.x)
+            multiply_tile(tile == blockIdx.x, partial + i * Rows * Channels * DecodeWarps);
         __syncthreads();
 #pragma unroll
         for (int j = 0; j < Results; j++) {
-            int i = own + j * DecodeThreads, row = i / Channels, column = tile * Channels + i % Channels;
-            if (i / Warp * Warp / Channels >= run.rows)
-                break;
-            bool inside = row < run.rows && column < op.N;
+            int i = threadIdx.x + j * DecodeThreads;
+            if (!__any_sync(~0u, columns[j] >= 0))
+                continue;
             float y = 0;
-            for (int part = 0; part < DecodeWarps; part++)
-                y += partial[part * Rows * Channels + i];
+            for (int part = 0; part < DecodeWarps && columns[j] >= 0; part++)
+                y += partial[(i / (Rows * Channels) * DecodeWarps + part) * Rows * Channels + i % (Rows * Channels)];
             y = (draws ? y / run.temperature : y) + addends[j];
-            int64_t at = ((int64_t)row * op.T + (op.T > 1 ? run.position + n : 0)) * op.N + column;
+            int64_t at = ((int64_t)rows[j] * op.T + (op.T > 1 ? run.position + n : 0)) * op.N + columns[j];
             if (op.kind == LogitsNext) {
                 y = y == y ? y : INFINITY; // which no maximum ignores
-                float max = max_lanes<4, 2, 1>(inside ? y : -INFINITY);
-                if (inside && i % Channels == 0)
-                    run.maxima[row * ((op.N + Channels - 1) / Channels) + tile] = max;
-                if (inside)
-                    ((float*)op.y)[at] = y;
-            } else if (inside) {
+                float max = max_lanes<4, 2, 1>(columns[j] >= 0 ? y : -INFINITY);
+                if (columns[j] < 0)
+                    continue;
+                ((float*)op.y)[at] = y;
+                if (i % Channels == 0)
+                    run.maxima[rows[j] * ((op.N + Channels - 1) / Channels) + columns[j] / Channels] = max;
+            } else if (columns[j] >= 0) {
                 ((floatX*)op.y)[at] = op.kind == GeluNext ? gelu_of(y) : y;
             }
         }
@@ -2075,12 +2095,16 @@ __device__ void multiply_rows(const Operation& op, const Decode& run, int n, Wei
 
 // Eight channels of a head, or fewer; whole heads of a multiple of eight are loaded at once.
 template <bool Whole>
-__device__ Eight load_channels(const floatX* from, int count) {
-    Eight x = {};
-    if (Whole && count > 0)
-        x = *(const Eight*)from;
-    for (int i = 0; i < Width && !Whole; i++)
-        x.x[i] = i < count ? from[i] : (floatX)0.f;
+__device__ Raw load_channels(const floatX* from, int count) {
+    if (!Whole) {
+        Eight x;
+        for (int i = 0; i < Width; i++)
+            x.x[i] = i < count ? from[i] : (floatX)0.f;
+        return *(Raw*)&x;
+    }
+    Raw x = {};
+    if (count > 0)
+        x = *(const Raw*)from;
     return x;
 }
 
@@ -2098,21 +2122,21 @@ __device__ void attend(const Operation& op, const Decode& run, int position, flo
         int row = item / op.heads;
         const floatX* first = op.x + item % op.heads * HS + channel;
         const floatX* head = first + (int64_t)row * op.T * 3 * C;
-        Pack q = load(load_channels<Whole>(head + (int64_t)position * 3 * C, own).x), total = {};
+        Pack q = widen(load_channels<Whole>(head + (int64_t)position * 3 * C, own)), total = {};
         float scale = rsqrtf(HS) * Log2E, max = Lowest, all = 0;
         for (int begin = 0; begin <= position; begin += Batch * groups) {
-            Eight k[Batch], v[Batch];
+            Raw k[Batch] = {}, v[Batch] = {};
 #pragma unroll
-            for (int i = 0; i < Batch; i++) {
+            for (int i = 0; i < Batch && begin + i * groups <= position; i++) {
                 int key = min(begin + i * groups + (int)threadIdx.x / lanes, position);
                 const floatX* at = (key < run.shared ? first : head) + (int64_t)key * 3 * C + C;
                 k[i] = load_channels<Whole>(at, own);
                 v[i] = load_channels<Whole>(at + C, own);
             }
-            float scores[Batch], new_max = max;
+            float scores[Batch] = {}, new_max = max;
 #pragma unroll
-            for (int i = 0; i < Batch; i++) {
-                float score = sum(q * load(k[i].x)) * scale;
+            for (int i = 0; i < Batch && begin + i * groups <= position; i++) {
+                float score = sum(q * widen(k[i])) * scale;
                 for (int distance = lanes / 2; distance > 0; distance /= 2)
                     score += __shfl_xor_sync(~0u, score, distance);
                 scores[i] = begin + i * groups + (int)threadIdx.x / lanes <= position ? score : 2 * Lowest;
@@ -2122,10 +2146,10 @@ __device__ void attend(const Operation& op, const Decode& run, int position, flo
             all *= keep;
             total = map(total, [=](float x) { return x * keep; });
 #pragma unroll
-            for (int i = 0; i < Batch; i++) {
+            for (int i = 0; i < Batch && begin + i * groups <= position; i++) {
                 float p = exp2_approximate(scores[i] - new_max);
                 all += p;
-                total = total + map(load(v[i].x), [=](float x) { return x * p; });
+                total = total + map(widen(v[i]), [=](float x) { return x * p; });
             }
             max = new_max;
         }
