@@ -2263,9 +2263,10 @@ __device__ int choose(const Decode& run, const float* logits, const float* maxim
     int threads = count <= 8 * Warp ? Warp : DecodeThreads, turn = 0;
     auto sum_above = [&](uint32_t least, bool by_probability) {
         uint64_t own = 0;
+#pragma unroll 8
         for (int i = threadIdx.x % threads; i < count; i += threads) {
-            if (ordered(candidates[i]) >= least)
-                own += !by_probability ? 1 : listed ? weights[i] : weight_of(candidates[i]);
+            float x = candidates[i];
+            own += ordered(x) < least ? 0 : !by_probability ? 1 : listed ? weights[i] : weight_of(x);
         }
         constexpr uint32_t half = (1 << 26) - 1; // so that no sum overflows
         own = __reduce_add_sync(~0u, (uint32_t)own & half) +
