@@ -243,7 +243,7 @@ internal sealed class Commands(GlobalOptions global) {
         return Guard(global.Verbose, () => {
             job = Job.OfEnvironment(gpus, global.Device);
             if (job == null && Job.Gpus(gpus, global.Device) is > 1 and var count)
-                return Job.Start(count);
+                return Job.Start(count).Result;
             var patience = TimeSpan.FromSeconds(timeout);
             var peers = job?.Meet(patience);
             using var device = Open(rank: job?.LocalRank ?? 0);

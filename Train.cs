@@ -1,8 +1,5 @@
-using System.Runtime.Versioning;
 using Microsoft.Extensions.Logging;
 using ZLogger;
-
-[assembly: SupportedOSPlatform("linux")]
 
 namespace Gpt2;
 
