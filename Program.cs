@@ -86,7 +86,7 @@ internal sealed class Commands(GlobalOptions global) {
             var options = new TrainOptions(Shards(trainData, "train"), Shards(valData, "val"), init, @out, B, T,
                 totalBatch, maxSteps.Value, lr.Value, warmup, finalLrFrac, weightDecay, schedule, valEvery, valBatches,
                 sampleEvery, genTokens, checkpointEvery, keep, resume, recompute, overfit, !noShuffle, seed,
-                skipOutliers, device is Cpu ? "d6" : "d12", zero, global.Precision, optimizer);
+                skipOutliers, zero, global.Precision, optimizer);
             using var trainer = new Trainer(options, device, ranks.Rank == 0 ? Console.Out : TextWriter.Null,
                 ranks.Rank == 0 ? logs.CreateLogger("gpt2") : NullLogger.Instance, ranks);
             trainer.Run();

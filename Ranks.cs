@@ -301,7 +301,7 @@ public sealed class Peers : IDisposable {
                 room.Release();
             }
         }
-        using var listener = await StartListener(end.Token);
+        using var listener = StartListener();
         while (!end.IsCancellationRequested) {
             try {
                 var client = await listener.AcceptTcpClientAsync(end.Token);
@@ -315,14 +315,10 @@ public sealed class Peers : IDisposable {
     }
 
     /// <summary>Listens on the host's address alone if that is a loopback address, or else on all addresses.</summary>
-    async Task<TcpListener> StartListener(CancellationToken end) {
-        static string Label(string name) => name.Split('.')[0].ToLowerInvariant();
-        var lookup = Dns.GetHostAddressesAsync(job.Host, end).WaitAsync(end);
-        await ((Task)lookup).ConfigureAwait(ConfigureAwaitOptions.SuppressThrowing); // the other ranks name the error
-        // In its own hosts file, a machine's name may be a loopback address that other machines cannot reach.
-        var isLoopback = (Label(job.Host) == "localhost" || Label(job.Host) != Label(Dns.GetHostName())) &&
-            lookup.IsCompletedSuccessfully && lookup.Result.All(IPAddress.IsLoopback);
-        var listener = isLoopback ? new TcpListener(lookup.Result[0], job.Port) : TcpListener.Create(job.Port);
+    TcpListener StartListener() {
+        var host = job.Host.Split('.')[0].ToLowerInvariant() == "localhost" ? "127.0.0.1" : job.Host;
+        var listener = IPAddress.TryParse(host, out var address) && IPAddress.IsLoopback(address)
+            ? new TcpListener(address, job.Port) : TcpListener.Create(job.Port);
         try {
             listener.Start();
             return listener;

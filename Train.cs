@@ -6,14 +6,14 @@ namespace Gpt2;
 /// <summary>How the learning rate decays after its warm-up.</summary>
 public enum Schedule { Cosine, Linear, Constant, Wsd }
 
-/// <summary>The options of `gpt2 train`, as its help explains them. Without Init a new run starts from DefaultInit;
+/// <summary>The options of `gpt2 train`, as its help explains them. Without Init a new run is of d12, or d6 on a CPU;
 /// ValBatches 0 validates on the first rows; SkipOutliers 0 skips none.</summary>
 public sealed record TrainOptions(
     string TrainData, string ValData, string? Init, string Out, int B, int T, int TotalBatch, int MaxSteps,
     float LearningRate, int Warmup, float FinalFraction, float WeightDecay, Schedule Schedule, int ValEvery,
     int ValBatches, int SampleEvery, int GenTokens, int CheckpointEvery, int Keep, bool Resume, int Recompute,
-    bool Overfit, bool Shuffle, uint Seed, float SkipOutliers = 0, string DefaultInit = "d6", int Zero = 1,
-    DataType? Precision = null, OptimizerKind Optimizer = OptimizerKind.AdamW) {
+    bool Overfit, bool Shuffle, uint Seed, float SkipOutliers = 0, int Zero = 1, DataType? Precision = null,
+    OptimizerKind Optimizer = OptimizerKind.AdamW) {
     /// <summary>The options that a run's folder keeps, and --resume takes up unless they are given again.</summary>
     public IEnumerable<(string Option, object? Value)> Settings => [
         ("--train-data", TrainData), ("--val-data", ValData), ("--batch", B), ("--seq", T),
@@ -79,7 +79,7 @@ public sealed class Trainer : IDisposable {
         var last = options.Resume ? NewestWhole() : null;
         firstStep = last ?? 0;
         var own = last == null ? null : checkpoints.ModelPath(firstStep);
-        var (file, config) = Open(own ?? options.Init ?? options.DefaultInit);
+        var (file, config) = Open(own ?? options.Init ?? (device is Cpu ? "d6" : "d12"));
         var (init, asked) = own == null || options.Init == null ? (null, config) : Open(options.Init);
         init?.Dispose();
         if (asked != config)
@@ -168,7 +168,8 @@ public sealed class Trainer : IDisposable {
         using var interrupt = PosixSignalRegistration.Create(PosixSignal.SIGINT, Stop);
         using var hangUp = PosixSignalRegistration.Create(PosixSignal.SIGHUP, Stop);
         var (live, begin) = (Terminal.IsLive, Stopwatch.GetTimestamp());
-        var perToken = model.Config.FlopsPerToken(options.T) / model.Device.PeakFlops() / ranks.Size;
+        var peak = model.Device is Cpu ? (double?)null : model.Device.PeakFlops(); // a CPU's hangs on what else runs
+        var perToken = model.Config.FlopsPerToken(options.T) / peak / ranks.Size;
         if (firstStep == 0 && options.ValEvery > 0)
             Validate(0);
         for (var (step, stopping) = (firstStep, false); step < options.MaxSteps && !stopping;) {
@@ -181,7 +182,7 @@ public sealed class Trainer : IDisposable {
             step++;
             output.WriteLine(Terminal.Over($"step {step,4}/{options.MaxSteps} | loss {loss:F6} | " +
                 $"norm {norm:F4} | lr {rate:0.00e+00} | {seconds * 1e3:F2} ms | " +
-                $"{speed * perToken:0.0%} MFU | {speed:F0} tok/s{(skipped ? " | outlier, not updated" : "")}"));
+                $"{speed * perToken:0.0% 'MFU | '}{speed:F0} tok/s{(skipped ? " | outlier, not updated" : "")}"));
             bool Due(int period) => step == options.MaxSteps || period > 0 && step % period == 0;
             if (Due(options.ValEvery))
                 Validate(step);
@@ -219,19 +220,7 @@ public sealed class Trainer : IDisposable {
     (double Loss, float Norm, bool Skipped) Step(int step) {
         if (options.Overfit)
             train.Reset();
-        var loss = 0.0;
-        train.Next(model.Tokens, model.Targets);
-        for (var left = microSteps - 1; left >= 0; left--) {
-            model.Forward();
-            model.Loss(1f / options.TotalBatch);
-            model.Completed = left == 0 && ranks.Size > 1 ? optimizer.Reduce : null;
-            model.Backward();
-            if (left > 0)
-                train.Next(model.Tokens, model.Targets); // while the device is at work on the last ones
-            loss += model.MeanLoss() / microSteps / ranks.Size;
-        }
-        loss = ranks.Sum(loss);
-        var norm = optimizer.GradientNorm();
+        var (loss, norm) = optimizer.Accumulate(microSteps, () => train.Next(model.Tokens, model.Targets));
         CheckFinite(step + 1, loss, "loss", "nothing was updated");
         CheckFinite(step + 1, norm, "norm of the gradient", "nothing was updated");
         var skips = options.SkipOutliers > 0 && ranks.Sum(runLog?.Deviation(loss, norm) ?? 0) > options.SkipOutliers;
@@ -311,6 +300,24 @@ public sealed class Optimizer {
         return !cut.IsMuons ? new(whole.Tensors[cut.Tensor][cut.Layer], parts.Tensors[i])
             : new(all, owner != ranks.Rank ? default
                 : parts.Tensors[i].Flat(layer * all.Count - cut.First, (int)all.Count), owner);
+    }
+
+    /// <summary>Computes the gradients of the mean loss over micro-batches, which <paramref name="next"/> puts into the
+    /// model one by one, and over ranks.</summary>
+    /// <returns>The loss, and the norm of all gradients together.</returns>
+    public (double Loss, float Norm) Accumulate(int microSteps, Action next) {
+        var loss = 0.0;
+        next();
+        for (var left = microSteps - 1; left >= 0; left--) {
+            model.Forward();
+            model.Loss(1f / (ranks.Size * microSteps * model.B * model.T));
+            model.Completed = left == 0 && ranks.Size > 1 ? Reduce : null;
+            model.Backward();
+            if (left > 0)
+                next(); // while the device is at work on the last one
+            loss += model.MeanLoss() / microSteps / ranks.Size;
+        }
+        return (ranks.Sum(loss), GradientNorm());
     }
 
     /// <summary>Sums a layer's gradients over ranks, for −1 those outside of layers; the norm waits for it.</summary>
@@ -438,16 +445,11 @@ public sealed class Checkpoints(string folder) {
     public string? FaultOf(int step) {
         try {
             var listed = File.ReadAllLines(DonePath(step));
-            foreach (var line in listed) {
-                if (Files.Describe(Path.Combine(folder, line.Split(' ')[0])) is var found && found != line)
-                    return $"{DonePath(step)}: expected '{line}' (name, size, hash), found '{found}'";
-            }
             Config.Open(ModelPath(step)).File.Dispose();
             using var state = OpenState(step, 0);
-            var missing = FilesOf(step, Math.Max(1, state.Header[2])).Select(Path.GetFileName)
-                .FirstOrDefault(name => !listed.Any(line => line.StartsWith($"{name} ")));
-            return listed.Length == 0 || missing == null ? null
-                : $"{DonePath(step)}: expected a line for {missing}, found none";
+            var files = FilesOf(step, Math.Max(1, state.Header[2])).Select(Files.Describe);
+            return listed.Length == 0 || files.FirstOrDefault(line => !listed.Contains(line)) is not { } found ? null
+                : $"{DonePath(step)}: expected '{found}' (name, size, hash), found no such line";
         } catch (Exception e) when (e is IOException or UnauthorizedAccessException or Gpt2Exception) {
             return $"{DonePath(step)}: {Sentence(e)}";
         }
@@ -599,26 +601,29 @@ public sealed partial class RunLog {
         var high = Math.Max(low + 1, Math.Ceiling(points.Max(point => point.Loss)));
         double X(double step) => left + (right - left) * step / lastStep;
         double Y(double loss) => bottom - (bottom - top) * (loss - low) / (high - low);
-        string Text(double x, double y, string anchor, string text, string color = "black") =>
-            $"""<text x="{x:F1}" y="{y:F1}" text-anchor="{anchor}" fill="{color}">{text}</text>""";
-        string[] Tick(double step, double loss) => [
-            $"""<path d="M{left} {Y(loss):F1}H{right}" stroke="#ddd"/>""",
-            Text(left - 8, Y(loss) + 4, "end", $"{loss:F1}"), Text(X(step), bottom + 20, "middle", $"{step:F0}"),
-        ];
-        string[] Curve(string name, List<(int Step, double Loss)> curve, string color, double y) {
-            var path = string.Join(' ', curve.Select(point => $"{X(point.Step):F1},{Y(point.Loss):F1}"));
-            return [$"""<polyline points="{path}" fill="none" stroke="{color}" stroke-width="1.5"/>""",
-                Text(right - 10, y, "end", name, color)];
-        }
-        return string.Join('\n', [
-            """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 800 450" font-family="Arial" font-size="13">""",
-            """<rect width="800" height="450" fill="white"/>""",
-            .. Enumerable.Range(0, ticks + 1).SelectMany(tick =>
-                Tick((double)lastStep * tick / ticks, low + (high - low) * tick / ticks)),
-            Text((left + right) / 2, bottom + 42, "middle", "steps"), Text(left + 6, top + 14, "start", "loss"),
-            .. Curve("training", train, "#4878b0", top + 20), .. Curve("validation", validation, "#d05020", top + 40),
-            "</svg>\n",
-        ]);
+        string Points(List<(int Step, double Loss)> curve) =>
+            string.Join(' ', curve.Select(point => $"{X(point.Step):F1},{Y(point.Loss):F1}"));
+        var grid = Enumerable.Range(0, ticks + 1).Select(tick => {
+            var (step, loss) = ((double)lastStep * tick / ticks, low + (high - low) * tick / ticks);
+            return $"""
+                <path d="M{left} {Y(loss):F1}H{right}" stroke="#ddd"/>
+                <text x="{left - 8}" y="{Y(loss) + 4:F1}" text-anchor="end">{loss:F1}</text>
+                <text x="{X(step):F1}" y="{bottom + 20}" text-anchor="middle">{step:F0}</text>
+                """;
+        });
+        return $"""
+            <svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 800 450" font-family="Arial" font-size="13">
+            <rect width="800" height="450" fill="white"/>
+            {string.Join('\n', grid)}
+            <text x="420" y="442" text-anchor="middle">steps</text>
+            <text x="66" y="34">loss</text>
+            <polyline points="{Points(train)}" fill="none" stroke="#4878b0" stroke-width="1.5"/>
+            <text x="770" y="40" text-anchor="end" fill="#4878b0">training</text>
+            <polyline points="{Points(validation)}" fill="none" stroke="#d05020" stroke-width="1.5"/>
+            <text x="770" y="60" text-anchor="end" fill="#d05020">validation</text>
+            </svg>
+
+            """;
     }
 }
 
@@ -732,13 +737,7 @@ public static class Benchmark {
         var number = 0;
         double Step() {
             var start = Stopwatch.GetTimestamp();
-            for (var micro = 0; micro < totalBatch / (B * T); micro++) {
-                model.Forward();
-                model.Loss(1f / totalBatch);
-                model.Backward();
-                model.MeanLoss();
-            }
-            optimizer.Update(++number, 1e-4f, 0.1f, optimizer.GradientNorm());
+            optimizer.Update(++number, 1e-4f, 0.1f, optimizer.Accumulate(totalBatch / (B * T), () => { }).Norm);
             device.Synchronize();
             return Stopwatch.GetElapsedTime(start).TotalSeconds;
         }
