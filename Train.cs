@@ -260,23 +260,26 @@ public sealed class Trainer : IDisposable {
 public sealed class Optimizer {
     readonly Model model;
     readonly ICollective ranks, owners; // all ranks, and those of them that update the other parts
-    readonly AdamWPart[] adamWs;
-    readonly Share[] adamWShares; // the weights of each part
-    readonly (MuonPart[] Part, Share[] Layers)[] muons; // for each tensor: this rank's layers if any, all weights
+    // What is updated at a time, and then the weights that ranks exchange: of Muon's a tensor, all layers of it.
+    readonly (AdamWPart[] Parts, Share[] Weights)[] adamWs;
+    readonly (MuonPart[] Parts, Share[] Weights)[] muons;
 
     public Optimizer(Model model, ICollective? collective = null) {
         (this.model, ranks) = (model, collective ?? new Alone());
         (M, V, owners) = (model.AllocateParts(), model.AllocateParts(true), model.IsCut ? ranks : new Alone());
-        var (weights, config, cuts) = (model.WeightParts, model.Config, model.Master.Cuts.Index().ToArray());
-        adamWs = [.. cuts.Where(cut => !cut.Item.IsMuons).Select((cut, v) => new AdamWPart(cut.Item.Index,
-            config.Parameters[cut.Item.Tensor].IsMatrix, weights.Tensors[cut.Index], model.Master.Tensors[cut.Index],
-            model.GradientParts!.Tensors[cut.Index], M.Tensors[cut.Index], V.Tensors[v]))];
-        adamWShares = [.. cuts.Where(cut => !cut.Item.IsMuons)
-            .Select(cut => Share(cut.Index, 0, model.Weights, weights))];
-        muons = [.. cuts.Where(cut => cut.Item.IsMuons).Select(cut => (
-            cut.Item.Count == 0 ? [] : (MuonPart[])[new(cut.Item.Index, Matrices(weights, cut.Index),
-                Matrices(model.Master, cut.Index), Matrices(model.GradientParts!, cut.Index), Matrices(M, cut.Index))],
-            Enumerable.Range(0, config.L).Select(l => Share(cut.Index, l, model.Weights, weights)).ToArray()))];
+        var (cuts, weights, gradients) = (model.Master.Cuts, model.WeightParts, model.GradientParts!);
+        var (config, byMuon) = (model.Config, Enumerable.Range(0, cuts.Length).ToLookup(i => cuts[i].IsMuons));
+        // Under ZeRO-1 a quarter of AdamW's at a time, which is gathered while the next one is updated.
+        adamWs = [.. byMuon[false].Chunk(byMuon[false].Count() / (model.IsCut ? 4 : 1)).Select(some => (
+            some.Select(AdamW).ToArray(), some.Select(i => Share(i, 0, model.Weights, weights)).ToArray()))];
+        muons = [.. byMuon[true].Select(i => (cuts[i].Count == 0 ? [] : (MuonPart[])[Muon(i)],
+            Enumerable.Range(0, config.L).Select(l => Share(i, l, model.Weights, weights)).ToArray()))];
+
+        AdamWPart AdamW(int i) => new(cuts[i].Index, config.Parameters[cuts[i].Tensor].IsMatrix, weights.Tensors[i],
+            model.Master.Tensors[i], gradients.Tensors[i], M.Tensors[i], V.Tensors[Array.IndexOf(V.Cuts, cuts[i])]);
+
+        MuonPart Muon(int i) => new(cuts[i].Index, Matrices(weights, i), Matrices(model.Master, i),
+            Matrices(gradients, i), Matrices(M, i));
 
         // (n, rows, columns); queries, keys and values have a matrix each.
         Tensor Matrices(Parameters parts, int i) {
@@ -344,15 +347,13 @@ public sealed class Optimizer {
         var step = new AdamWStep(number, rate, decay, scale, 0.9f, 0.95f, 1e-8f, RoundingSeed);
         var momentum = 0.85f + 0.1f * Math.Min((number - 1) / 300f, 1);
         var muonStep = new MuonStep(rate, decay, scale, momentum, RoundingSeed++);
-        // Under ZeRO-1 a part at a time, of AdamW's a quarter, which is gathered while the next one is updated.
-        var count = adamWs.Length / (model.IsCut ? 4 : 1);
-        for (var first = 0; first < adamWs.Length; first += count) {
-            model.Device.AdamW(adamWs.AsSpan(first, count), step);
-            owners.AllGather(adamWShares.AsSpan(first, count));
+        foreach (var (parts, weights) in adamWs) {
+            model.Device.AdamW(parts, step);
+            owners.AllGather(weights);
         }
-        foreach (var (part, shares) in muons) {
-            model.Device.Muon(part, muonStep);
-            owners.AllGather(shares);
+        foreach (var (parts, weights) in muons) {
+            model.Device.Muon(parts, muonStep);
+            owners.AllGather(weights);
         }
         if (model.IsCut)
             model.Device.Clear(model.Gradients!.All); // the updates have cleared the parts alone
@@ -466,8 +467,8 @@ public sealed class Checkpoints(string folder) {
         var parts = model.IsCut ? ranks.Size : 1;
         var header = new int[BinaryFile.HeaderLength];
         (header[0], header[1], header[2], header[3]) = (Magic, 1, parts, ranks.Rank);
-        (header[5], header[10], header[SampleTokens]) = (loader.Shuffles ? 1 : 0, step, loader.SampleTokens);
-        header[OptimizerField] = (int)model.Optimizer;
+        (header[5], header[10]) = (loader.Shuffles ? 1 : 0, step);
+        (header[SampleTokens], header[OptimizerField]) = (loader.SampleTokens, (int)model.Optimizer);
         (header[4], header[20], header[22]) =
             (model.Master == model.Weights ? 0 : 1, (int)optimizer.RoundingSeed, (int)optimizer.RoundingSeed - 1);
         (header[30], header[32]) = loader.Position;
@@ -480,8 +481,7 @@ public sealed class Checkpoints(string folder) {
                 model.Write(to, optimizer.V);
                 if (model.Master != model.Weights)
                     model.Write(to, model.Master);
-                using var writer = new BinaryWriter(to, Encoding.UTF8, leaveOpen: true);
-                loader.Save(writer);
+                loader.Save(new BinaryWriter(to));
             });
         }
         ranks.Sum([]);
@@ -749,17 +749,15 @@ public static class Benchmark {
             $"{model.Memory.Sum(part => part.Bytes) / 1e9:F1} GB");
         output.WriteLine($"step {median * 1e3:F2} ms | {totalBatch / median:F0} tok/s | " +
             $"{config.FlopsPerToken(T) * totalBatch / median / device.PeakFlops():0.0%} MFU");
-        var profiles = Enumerable.Range(0, steps).Select(_ => {
+        var operations = Enumerable.Range(0, steps).SelectMany(_ => {
             var profile = device.Profile = new Profile();
             Step();
             return profile.Operations;
-        }).ToArray();
-        device.Profile = null;
-        var operations = profiles[0].Select(entry => (Name: entry.Key, entry.Value.Calls, entry.Value.Flops,
-            entry.Value.Bytes, Seconds: Median([.. profiles.Select(profile => profile[entry.Key].Seconds)]))).ToArray();
+        }).GroupBy(entry => entry.Key, entry => entry.Value).Select(runs => (Name: runs.Key, Run: runs.First(),
+            Seconds: Median([.. runs.Select(run => run.Seconds)]))).OrderByDescending(each => each.Seconds).ToArray();
         var total = operations.Sum(operation => operation.Seconds);
         output.WriteLine($"{"operation",-40}{"calls",6}{"ms",10}{"share",8}{"",17}{"of best",8}");
-        foreach (var (name, calls, flops, bytes, seconds) in operations.OrderByDescending(each => each.Seconds)) {
+        foreach (var (name, (calls, _, flops, bytes), seconds) in operations) {
             var rate = flops > 0 ? $"{flops / seconds / 1e12,9:F2} TFLOP/s{flops / seconds / ceilings.Flops,7:0.0%}"
                 : bytes > 0 ? $"{bytes / seconds / 1e9,9:F0} GB/s   {bytes / seconds / ceilings.Bytes,7:0.0%}" : "";
             output.WriteLine($"{name,-40}{calls,6}{seconds * 1e3,10:F3}{seconds / total,8:0.0%}{rate}");
