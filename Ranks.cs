@@ -183,8 +183,7 @@ internal sealed partial record Job(int Rank, int Size, int LocalRank, string Hos
     [LibraryImport("libc")] private static partial int kill(int process, int signal);
 }
 
-/// <summary>The TCP connections among a job's ranks: a star around rank 0. They carry what the hosts agree on, and show
-/// when a rank is gone or silent.</summary>
+/// <summary>TCP connections of rank 0 to all others, for small messages, and to see who is gone or silent.</summary>
 public sealed class Peers : IDisposable {
     const int LongestMessage = 1024; // bytes; NCCL's id takes 128, a sum of numbers fewer
     const int End = -1; // in place of a number of meetings
@@ -219,8 +218,7 @@ public sealed class Peers : IDisposable {
 
     /// <summary>Connects to the other ranks.</summary>
     /// <param name="timeout">How long another rank may be silent.</param>
-    /// <param name="lost">Called once, on another thread, with which rank is gone ("" if rank 0 has said it); must end
-    /// the process.</param>
+    /// <param name="lost">Must end the process; told, on another thread, who is gone, or "" if rank 0 said it.</param>
     /// <exception cref="Gpt2Exception">A rank did not come in time.</exception>
     internal Peers(Job job, TimeSpan timeout, Action<string> lost) {
         (this.job, this.timeout, this.lost) = (job, timeout, lost);

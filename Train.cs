@@ -42,16 +42,17 @@ public sealed record TrainOptions(
         };
     }
 
+    /// <summary>Micro-batches of each rank in an update.</summary>
     /// <exception cref="Gpt2Exception">The batch or the sequence does not fit.</exception>
-    public static void CheckSizes(Config config, int B, int T, int totalBatch, int ranks = 1) {
+    public static int MicroSteps(Config config, int B, int T, int totalBatch, int ranks = 1) {
         Require(T <= config.MaxT, "--seq", $"1 to {config.MaxT}, the model's longest sequence", T);
         Require(totalBatch > 0 && totalBatch % ((long)ranks * B * T) == 0, "--total-batch",
             $"a multiple of --batch {B} x --seq {T}{(ranks == 1 ? "" : $" on each of {ranks} ranks")}", totalBatch);
+        return totalBatch / (ranks * B * T);
     }
 }
 
-/// <summary>The training loop: accumulation, clipping, updates, validation, samples, checkpoints and logs. Each rank
-/// runs it, but only rank 0 has an output and a log.</summary>
+/// <summary>The training loop. Each rank runs it, but only rank 0 has an output and a log.</summary>
 public sealed class Trainer : IDisposable {
     readonly TrainOptions options;
     readonly ICollective ranks;
@@ -84,8 +85,7 @@ public sealed class Trainer : IDisposable {
         init?.Dispose();
         if (asked != config)
             throw file!.Fail($"--init's model ({asked.Summary})", config.Summary);
-        TrainOptions.CheckSizes(config, options.B, options.T, options.TotalBatch, ranks.Size);
-        microSteps = options.TotalBatch / (ranks.Size * options.B * options.T);
+        microSteps = TrainOptions.MicroSteps(config, options.B, options.T, options.TotalBatch, ranks.Size);
         train = new TokenLoader(options.TrainData, options.B, options.T, config.V,
             options.Shuffle && !options.Overfit, options.Seed, ranks.Rank, ranks.Size);
         val = new TokenShards(options.ValData, config.V);
@@ -254,9 +254,8 @@ public sealed class Trainer : IDisposable {
     }
 }
 
-/// <summary>AdamW over a model's parameters, or Muon over its layers' matrices and AdamW over the others, and their
-/// moments. Under ZeRO-1 (Rajbhandari et al., 2020) each rank updates its part of the weights and gathers the others'.
-/// </summary>
+/// <summary>AdamW, or Muon for the layers' matrices and AdamW for all else, with their moments. Under ZeRO-1
+/// (Rajbhandari et al., 2020) each rank updates its part of the weights and gathers the others'.</summary>
 public sealed class Optimizer {
     readonly Model model;
     readonly ICollective ranks, owners; // all ranks, and those of them that update the other parts
@@ -305,9 +304,8 @@ public sealed class Optimizer {
                 : parts.Tensors[i].Flat(layer * all.Count - cut.First, (int)all.Count), owner);
     }
 
-    /// <summary>Computes the gradients of the mean loss over micro-batches, which <paramref name="next"/> puts into the
-    /// model one by one, and over ranks.</summary>
-    /// <returns>The loss, and the norm of all gradients together.</returns>
+    /// <summary>Sums the gradients of micro-batches, which <paramref name="next"/> puts into the model.</summary>
+    /// <returns>The mean loss over micro-batches and ranks, and the norm of all gradients together.</returns>
     public (double Loss, float Norm) Accumulate(int microSteps, Action next) {
         var loss = 0.0;
         next();
@@ -382,8 +380,7 @@ public sealed class Checkpoints(string folder) {
     /// <summary>The step of the last completed checkpoint, or null.</summary>
     public int? Last => Complete.Cast<int?>().LastOrDefault();
 
-    /// <summary>Takes the folder for a run that goes on from the checkpoint <paramref name="last"/>: a lock that the
-    /// system drops with the process.</summary>
+    /// <summary>Locks the folder until the process ends, for a run from checkpoint <paramref name="last"/>.</summary>
     /// <exception cref="Gpt2Exception">Another run has the folder, or has had it meanwhile.</exception>
     public FileStream Lock(int? last) {
         Directory.CreateDirectory(folder);
@@ -420,8 +417,7 @@ public sealed class Checkpoints(string folder) {
         new Checkpoints(folder) is { Last: not null } run
             ? run.ReadSettings().SelectMany(line => line.Split(' ', 2)) : [];
 
-    /// <summary>The lines of settings.txt. Runs of llm.c and of earlier versions, which name no optimizer, have AdamW.
-    /// </summary>
+    /// <summary>The lines of settings.txt. Runs of llm.c and of earlier versions name no optimizer: AdamW.</summary>
     string[] ReadSettings() {
         var lines = File.Exists(SettingsPath) ? File.ReadAllLines(SettingsPath) : [];
         return lines.Any(line => line.StartsWith("--optimizer ")) ? lines : [.. lines, "--optimizer AdamW"];
@@ -629,8 +625,7 @@ public sealed partial class RunLog {
 
 /// <summary>How good a model is.</summary>
 public static class Evaluation {
-    /// <summary>The mean loss over rows of T tokens. It does not depend on the batch size or on the number of ranks,
-    /// which take batches in turn.</summary>
+    /// <summary>The mean loss over rows of T tokens, whatever the batch size and the number of ranks.</summary>
     public static double Loss(Model model, TokenShards shards, (int Shard, long First)[] rows, ICollective ranks) {
         var (T, sum) = (model.T, 0.0);
         foreach (var (i, batch) in rows.Chunk(model.B).Index().Where(batch => batch.Index % ranks.Size == ranks.Rank)) {
@@ -721,12 +716,12 @@ public static class Verification {
 
 /// <summary>Training steps timed, as a whole and by operation.</summary>
 public static class Benchmark {
-    /// <summary>Prints the median time of a training step on random tokens and of each of its operations, compared with
-    /// what the device reaches now in a large product or a large copy.</summary>
+    /// <summary>Prints the median times of a training step on random tokens and of its operations, compared with what
+    /// the device reaches now in a large product or a large copy.</summary>
     public static void Run(string init, int B, int T, int totalBatch, int steps, int recompute,
         OptimizerKind kind, IDevice device, TextWriter output) {
         var (file, config) = Trainer.Open(init);
-        TrainOptions.CheckSizes(config, B, T, totalBatch);
+        var microSteps = TrainOptions.MicroSteps(config, B, T, totalBatch);
         var ceilings = device.MeasureCeilings();
         var model = new Model(config, device, B, T, Purpose.Train, recompute, optimizer: kind);
         var optimizer = new Optimizer(model);
@@ -737,7 +732,7 @@ public static class Benchmark {
         var number = 0;
         double Step() {
             var start = Stopwatch.GetTimestamp();
-            optimizer.Update(++number, 1e-4f, 0.1f, optimizer.Accumulate(totalBatch / (B * T), () => { }).Norm);
+            optimizer.Update(++number, 1e-4f, 0.1f, optimizer.Accumulate(microSteps, () => { }).Norm);
             device.Synchronize();
             return Stopwatch.GetElapsedTime(start).TotalSeconds;
         }
