@@ -83,7 +83,8 @@ internal sealed partial record Job(int Rank, int Size, int LocalRank, string Hos
         if (Number(names[1], 1) is not (> 1 and var size) || Number(names[0], 0, size - 1) is not { } rank)
             return null;
         var isSlurm = names[0] == "SLURM_PROCID";
-        var host = Variable("MASTER_ADDR") ?? (isSlurm ? FirstHost(Variable("SLURM_STEP_NODELIST")) : null);
+        var host = Variable("MASTER_ADDR") ?? (isSlurm && Variable("SLURM_STEP_NODELIST") is { } hosts
+            ? Regex.Replace(hosts, @"^([^,\[]*)\[?(\d*).*", "$1$2") : null); // of node[03-05,9],other it is node03
         if (host == null && names is [_, _, _, var localSize] && Number(localSize) != size)
             throw new Gpt2Exception("MASTER_ADDR: expected rank 0's host (mpirun -x or -genv sets it), found none");
         host ??= "127.0.0.1";
@@ -96,10 +97,6 @@ internal sealed partial record Job(int Rank, int Size, int LocalRank, string Hos
             20_000 + (int)(XxHash3.HashToUInt64(Encoding.UTF8.GetBytes(id)) % 10_000);
         return new Job(rank, size, Number(names[2]) ?? rank, host, port, Variable(Own) ?? id);
     }
-
-    /// <summary>First host of a Slurm node list: "node[03-05,9],other" gives "node03".</summary>
-    internal static string? FirstHost(string? list) =>
-        list == null ? null : Regex.Replace(list, @"^([^,\[]*)\[(\d+)[^\]]*\]", "$1$2").Split(',')[0];
 
     /// <summary>Number of processes to start: as many as asked for, or one for each GPU.</summary>
     public static int Gpus(int? asked, DeviceKind device) {
