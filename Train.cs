@@ -131,8 +131,8 @@ public sealed class Trainer : IDisposable {
     public static (BinaryFile? File, Config Config) Open(string init) {
         if (Config.Of(init) is { } config)
             return (null, config);
-        var isPath = init.Contains('/') || init.Contains('.') || File.Exists(init) || Directory.Exists(init);
-        Require(isPath, "--init", "a model file, a run's folder, or d6, d12, d24, d36 or d48", init);
+        Require(init.Contains('/') || init.Contains('.') || Path.Exists(init), "--init",
+            "a model file, a run's folder, or d6, d12, d24, d36 or d48", init);
         return Config.Open(Checkpoints.ModelOf(init));
     }
 
