@@ -444,9 +444,10 @@ public sealed class Checkpoints(string folder) {
             var listed = File.ReadAllLines(DonePath(step));
             Config.Open(ModelPath(step)).File.Dispose();
             using var state = OpenState(step, 0);
-            var files = FilesOf(step, Math.Max(1, state.Header[2])).Select(Files.Describe);
-            return listed.Length == 0 || files.FirstOrDefault(line => !listed.Contains(line)) is not { } found ? null
-                : $"{DonePath(step)}: expected '{found}' (name, size, hash), found no such line";
+            string[] found = [.. FilesOf(step, Math.Max(1, state.Header[2])).Select(Files.Describe)];
+            return listed.Length == 0 || found.All(listed.Contains) ? null
+                : $"{DonePath(step)}: expected '{string.Join(", ", listed.Except(found))}' (name, size, hash), " +
+                    $"found '{string.Join(", ", found.Except(listed))}'";
         } catch (Exception e) when (e is IOException or UnauthorizedAccessException or Gpt2Exception) {
             return $"{DonePath(step)}: {Sentence(e)}";
         }
