@@ -360,7 +360,7 @@ internal static partial class Standard {
     /// <summary>Makes up for what .NET leaves undone.</summary>
     /// <param name="endsWithReader">Ends the process silently when the reader of its output goes away.</param>
     public static void Prepare(bool endsWithReader) {
-        const int readWrite = 2, brokenPipe = 13, stack = 3, openFiles = 7, addresses = 9;
+        const int readWrite = 2, brokenPipe = 13, childEnded = 17, stack = 3, openFiles = 7, addresses = 9;
         // Below these limits .NET fails where no exception can be caught.
         foreach (var (resource, least, option) in ((int, ulong, string)[])
             [(stack, 2 << 20, "-s (bytes of stack)"), (openFiles, 32, "-n"), (addresses, 1 << 30, "-v (bytes)")]) {
@@ -382,6 +382,7 @@ internal static partial class Standard {
         Console.SetError(new Writer(Console.Error, _ => { })); // there is nowhere left to report it
         if (endsWithReader)
             _ = signal(brokenPipe, 0);
+        _ = signal(childEnded, 0); // where a parent had us ignore it, Process would wait for ever
     }
 
     /// <summary>Calls back when writing fails.</summary>

@@ -899,6 +899,7 @@ public sealed class LaunchTests {
     [Test]
     [Arguments("X=1", "rank 2: --device cuda: opening GPU 2: expected success, found CUDA_ERROR_OF_THE_TESTS")]
     [Arguments("DIES=1", "rank 1 was")]
+    [Arguments("DIES=1; trap '' CHLD", "rank 1 was")] // and SIGCHLD is ignored
     public async Task ARankThatFailsEndsAll(string environment, string sentence) {
         using var folder = new TemporaryFolder();
         using var run = await Start(folder, environment, "--gpus 3");
