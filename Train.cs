@@ -444,8 +444,9 @@ public sealed class Checkpoints(string folder) {
             var listed = File.ReadAllLines(DonePath(step));
             Config.Open(ModelPath(step)).File.Dispose();
             using var state = OpenState(step, 0);
-            string[] found = [.. FilesOf(step, Math.Max(1, state.Header[2])).Select(Files.Describe)];
-            return listed.Length == 0 || found.All(listed.Contains) ? null
+            var files = listed.Length == 0 ? [] : FilesOf(step, Math.Max(1, state.Header[2]));
+            string[] found = [.. files.Select(Files.Describe)];
+            return found.All(listed.Contains) ? null
                 : $"{DonePath(step)}: expected '{string.Join(", ", listed.Except(found))}' (name, size, hash), " +
                     $"found '{string.Join(", ", found.Except(listed))}'";
         } catch (Exception e) when (e is IOException or UnauthorizedAccessException or Gpt2Exception) {
