@@ -26,22 +26,17 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
 
     public void Synchronize() { }
 
-    public double PeakFlops() {
-        const int n = 384, tries = 40; // enough for the system to give each thread a core of its own
-        var rows = n * workers.Threads;
-        fixed (float* x = new float[rows * n], w = new float[n * n], y = new float[rows * n]) {
-            Matrix a = new(x, rows, n, n, 1), b = new(w, n, n, n, 1), c = new(y, rows, n, n, 1);
-            return 2.0 * rows * n * n / Best(tries, () => Multiply(a, b, c));
-        }
-    }
-
     public (double Flops, double Bytes) MeasureCeilings() {
-        const int floats = 1 << 25;
-        fixed (float* from = new float[floats], to = new float[floats]) {
+        const int n = 384;
+        var rows = n * workers.Threads;
+        var floats = Math.Max(1 << 25, rows * n);
+        fixed (float* from = new float[floats], to = new float[floats], w = new float[n * n]) {
             Tensor x = new((nint)from, 1, 1, floats), y = new((nint)to, 1, 1, floats);
-            var seconds = Best(5, () => ForParts(x.Count, FlatPart, (x, y), static (s, i, n) =>
+            Matrix a = new(from, rows, n, n, 1), b = new(w, n, n, n, 1), c = new(to, rows, n, n, 1);
+            var copy = Best(5, () => ForParts(x.Count, FlatPart, (x, y), static (s, i, n) =>
                 new Span<float>(Floats(s.x) + i, n).CopyTo(new Span<float>(Floats(s.y) + i, n))));
-            return (PeakFlops(), 2.0 * floats * sizeof(float) / seconds);
+            var product = Best(40, () => Multiply(a, b, c)); // tries enough for each thread to get a core of its own
+            return (2.0 * rows * n * n / product, 2.0 * floats * sizeof(float) / copy);
         }
     }
 

@@ -129,7 +129,7 @@ public interface IDevice : IDisposable {
     long Workspace { get; }
     /// <summary>Peak floating-point operations a second, from the data sheet or else measured; MFU is relative to
     /// it.</summary>
-    double PeakFlops();
+    double PeakFlops() => MeasureCeilings().Flops;
     /// <summary>Measures a large product, in floating-point operations a second, and a large copy, in bytes read and
     /// written a second.</summary>
     (double Flops, double Bytes) MeasureCeilings();

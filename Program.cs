@@ -86,7 +86,7 @@ internal sealed class Commands(GlobalOptions global) {
             var options = new TrainOptions(Shards(trainData, "train"), Shards(valData, "val"), init, @out, B, T,
                 totalBatch, maxSteps.Value, lr.Value, warmup, finalLrFrac, weightDecay, schedule, valEvery, valBatches,
                 sampleEvery, genTokens, checkpointEvery, keep, resume, recompute, overfit, !noShuffle, seed,
-                skipOutliers, device is Cpu ? "d6" : "d12", zero, global.Precision, optimizer);
+                skipOutliers, zero, global.Precision, optimizer);
             using var trainer = new Trainer(options, device, ranks.Rank == 0 ? Console.Out : TextWriter.Null,
                 ranks.Rank == 0 ? logs.CreateLogger("gpt2") : NullLogger.Instance, ranks);
             trainer.Run();
@@ -284,7 +284,7 @@ internal sealed class Commands(GlobalOptions global) {
         return Guard(global.Verbose, () => {
             job = Job.OfEnvironment(gpus, global.Device);
             if (job == null && Job.Gpus(gpus, global.Device) is > 1 and var count)
-                return Job.Start(count);
+                return Job.Start(count).Result;
             var patience = TimeSpan.FromSeconds(timeout);
             var peers = job?.Meet(patience);
             using var device = Open(rank: job?.LocalRank ?? 0);
@@ -401,7 +401,7 @@ internal static partial class Standard {
     /// <summary>Makes up for what .NET leaves undone.</summary>
     /// <param name="endsWithReader">Ends the process silently when the reader of its output goes away.</param>
     public static void Prepare(bool endsWithReader) {
-        const int readWrite = 2, brokenPipe = 13, stack = 3, openFiles = 7, addresses = 9;
+        const int readWrite = 2, brokenPipe = 13, childEnded = 17, stack = 3, openFiles = 7, addresses = 9;
         // Below these limits .NET fails where no exception can be caught.
         foreach (var (resource, least, option) in ((int, ulong, string)[])
             [(stack, 2 << 20, "-s (bytes of stack)"), (openFiles, 32, "-n"), (addresses, 1 << 30, "-v (bytes)")]) {
@@ -423,6 +423,7 @@ internal static partial class Standard {
         Console.SetError(new Writer(Console.Error, _ => { })); // there is nowhere left to report it
         if (endsWithReader)
             _ = signal(brokenPipe, 0);
+        _ = signal(childEnded, 0); // where a parent had us ignore it, Process would wait for ever
     }
 
     /// <summary>Calls back when writing fails.</summary>

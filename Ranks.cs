@@ -44,6 +44,8 @@ public sealed class Alone : ICollective;
 
 /// <summary>This process's place among ranks that gpt2 itself, torchrun, mpirun or srun has started.</summary>
 /// <param name="LocalRank">Its rank among those of its host: the GPU it takes.</param>
+/// <param name="Host">Rank 0's. If it is a loopback address, rank 0 listens on this machine only.</param>
+/// <param name="Key">A secret of the job's ranks, never sent. Whoever does not know it is turned away.</param>
 internal sealed partial record Job(int Rank, int Size, int LocalRank, string Host, int Port, string Key) {
     const string Own = "GPT2_JOB_KEY", Parent = "GPT2_PARENT";
     const int Terminate = 15, Kill = 9, ParentDeathSignal = 1;
@@ -81,7 +83,8 @@ internal sealed partial record Job(int Rank, int Size, int LocalRank, string Hos
         if (Number(names[1], 1) is not (> 1 and var size) || Number(names[0], 0, size - 1) is not { } rank)
             return null;
         var isSlurm = names[0] == "SLURM_PROCID";
-        var host = Variable("MASTER_ADDR") ?? (isSlurm ? FirstHost(Variable("SLURM_STEP_NODELIST")) : null);
+        var host = Variable("MASTER_ADDR") ?? (isSlurm && Variable("SLURM_STEP_NODELIST") is { } hosts
+            ? Regex.Replace(hosts, @"^([^,\[]*)\[?(\d*).*", "$1$2") : null); // of node[03-05,9],other it is node03
         if (host == null && names is [_, _, _, var localSize] && Number(localSize) != size)
             throw new Gpt2Exception("MASTER_ADDR: expected rank 0's host (mpirun -x or -genv sets it), found none");
         host ??= "127.0.0.1";
@@ -94,10 +97,6 @@ internal sealed partial record Job(int Rank, int Size, int LocalRank, string Hos
             20_000 + (int)(XxHash3.HashToUInt64(Encoding.UTF8.GetBytes(id)) % 10_000);
         return new Job(rank, size, Number(names[2]) ?? rank, host, port, Variable(Own) ?? id);
     }
-
-    /// <summary>First host of a Slurm node list: "node[03-05,9],other" gives "node03".</summary>
-    internal static string? FirstHost(string? list) =>
-        list == null ? null : Regex.Replace(list, @"^([^,\[]*)\[(\d+)[^\]]*\]", "$1$2").Split(',')[0];
 
     /// <summary>Number of processes to start: as many as asked for, or one for each GPU.</summary>
     public static int Gpus(int? asked, DeviceKind device) {
@@ -112,31 +111,34 @@ internal sealed partial record Job(int Rank, int Size, int LocalRank, string Hos
     }
 
     /// <summary>Connects the ranks.</summary>
-    public Peers Meet(TimeSpan timeout) => new(Rank, Size, Host, Port, Key, timeout, Say, why => {
+    public Peers Meet(TimeSpan timeout) => new(this, timeout, why => {
         // Only one rank reports the loss: rank 0, the lost rank itself, or rank 1 if rank 0 is the one lost.
         if (Rank == 0 || why.StartsWith($"rank {Rank}:") || Rank == 1 && why.StartsWith("rank 0 "))
             Say(why);
         _exit(1); // at once: another thread may wait for a GPU that waits for the lost rank
     });
 
-    static void Say(string what) => Console.Error.WriteLine($"gpt2: {what}");
+    /// <summary>Writes a line to standard error.</summary>
+    public static void Say(string what) => Console.Error.WriteLine($"gpt2: {what}");
 
     /// <summary>Starts this program once for each rank and waits for all of them. If one fails, all end.</summary>
     /// <returns>The exit status of the first that failed, or 0.</returns>
-    public static int Start(int ranks) {
+    public static async Task<int> Start(int ranks) {
         using var listener = new TcpListener(IPAddress.Loopback, 0);
         listener.Start();
         var port = ((IPEndPoint)listener.LocalEndpoint).Port;
         listener.Stop();
-        string?[] arguments = [.. Environment.GetCommandLineArgs(), null];
-        var environment = Environment.GetEnvironmentVariables(); // a dictionary, for a child takes the first of two
-        (environment["MASTER_ADDR"], environment["MASTER_PORT"]) = ("127.0.0.1", port);
-        environment["WORLD_SIZE"] = ranks;
-        (environment[Own], environment[Parent]) = ($"{Guid.NewGuid():N}", Environment.ProcessId);
-        var running = new ConcurrentDictionary<int, int>(); // from process id to rank
+        var start = new ProcessStartInfo(Environment.ProcessPath!, Environment.GetCommandLineArgs()[1..]);
+        var variables = start.Environment;
+        variables.Keys.Where(name => Regex.IsMatch(name, "^(TORCHELASTIC|OMPI|PMIX?|MPI|SLURM)_"))
+            .ToList().ForEach(name => variables.Remove(name));
+        (variables["MASTER_ADDR"], variables["MASTER_PORT"]) = ("127.0.0.1", $"{port}");
+        variables["WORLD_SIZE"] = $"{ranks}";
+        (variables[Own], variables[Parent]) = ($"{Guid.NewGuid():N}", $"{Environment.ProcessId}");
+        var processes = new List<Process>();
         void Send(int signal) {
-            lock (running)
-                running.Keys.ToList().ForEach(process => kill(process, signal));
+            lock (processes)
+                processes.FindAll(process => !process.HasExited).ForEach(process => kill(process.Id, signal));
         }
         void Pass(PosixSignalContext signal) {
             signal.Cancel = true;
@@ -145,43 +147,32 @@ internal sealed partial record Job(int Rank, int Size, int LocalRank, string Hos
         using var terminate = PosixSignalRegistration.Create(PosixSignal.SIGTERM, Pass);
         using var hangUp = PosixSignalRegistration.Create(PosixSignal.SIGHUP, Pass);
         using var interrupt = PosixSignalRegistration.Create(PosixSignal.SIGINT, Pass);
-        lock (running) { // a signal waits here until every process is there to receive it
+        lock (processes) { // a signal waits here until every process is there to receive it
             for (var rank = 0; rank < ranks; rank++) {
-                environment["RANK"] = environment["LOCAL_RANK"] = rank;
+                variables["RANK"] = variables["LOCAL_RANK"] = $"{rank}";
                 // NCCL refuses two ranks on one GPU of one host: ranks that share a GPU pretend to be on several hosts.
                 if (Variable("GPT2_SHARE_GPUS") != null)
-                    environment["NCCL_HOSTID"] = $"rank {rank}";
-                var lines = environment.Keys.Cast<string>().Select(name => $"{name}={environment[name]}");
-                var error = posix_spawn(out var process, Environment.ProcessPath!, 0, 0, arguments,
-                    [.. lines.Where(line => !Regex.IsMatch(line, "^(TORCHELASTIC|OMPI|PMIX?|MPI|SLURM)_")), null]);
-                if (error != 0)
-                    throw new Gpt2Exception($"--gpus: expected to start rank {rank}, found error {error}");
-                running[process] = rank;
+                    variables["NCCL_HOSTID"] = $"rank {rank}";
+                processes.Add(Process.Start(start)!);
             }
         }
-        const int patience = 2_000; // ms in which the other ranks should notice by themselves
+        var patience = TimeSpan.FromSeconds(2); // in which the other ranks should notice by themselves
         using var killer = new Timer(_ => Send(Kill));
         var result = 0;
-        while (!running.IsEmpty) {
-            var process = waitpid(-1, out var status, 0);
-            const int noChild = 10; // our parent ignores SIGCHLD, so that the system discards exit statuses
-            if (process < 0 && Marshal.GetLastPInvokeError() == noChild)
-                return 1;
-            if (!running.TryRemove(process, out var rank) || status == 0 || result != 0)
+        var ends = processes.ConvertAll(process => process.WaitForExitAsync());
+        await foreach (var end in Task.WhenEach(ends)) {
+            var rank = ends.IndexOf(end);
+            var status = processes[rank].ExitCode;
+            if (status == 0 || result != 0)
                 continue;
-            var (signal, code) = (status & 0x7f, status >> 8 & 0xff);
-            if (signal != 0)
-                Say($"rank {rank} was ended by signal {signal}");
-            result = signal != 0 ? 1 : code;
-            killer.Change(patience, Timeout.Infinite);
+            if (status > 128) // and the signal's number
+                Say($"rank {rank} was ended by signal {status - 128}");
+            result = status > 128 ? 1 : status;
+            killer.Change(patience, Timeout.InfiniteTimeSpan);
         }
         return result;
     }
 
-    [LibraryImport("libc", StringMarshalling = StringMarshalling.Utf8)] private static partial int posix_spawn(
-        out int process, string path, nint actions, nint attributes, string?[] arguments, string?[] environment);
-    [LibraryImport("libc", SetLastError = true)]
-    private static partial int waitpid(int process, out int status, int options);
     [LibraryImport("libc")] private static partial void _exit(int status);
     [LibraryImport("libc")] private static partial int getppid();
     [LibraryImport("libc")] private static partial int setpgid(int process, int group);
@@ -189,15 +180,14 @@ internal sealed partial record Job(int Rank, int Size, int LocalRank, string Hos
     [LibraryImport("libc")] private static partial int kill(int process, int signal);
 }
 
-/// <summary>The TCP connections among a job's ranks: a star around rank 0. They carry what the hosts agree on, and show
-/// when a rank is gone or silent.</summary>
+/// <summary>TCP connections of rank 0 to all others, for small messages, and to see who is gone or silent.</summary>
 public sealed class Peers : IDisposable {
     const int LongestMessage = 1024; // bytes; NCCL's id takes 128, a sum of numbers fewer
     const int End = -1; // in place of a number of meetings
     static readonly TimeSpan Patience = TimeSpan.FromSeconds(5); // with a greeting; and before we say whom we wait for
 
+    readonly Job job;
     readonly Link[] links; // rank 0's to every other rank; any other's to rank 0
-    readonly byte[] key;
     readonly TimeSpan timeout;
     readonly Action<string> lost;
     readonly Timer heartbeat;
@@ -224,31 +214,26 @@ public sealed class Peers : IDisposable {
     }
 
     /// <summary>Connects to the other ranks.</summary>
-    /// <param name="host">Rank 0's. If it is a loopback address, rank 0 listens on this machine only.</param>
-    /// <param name="key">A secret of the job's ranks, never sent. Whoever does not know it is turned away.</param>
     /// <param name="timeout">How long another rank may be silent.</param>
-    /// <param name="say">Called once with whom this rank waits for, if that takes long.</param>
-    /// <param name="lost">Called once, on another thread, with which rank is gone ("" if rank 0 has said it); must end
-    /// the process.</param>
+    /// <param name="lost">Must end the process; told, on another thread, who is gone, or "" if rank 0 said it.</param>
     /// <exception cref="Gpt2Exception">A rank did not come in time.</exception>
-    public Peers(int rank, int size, string host, int port, string key, TimeSpan timeout, Action<string> say,
-        Action<string> lost) {
-        (Rank, Size, this.timeout, this.lost) = (rank, size, timeout, lost);
-        this.key = Encoding.UTF8.GetBytes(key);
+    internal Peers(Job job, TimeSpan timeout, Action<string> lost) {
+        (this.job, this.timeout, this.lost) = (job, timeout, lost);
         // .NET takes HMAC and random bytes from OpenSSL, and aborts where there is none.
         if (!NativeLibrary.TryLoad("libssl.so.3", out _) && !NativeLibrary.TryLoad("libssl.so.1.1", out _))
             throw new Gpt2Exception("--gpus: expected OpenSSL (libssl.so.3, on the loader's path), found none");
         using var end = new CancellationTokenSource(timeout);
-        using (new Timer(_ => say($"rank {rank}: waiting for {awaited()}"), null, Patience, Timeout.InfiniteTimeSpan))
-            links = (rank == 0 ? Gather(host, port, end) : Reach(host, port, end.Token)).GetAwaiter().GetResult();
-        if (links.Length < (rank == 0 ? size - 1 : 1))
-            throw new Gpt2Exception($"rank {rank}: expected {awaited()} in {timeout.TotalSeconds:F0} s, found none");
+        using var waiting = new Timer(
+            _ => Job.Say($"rank {Rank}: waiting for {awaited()}"), null, Patience, Timeout.InfiniteTimeSpan);
+        links = (Rank == 0 ? Gather(end) : Reach(end.Token)).GetAwaiter().GetResult();
+        if (links.Length < (Rank == 0 ? Size - 1 : 1))
+            throw new Gpt2Exception($"rank {Rank}: expected {awaited()} in {timeout.TotalSeconds:F0} s, found none");
         Array.ForEach(links, link => new Thread(() => Listen(link)) { IsBackground = true }.Start());
         heartbeat = new(_ => Array.ForEach(links, link => link.Send([], Meetings)), null, TimeSpan.Zero, timeout / 8);
     }
 
-    public int Rank { get; }
-    public int Size { get; }
+    public int Rank => job.Rank;
+    public int Size => job.Size;
 
     /// <summary>Where the run is, for messages: "step 7".</summary>
     public string Place { get; set; } = "the start";
@@ -259,7 +244,8 @@ public sealed class Peers : IDisposable {
     /// <summary>A rank that has not come to the last meeting, as far as this rank knows; null for none.</summary>
     public int? Absent => Array.Find(links, link => link.Meetings < Meetings)?.Rank;
 
-    byte[] Proof(byte[] sender, byte[] receiver) => HMACSHA256.HashData(key, (byte[])[.. sender, .. receiver]);
+    byte[] Proof(byte[] sender, byte[] receiver) =>
+        HMACSHA256.HashData(Encoding.UTF8.GetBytes(job.Key), (byte[])[.. sender, .. receiver]);
 
     /// <summary>Makes sure that the other end is a rank of this job. Each side sends its rank, the number of ranks and
     /// a random challenge, and then the HMAC of both greetings under the key; rank 0 sends its own last.</summary>
@@ -286,14 +272,14 @@ public sealed class Peers : IDisposable {
     }
 
     /// <summary>Rank 0's side: accepts connections until every other rank is admitted or the time is up.</summary>
-    async Task<Link[]> Gather(string host, int port, CancellationTokenSource end) {
+    async Task<Link[]> Gather(CancellationTokenSource end) {
         var found = new Link?[Size];
         var room = new SemaphoreSlim(256); // so that strangers cannot use up this process's file descriptors
         int[] Missing() => [.. Enumerable.Range(1, Size - 1).Where(rank => found[rank] == null)];
         awaited = () => {
             var missing = Missing();
             var some = string.Join(", ", missing.Take(8)) + (missing.Length > 8 ? ", ..." : "");
-            return $"rank{(missing.Length > 1 ? "s" : "")} {some} of {Size} on port {port}";
+            return $"rank{(missing.Length > 1 ? "s" : "")} {some} of {Size} on port {job.Port}";
         };
         bool Admits(int rank) => !end.IsCancellationRequested && Missing().Contains(rank);
         async Task Admit(TcpClient client) {
@@ -310,7 +296,7 @@ public sealed class Peers : IDisposable {
                 room.Release();
             }
         }
-        using var listener = await StartListener(host, port, end.Token);
+        using var listener = StartListener();
         while (!end.IsCancellationRequested) {
             try {
                 var client = await listener.AcceptTcpClientAsync(end.Token);
@@ -324,30 +310,26 @@ public sealed class Peers : IDisposable {
     }
 
     /// <summary>Listens on the host's address alone if that is a loopback address, or else on all addresses.</summary>
-    static async Task<TcpListener> StartListener(string host, int port, CancellationToken end) {
-        static string Label(string name) => name.Split('.')[0].ToLowerInvariant();
-        var lookup = Dns.GetHostAddressesAsync(host, end).WaitAsync(end);
-        await ((Task)lookup).ConfigureAwait(ConfigureAwaitOptions.SuppressThrowing); // the other ranks name the error
-        // In its own hosts file, a machine's name may be a loopback address that other machines cannot reach.
-        var isLoopback = (Label(host) == "localhost" || Label(host) != Label(Dns.GetHostName())) &&
-            lookup.IsCompletedSuccessfully && lookup.Result.All(IPAddress.IsLoopback);
-        var listener = isLoopback ? new TcpListener(lookup.Result[0], port) : TcpListener.Create(port);
+    TcpListener StartListener() {
+        var host = job.Host.Split('.')[0].ToLowerInvariant() == "localhost" ? "127.0.0.1" : job.Host;
+        var listener = IPAddress.TryParse(host, out var address) && IPAddress.IsLoopback(address)
+            ? new TcpListener(address, job.Port) : TcpListener.Create(job.Port);
         try {
             listener.Start();
             return listener;
         } catch (SocketException e) {
-            throw new Gpt2Exception($"rank 0: expected port {port} to be free, found: {e.Message}");
+            throw new Gpt2Exception($"rank 0: expected port {job.Port} to be free, found: {e.Message}");
         }
     }
 
     /// <summary>Every other rank's side: tries to connect until rank 0 listens and admits it.</summary>
-    async Task<Link[]> Reach(string host, int port, CancellationToken end) {
+    async Task<Link[]> Reach(CancellationToken end) {
         var why = "no answer";
-        awaited = () => $"rank 0 on {(host.Contains(':') ? $"[{host}]" : host)}:{port} ({why})";
+        awaited = () => $"rank 0 on {(job.Host.Contains(':') ? $"[{job.Host}]" : job.Host)}:{job.Port} ({why})";
         while (!end.IsCancellationRequested) {
             var client = new TcpClient();
             try {
-                await client.ConnectAsync(host, port, end).AsTask().WaitAsync(end);
+                await client.ConnectAsync(job.Host, job.Port, end).AsTask().WaitAsync(end);
                 why = $"it is another job, by GPT2_JOB_KEY or size, or has a rank {Rank} already";
                 return [new(await Greet(client, rank => rank == 0, end), client)];
             } catch (Exception e) when (e is SocketException or IOException or OperationCanceledException) {

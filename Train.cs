@@ -1,22 +1,19 @@
-using System.Runtime.Versioning;
 using Microsoft.Extensions.Logging;
 using ZLogger;
-
-[assembly: SupportedOSPlatform("linux")]
 
 namespace Gpt2;
 
 /// <summary>How the learning rate decays after its warm-up.</summary>
 public enum Schedule { Cosine, Linear, Constant, Wsd }
 
-/// <summary>The options of `gpt2 train`, as its help explains them. Without Init a new run starts from DefaultInit;
+/// <summary>The options of `gpt2 train`, as its help explains them. Without Init a new run is of d12, or d6 on a CPU;
 /// ValBatches 0 validates on the first rows; SkipOutliers 0 skips none.</summary>
 public sealed record TrainOptions(
     string TrainData, string ValData, string? Init, string Out, int B, int T, int TotalBatch, int MaxSteps,
     float LearningRate, int Warmup, float FinalFraction, float WeightDecay, Schedule Schedule, int ValEvery,
     int ValBatches, int SampleEvery, int GenTokens, int CheckpointEvery, int Keep, bool Resume, int Recompute,
-    bool Overfit, bool Shuffle, uint Seed, float SkipOutliers = 0, string DefaultInit = "d6", int Zero = 1,
-    DataType? Precision = null, OptimizerKind Optimizer = OptimizerKind.AdamW) {
+    bool Overfit, bool Shuffle, uint Seed, float SkipOutliers = 0, int Zero = 1, DataType? Precision = null,
+    OptimizerKind Optimizer = OptimizerKind.AdamW) {
     /// <summary>The options that a run's folder keeps, and --resume takes up unless they are given again.</summary>
     public IEnumerable<(string Option, object? Value)> Settings => [
         ("--train-data", TrainData), ("--val-data", ValData), ("--batch", B), ("--seq", T),
@@ -45,16 +42,17 @@ public sealed record TrainOptions(
         };
     }
 
+    /// <summary>Micro-batches of each rank in an update.</summary>
     /// <exception cref="Gpt2Exception">The batch or the sequence does not fit.</exception>
-    public static void CheckSizes(Config config, int B, int T, int totalBatch, int ranks = 1) {
+    public static int MicroSteps(Config config, int B, int T, int totalBatch, int ranks = 1) {
         Require(T <= config.MaxT, "--seq", $"1 to {config.MaxT}, the model's longest sequence", T);
         Require(totalBatch > 0 && totalBatch % ((long)ranks * B * T) == 0, "--total-batch",
             $"a multiple of --batch {B} x --seq {T}{(ranks == 1 ? "" : $" on each of {ranks} ranks")}", totalBatch);
+        return totalBatch / (ranks * B * T);
     }
 }
 
-/// <summary>The training loop: accumulation, clipping, updates, validation, samples, checkpoints and logs. Each rank
-/// runs it, but only rank 0 has an output and a log.</summary>
+/// <summary>The training loop. Each rank runs it, but only rank 0 has an output and a log.</summary>
 public sealed class Trainer : IDisposable {
     readonly TrainOptions options;
     readonly ICollective ranks;
@@ -82,13 +80,12 @@ public sealed class Trainer : IDisposable {
         var last = options.Resume ? NewestWhole() : null;
         firstStep = last ?? 0;
         var own = last == null ? null : checkpoints.ModelPath(firstStep);
-        var (file, config) = Open(own ?? options.Init ?? options.DefaultInit);
+        var (file, config) = Open(own ?? options.Init ?? (device is Cpu ? "d6" : "d12"));
         var (init, asked) = own == null || options.Init == null ? (null, config) : Open(options.Init);
         init?.Dispose();
         if (asked != config)
             throw file!.Fail($"--init's model ({asked.Summary})", config.Summary);
-        TrainOptions.CheckSizes(config, options.B, options.T, options.TotalBatch, ranks.Size);
-        microSteps = options.TotalBatch / (ranks.Size * options.B * options.T);
+        microSteps = TrainOptions.MicroSteps(config, options.B, options.T, options.TotalBatch, ranks.Size);
         train = new TokenLoader(options.TrainData, options.B, options.T, config.V,
             options.Shuffle && !options.Overfit, options.Seed, ranks.Rank, ranks.Size);
         val = new TokenShards(options.ValData, config.V);
@@ -134,8 +131,8 @@ public sealed class Trainer : IDisposable {
     public static (BinaryFile? File, Config Config) Open(string init) {
         if (Config.Of(init) is { } config)
             return (null, config);
-        var isPath = init.Contains('/') || init.Contains('.') || File.Exists(init) || Directory.Exists(init);
-        Require(isPath, "--init", "a model file, a run's folder, or d6, d12, d24, d36 or d48", init);
+        Require(init.Contains('/') || init.Contains('.') || Path.Exists(init), "--init",
+            "a model file, a run's folder, or d6, d12, d24, d36 or d48", init);
         return Config.Open(Checkpoints.ModelOf(init));
     }
 
@@ -171,7 +168,8 @@ public sealed class Trainer : IDisposable {
         using var interrupt = PosixSignalRegistration.Create(PosixSignal.SIGINT, Stop);
         using var hangUp = PosixSignalRegistration.Create(PosixSignal.SIGHUP, Stop);
         var (live, begin) = (Terminal.IsLive, Stopwatch.GetTimestamp());
-        var perToken = model.Config.FlopsPerToken(options.T) / model.Device.PeakFlops() / ranks.Size;
+        var peak = model.Device is Cpu ? (double?)null : model.Device.PeakFlops(); // a CPU's hangs on what else runs
+        var perToken = model.Config.FlopsPerToken(options.T) / peak / ranks.Size;
         if (firstStep == 0 && options.ValEvery > 0)
             Validate(0);
         for (var (step, stopping) = (firstStep, false); step < options.MaxSteps && !stopping;) {
@@ -184,7 +182,7 @@ public sealed class Trainer : IDisposable {
             step++;
             output.WriteLine(Terminal.Over($"step {step,4}/{options.MaxSteps} | loss {loss:F6} | " +
                 $"norm {norm:F4} | lr {rate:0.00e+00} | {seconds * 1e3:F2} ms | " +
-                $"{speed * perToken:0.0%} MFU | {speed:F0} tok/s{(skipped ? " | outlier, not updated" : "")}"));
+                $"{speed * perToken:0.0% 'MFU | '}{speed:F0} tok/s{(skipped ? " | outlier, not updated" : "")}"));
             bool Due(int period) => step == options.MaxSteps || period > 0 && step % period == 0;
             if (Due(options.ValEvery))
                 Validate(step);
@@ -222,19 +220,7 @@ public sealed class Trainer : IDisposable {
     (double Loss, float Norm, bool Skipped) Step(int step) {
         if (options.Overfit)
             train.Reset();
-        var loss = 0.0;
-        train.Next(model.Tokens, model.Targets);
-        for (var left = microSteps - 1; left >= 0; left--) {
-            model.Forward();
-            model.Loss(1f / options.TotalBatch);
-            model.Completed = left == 0 && ranks.Size > 1 ? optimizer.Reduce : null;
-            model.Backward();
-            if (left > 0)
-                train.Next(model.Tokens, model.Targets); // while the device is at work on the last ones
-            loss += model.MeanLoss() / microSteps / ranks.Size;
-        }
-        loss = ranks.Sum(loss);
-        var norm = optimizer.GradientNorm();
+        var (loss, norm) = optimizer.Accumulate(microSteps, () => train.Next(model.Tokens, model.Targets));
         CheckFinite(step + 1, loss, "loss", "nothing was updated");
         CheckFinite(step + 1, norm, "norm of the gradient", "nothing was updated");
         var skips = options.SkipOutliers > 0 && ranks.Sum(runLog?.Deviation(loss, norm) ?? 0) > options.SkipOutliers;
@@ -268,29 +254,31 @@ public sealed class Trainer : IDisposable {
     }
 }
 
-/// <summary>AdamW over a model's parameters, or Muon over its layers' matrices and AdamW over the others, and their
-/// moments. Under ZeRO-1 (Rajbhandari et al., 2020) each rank updates its part of the weights and gathers the others'.
-/// </summary>
+/// <summary>AdamW, or Muon for the layers' matrices and AdamW for all else, with their moments. Under ZeRO-1
+/// (Rajbhandari et al., 2020) each rank updates its part of the weights and gathers the others'.</summary>
 public sealed class Optimizer {
     readonly Model model;
     readonly ICollective ranks, owners; // all ranks, and those of them that update the other parts
-    readonly AdamWPart[] adamWs;
-    readonly Share[] adamWShares; // the weights of each part
-    readonly (MuonPart[] Part, Share[] Layers)[] muons; // for each tensor: this rank's layers if any, all weights
+    // What is updated at a time, and then the weights that ranks exchange: of Muon's a tensor, all layers of it.
+    readonly (AdamWPart[] Parts, Share[] Weights)[] adamWs;
+    readonly (MuonPart[] Parts, Share[] Weights)[] muons;
 
     public Optimizer(Model model, ICollective? collective = null) {
         (this.model, ranks) = (model, collective ?? new Alone());
         (M, V, owners) = (model.AllocateParts(), model.AllocateParts(true), model.IsCut ? ranks : new Alone());
-        var (weights, config, cuts) = (model.WeightParts, model.Config, model.Master.Cuts.Index().ToArray());
-        adamWs = [.. cuts.Where(cut => !cut.Item.IsMuons).Select((cut, v) => new AdamWPart(cut.Item.Index,
-            config.Parameters[cut.Item.Tensor].IsMatrix, weights.Tensors[cut.Index], model.Master.Tensors[cut.Index],
-            model.GradientParts!.Tensors[cut.Index], M.Tensors[cut.Index], V.Tensors[v]))];
-        adamWShares = [.. cuts.Where(cut => !cut.Item.IsMuons)
-            .Select(cut => Share(cut.Index, 0, model.Weights, weights))];
-        muons = [.. cuts.Where(cut => cut.Item.IsMuons).Select(cut => (
-            cut.Item.Count == 0 ? [] : (MuonPart[])[new(cut.Item.Index, Matrices(weights, cut.Index),
-                Matrices(model.Master, cut.Index), Matrices(model.GradientParts!, cut.Index), Matrices(M, cut.Index))],
-            Enumerable.Range(0, config.L).Select(l => Share(cut.Index, l, model.Weights, weights)).ToArray()))];
+        var (cuts, weights, gradients) = (model.Master.Cuts, model.WeightParts, model.GradientParts!);
+        var (config, byMuon) = (model.Config, Enumerable.Range(0, cuts.Length).ToLookup(i => cuts[i].IsMuons));
+        // Under ZeRO-1 a quarter of AdamW's at a time, which is gathered while the next one is updated.
+        adamWs = [.. byMuon[false].Chunk(byMuon[false].Count() / (model.IsCut ? 4 : 1)).Select(some => (
+            some.Select(AdamW).ToArray(), some.Select(i => Share(i, 0, model.Weights, weights)).ToArray()))];
+        muons = [.. byMuon[true].Select(i => (cuts[i].Count == 0 ? [] : (MuonPart[])[Muon(i)],
+            Enumerable.Range(0, config.L).Select(l => Share(i, l, model.Weights, weights)).ToArray()))];
+
+        AdamWPart AdamW(int i) => new(cuts[i].Index, config.Parameters[cuts[i].Tensor].IsMatrix, weights.Tensors[i],
+            model.Master.Tensors[i], gradients.Tensors[i], M.Tensors[i], V.Tensors[Array.IndexOf(V.Cuts, cuts[i])]);
+
+        MuonPart Muon(int i) => new(cuts[i].Index, Matrices(weights, i), Matrices(model.Master, i),
+            Matrices(gradients, i), Matrices(M, i));
 
         // (n, rows, columns); queries, keys and values have a matrix each.
         Tensor Matrices(Parameters parts, int i) {
@@ -314,6 +302,23 @@ public sealed class Optimizer {
         return !cut.IsMuons ? new(whole.Tensors[cut.Tensor][cut.Layer], parts.Tensors[i])
             : new(all, owner != ranks.Rank ? default
                 : parts.Tensors[i].Flat(layer * all.Count - cut.First, (int)all.Count), owner);
+    }
+
+    /// <summary>Sums the gradients of micro-batches, which <paramref name="next"/> puts into the model.</summary>
+    /// <returns>The mean loss over micro-batches and ranks, and the norm of all gradients together.</returns>
+    public (double Loss, float Norm) Accumulate(int microSteps, Action next) {
+        var loss = 0.0;
+        next();
+        for (var left = microSteps - 1; left >= 0; left--) {
+            model.Forward();
+            model.Loss(1f / (ranks.Size * microSteps * model.B * model.T));
+            model.Completed = left == 0 && ranks.Size > 1 ? Reduce : null;
+            model.Backward();
+            if (left > 0)
+                next(); // while the device is at work on the last one
+            loss += model.MeanLoss() / microSteps / ranks.Size;
+        }
+        return (ranks.Sum(loss), GradientNorm());
     }
 
     /// <summary>Sums a layer's gradients over ranks, for −1 those outside of layers; the norm waits for it.</summary>
@@ -340,15 +345,13 @@ public sealed class Optimizer {
         var step = new AdamWStep(number, rate, decay, scale, 0.9f, 0.95f, 1e-8f, RoundingSeed);
         var momentum = 0.85f + 0.1f * Math.Min((number - 1) / 300f, 1);
         var muonStep = new MuonStep(rate, decay, scale, momentum, RoundingSeed++);
-        // Under ZeRO-1 a part at a time, of AdamW's a quarter, which is gathered while the next one is updated.
-        var count = adamWs.Length / (model.IsCut ? 4 : 1);
-        for (var first = 0; first < adamWs.Length; first += count) {
-            model.Device.AdamW(adamWs.AsSpan(first, count), step);
-            owners.AllGather(adamWShares.AsSpan(first, count));
+        foreach (var (parts, weights) in adamWs) {
+            model.Device.AdamW(parts, step);
+            owners.AllGather(weights);
         }
-        foreach (var (part, shares) in muons) {
-            model.Device.Muon(part, muonStep);
-            owners.AllGather(shares);
+        foreach (var (parts, weights) in muons) {
+            model.Device.Muon(parts, muonStep);
+            owners.AllGather(weights);
         }
         if (model.IsCut)
             model.Device.Clear(model.Gradients!.All); // the updates have cleared the parts alone
@@ -377,8 +380,7 @@ public sealed class Checkpoints(string folder) {
     /// <summary>The step of the last completed checkpoint, or null.</summary>
     public int? Last => Complete.Cast<int?>().LastOrDefault();
 
-    /// <summary>Takes the folder for a run that goes on from the checkpoint <paramref name="last"/>: a lock that the
-    /// system drops with the process.</summary>
+    /// <summary>Locks the folder until the process ends, for a run from checkpoint <paramref name="last"/>.</summary>
     /// <exception cref="Gpt2Exception">Another run has the folder, or has had it meanwhile.</exception>
     public FileStream Lock(int? last) {
         Directory.CreateDirectory(folder);
@@ -415,8 +417,7 @@ public sealed class Checkpoints(string folder) {
         new Checkpoints(folder) is { Last: not null } run
             ? run.ReadSettings().SelectMany(line => line.Split(' ', 2)) : [];
 
-    /// <summary>The lines of settings.txt. Runs of llm.c and of earlier versions, which name no optimizer, have AdamW.
-    /// </summary>
+    /// <summary>The lines of settings.txt. Runs of llm.c and of earlier versions name no optimizer: AdamW.</summary>
     string[] ReadSettings() {
         var lines = File.Exists(SettingsPath) ? File.ReadAllLines(SettingsPath) : [];
         return lines.Any(line => line.StartsWith("--optimizer ")) ? lines : [.. lines, "--optimizer AdamW"];
@@ -441,16 +442,13 @@ public sealed class Checkpoints(string folder) {
     public string? FaultOf(int step) {
         try {
             var listed = File.ReadAllLines(DonePath(step));
-            foreach (var line in listed) {
-                if (Files.Describe(Path.Combine(folder, line.Split(' ')[0])) is var found && found != line)
-                    return $"{DonePath(step)}: expected '{line}' (name, size, hash), found '{found}'";
-            }
             Config.Open(ModelPath(step)).File.Dispose();
             using var state = OpenState(step, 0);
-            var missing = FilesOf(step, Math.Max(1, state.Header[2])).Select(Path.GetFileName)
-                .FirstOrDefault(name => !listed.Any(line => line.StartsWith($"{name} ")));
-            return listed.Length == 0 || missing == null ? null
-                : $"{DonePath(step)}: expected a line for {missing}, found none";
+            var files = listed.Length == 0 ? [] : FilesOf(step, Math.Max(1, state.Header[2]));
+            string[] found = [.. files.Select(Files.Describe)];
+            return found.All(listed.Contains) ? null
+                : $"{DonePath(step)}: expected '{string.Join(", ", listed.Except(found))}' (name, size, hash), " +
+                    $"found '{string.Join(", ", found.Except(listed))}'";
         } catch (Exception e) when (e is IOException or UnauthorizedAccessException or Gpt2Exception) {
             return $"{DonePath(step)}: {Sentence(e)}";
         }
@@ -467,8 +465,8 @@ public sealed class Checkpoints(string folder) {
         var parts = model.IsCut ? ranks.Size : 1;
         var header = new int[BinaryFile.HeaderLength];
         (header[0], header[1], header[2], header[3]) = (Magic, 1, parts, ranks.Rank);
-        (header[5], header[10], header[SampleTokens]) = (loader.Shuffles ? 1 : 0, step, loader.SampleTokens);
-        header[OptimizerField] = (int)model.Optimizer;
+        (header[5], header[10]) = (loader.Shuffles ? 1 : 0, step);
+        (header[SampleTokens], header[OptimizerField]) = (loader.SampleTokens, (int)model.Optimizer);
         (header[4], header[20], header[22]) =
             (model.Master == model.Weights ? 0 : 1, (int)optimizer.RoundingSeed, (int)optimizer.RoundingSeed - 1);
         (header[30], header[32]) = loader.Position;
@@ -481,8 +479,7 @@ public sealed class Checkpoints(string folder) {
                 model.Write(to, optimizer.V);
                 if (model.Master != model.Weights)
                     model.Write(to, model.Master);
-                using var writer = new BinaryWriter(to, Encoding.UTF8, leaveOpen: true);
-                loader.Save(writer);
+                loader.Save(new BinaryWriter(to));
             });
         }
         ranks.Sum([]);
@@ -602,33 +599,35 @@ public sealed partial class RunLog {
         var high = Math.Max(low + 1, Math.Ceiling(points.Max(point => point.Loss)));
         double X(double step) => left + (right - left) * step / lastStep;
         double Y(double loss) => bottom - (bottom - top) * (loss - low) / (high - low);
-        string Text(double x, double y, string anchor, string text, string color = "black") =>
-            $"""<text x="{x:F1}" y="{y:F1}" text-anchor="{anchor}" fill="{color}">{text}</text>""";
-        string[] Tick(double step, double loss) => [
-            $"""<path d="M{left} {Y(loss):F1}H{right}" stroke="#ddd"/>""",
-            Text(left - 8, Y(loss) + 4, "end", $"{loss:F1}"), Text(X(step), bottom + 20, "middle", $"{step:F0}"),
-        ];
-        string[] Curve(string name, List<(int Step, double Loss)> curve, string color, double y) {
-            var path = string.Join(' ', curve.Select(point => $"{X(point.Step):F1},{Y(point.Loss):F1}"));
-            return [$"""<polyline points="{path}" fill="none" stroke="{color}" stroke-width="1.5"/>""",
-                Text(right - 10, y, "end", name, color)];
-        }
-        return string.Join('\n', [
-            """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 800 450" font-family="Arial" font-size="13">""",
-            """<rect width="800" height="450" fill="white"/>""",
-            .. Enumerable.Range(0, ticks + 1).SelectMany(tick =>
-                Tick((double)lastStep * tick / ticks, low + (high - low) * tick / ticks)),
-            Text((left + right) / 2, bottom + 42, "middle", "steps"), Text(left + 6, top + 14, "start", "loss"),
-            .. Curve("training", train, "#4878b0", top + 20), .. Curve("validation", validation, "#d05020", top + 40),
-            "</svg>\n",
-        ]);
+        string Points(List<(int Step, double Loss)> curve) =>
+            string.Join(' ', curve.Select(point => $"{X(point.Step):F1},{Y(point.Loss):F1}"));
+        var grid = Enumerable.Range(0, ticks + 1).Select(tick => {
+            var (step, loss) = ((double)lastStep * tick / ticks, low + (high - low) * tick / ticks);
+            return $"""
+                <path d="M{left} {Y(loss):F1}H{right}" stroke="#ddd"/>
+                <text x="{left - 8}" y="{Y(loss) + 4:F1}" text-anchor="end">{loss:F1}</text>
+                <text x="{X(step):F1}" y="{bottom + 20}" text-anchor="middle">{step:F0}</text>
+                """;
+        });
+        return $"""
+            <svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 800 450" font-family="Arial" font-size="13">
+            <rect width="800" height="450" fill="white"/>
+            {string.Join('\n', grid)}
+            <text x="420" y="442" text-anchor="middle">steps</text>
+            <text x="66" y="34">loss</text>
+            <polyline points="{Points(train)}" fill="none" stroke="#4878b0" stroke-width="1.5"/>
+            <text x="770" y="40" text-anchor="end" fill="#4878b0">training</text>
+            <polyline points="{Points(validation)}" fill="none" stroke="#d05020" stroke-width="1.5"/>
+            <text x="770" y="60" text-anchor="end" fill="#d05020">validation</text>
+            </svg>
+
+            """;
     }
 }
 
 /// <summary>How good a model is.</summary>
 public static class Evaluation {
-    /// <summary>The mean loss over rows of T tokens. It does not depend on the batch size or on the number of ranks,
-    /// which take batches in turn.</summary>
+    /// <summary>The mean loss over rows of T tokens, whatever the batch size and the number of ranks.</summary>
     public static double Loss(Model model, TokenShards shards, (int Shard, long First)[] rows, ICollective ranks) {
         var (T, sum) = (model.T, 0.0);
         foreach (var (i, batch) in rows.Chunk(model.B).Index().Where(batch => batch.Index % ranks.Size == ranks.Rank)) {
@@ -719,12 +718,12 @@ public static class Verification {
 
 /// <summary>Training steps timed, as a whole and by operation.</summary>
 public static class Benchmark {
-    /// <summary>Prints the median time of a training step on random tokens and of each of its operations, compared with
-    /// what the device reaches now in a large product or a large copy.</summary>
+    /// <summary>Prints the median times of a training step on random tokens and of its operations, compared with what
+    /// the device reaches now in a large product or a large copy.</summary>
     public static void Run(string init, int B, int T, int totalBatch, int steps, int recompute,
         OptimizerKind kind, IDevice device, TextWriter output) {
         var (file, config) = Trainer.Open(init);
-        TrainOptions.CheckSizes(config, B, T, totalBatch);
+        var microSteps = TrainOptions.MicroSteps(config, B, T, totalBatch);
         var ceilings = device.MeasureCeilings();
         var model = new Model(config, device, B, T, Purpose.Train, recompute, optimizer: kind);
         var optimizer = new Optimizer(model);
@@ -735,13 +734,7 @@ public static class Benchmark {
         var number = 0;
         double Step() {
             var start = Stopwatch.GetTimestamp();
-            for (var micro = 0; micro < totalBatch / (B * T); micro++) {
-                model.Forward();
-                model.Loss(1f / totalBatch);
-                model.Backward();
-                model.MeanLoss();
-            }
-            optimizer.Update(++number, 1e-4f, 0.1f, optimizer.GradientNorm());
+            optimizer.Update(++number, 1e-4f, 0.1f, optimizer.Accumulate(microSteps, () => { }).Norm);
             device.Synchronize();
             return Stopwatch.GetElapsedTime(start).TotalSeconds;
         }
@@ -753,17 +746,15 @@ public static class Benchmark {
             $"{model.Memory.Sum(part => part.Bytes) / 1e9:F1} GB");
         output.WriteLine($"step {median * 1e3:F2} ms | {totalBatch / median:F0} tok/s | " +
             $"{config.FlopsPerToken(T) * totalBatch / median / device.PeakFlops():0.0%} MFU");
-        var profiles = Enumerable.Range(0, steps).Select(_ => {
+        var operations = Enumerable.Range(0, steps).SelectMany(_ => {
             var profile = device.Profile = new Profile();
             Step();
             return profile.Operations;
-        }).ToArray();
-        device.Profile = null;
-        var operations = profiles[0].Select(entry => (Name: entry.Key, entry.Value.Calls, entry.Value.Flops,
-            entry.Value.Bytes, Seconds: Median([.. profiles.Select(profile => profile[entry.Key].Seconds)]))).ToArray();
+        }).GroupBy(entry => entry.Key, entry => entry.Value).Select(runs => (Name: runs.Key, Run: runs.First(),
+            Seconds: Median([.. runs.Select(run => run.Seconds)]))).OrderByDescending(each => each.Seconds).ToArray();
         var total = operations.Sum(operation => operation.Seconds);
         output.WriteLine($"{"operation",-40}{"calls",6}{"ms",10}{"share",8}{"",17}{"of best",8}");
-        foreach (var (name, calls, flops, bytes, seconds) in operations.OrderByDescending(each => each.Seconds)) {
+        foreach (var (name, (calls, _, flops, bytes), seconds) in operations) {
             var rate = flops > 0 ? $"{flops / seconds / 1e12,9:F2} TFLOP/s{flops / seconds / ceilings.Flops,7:0.0%}"
                 : bytes > 0 ? $"{bytes / seconds / 1e9,9:F0} GB/s   {bytes / seconds / ceilings.Bytes,7:0.0%}" : "";
             output.WriteLine($"{name,-40}{calls,6}{seconds * 1e3,10:F3}{seconds / total,8:0.0%}{rate}");

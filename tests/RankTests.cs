@@ -277,8 +277,8 @@ public sealed class PeersTests {
     static readonly TimeSpan Long = TimeSpan.FromSeconds(30), Short = TimeSpan.FromSeconds(1);
 
     static Task<Peers> Join(int rank, int size, int port, TimeSpan timeout, Action<string>? lost = null,
-        string key = "key", string host = "127.0.0.1") => Task.Factory.StartNew(() => new Peers(rank, size, host, port,
-            key, timeout, _ => { }, lost ?? (_ => { })), TaskCreationOptions.LongRunning);
+        string key = "key", string host = "127.0.0.1") => Task.Factory.StartNew(() => new Peers(
+            new Job(rank, size, rank, host, port, key), timeout, lost ?? (_ => { })), TaskCreationOptions.LongRunning);
 
     /// <summary>Connects as soon as somebody listens.</summary>
     static async Task<TcpClient> Connect(int port, string host = "127.0.0.1") {
@@ -899,6 +899,7 @@ public sealed class LaunchTests {
     [Test]
     [Arguments("X=1", "rank 2: --device cuda: opening GPU 2: expected success, found CUDA_ERROR_OF_THE_TESTS")]
     [Arguments("DIES=1", "rank 1 was")]
+    [Arguments("DIES=1; trap '' CHLD", "rank 1 was")] // and SIGCHLD is ignored
     public async Task ARankThatFailsEndsAll(string environment, string sentence) {
         using var folder = new TemporaryFolder();
         using var run = await Start(folder, environment, "--gpus 3");
