@@ -301,6 +301,18 @@ public sealed class TokenShards : IDisposable {
     /// <summary>Number of tokens in all shards together.</summary>
     public long Tokens => Counts.Sum(count => (long)count);
 
+    /// <summary>A hash of each shard's length and first tokens, and never 0; names do not count.</summary>
+    public ulong Fingerprint() {
+        var (hash, beginning) = (new XxHash3(), new ushort[1024]);
+        foreach (var (shard, count) in Counts.Index()) {
+            var some = beginning.AsSpan(0, Math.Min(count, beginning.Length));
+            Open(shard).Read(some, BinaryFile.HeaderBytes);
+            hash.Append(BitConverter.GetBytes(count));
+            hash.Append(MemoryMarshal.AsBytes(some));
+        }
+        return Math.Max(1, hash.GetCurrentHashAsUInt64());
+    }
+
     BinaryFile Open(int shard) {
         if (shard != opened) {
             file?.Dispose();
@@ -380,7 +392,7 @@ public sealed class TokenLoader : IDisposable {
         shards = new TokenShards(pattern, vocabulary);
         (SampleTokens, Shuffles, random) = (ranks * B * T, shuffle, new Mt19937(seed));
         shardOrder = [.. Enumerable.Range(0, shards.Counts.Length)];
-        Samples = shards.Samples(SampleTokens);
+        (Samples, Fingerprint) = (shards.Samples(SampleTokens), shards.Fingerprint());
         Reset();
     }
 
@@ -389,6 +401,9 @@ public sealed class TokenLoader : IDisposable {
 
     /// <summary>Number of tokens in all shards.</summary>
     public long Tokens => shards.Tokens;
+
+    /// <summary>A hash of the data, <see cref="TokenShards.Fingerprint"/>.</summary>
+    public ulong Fingerprint { get; }
 
     /// <summary>Number of samples in all shards: an epoch.</summary>
     public long Samples { get; private set; }

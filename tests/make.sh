@@ -101,6 +101,7 @@ open('port', 'w').write(str(server.server_port))
 server.serve_forever()
 END
 python3 "$work/server.py" "$work" & server=$!
+disown # so that no test waits for it
 trap 'kill $server; touch "$work/end"; rm -rf "$work"' EXIT
 until [ -s "$work/port" ]; do sleep 0.05; done
 HUB=http://127.0.0.1:$(<"$work/port")
