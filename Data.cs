@@ -669,8 +669,8 @@ public sealed class Tokenizer {
         && bytes.SequenceEqual(vocabulary[rank]) ? (ushort)rank : None;
 
     /// <summary>Encodes documents as token shards PREFIX_val_000000.bin and PREFIX_train_000001.bin, …: the mark's
-    /// token comes before each of them. In text marks divide documents, in other files they may do so too. A document of
-    /// less than 256 KB of white space alone is left out.</summary>
+    /// token comes before each of them. A mark divides a document of any file. What is less than 256 KB of white space
+    /// alone is left out.</summary>
     /// <param name="valTokens">How many of the first tokens are held out for validation.</param>
     /// <param name="files">Their paths; - is standard input.</param>
     /// <param name="lossy">Whether U+FFFD replaces what is not UTF-8; otherwise that is an error.</param>

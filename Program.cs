@@ -185,9 +185,9 @@ internal sealed class Commands(GlobalOptions global) {
     /// <param name="shardTokens">Most tokens in a shard for training (1 to 1000000000).</param>
     /// <param name="field">Field of JSON lines, or column of Parquet, that has a document's text.</param>
     /// <param name="lossy">Put U+FFFD in place of bytes that are not UTF-8.</param>
-    /// <param name="files">Texts, in which &lt;|endoftext|&gt; divides documents; .jsonl and .parquet, with a document a
-    /// line or row; .gz and .zst of text and .jsonl; folders, for their .txt, .jsonl and .parquet; - for a text on
-    /// standard input. UTF-8. What is null or white space alone is left out.</param>
+    /// <param name="files">Texts in UTF-8, in which &lt;|endoftext|&gt; divides documents; .jsonl and .parquet, with a
+    /// document a line or row; .gz and .zst of text and .jsonl; folders, for their .txt, .jsonl and .parquet; - for a
+    /// text on standard input. A document that is null or white space is left out.</param>
     public int Tokenize(string @out, int valTokens = 0, int shardTokens = Tokenizer.ShardTokens, string field = "text",
         bool lossy = false, [Argument] params string[] files) =>
         Guard(global.Verbose, () => {
