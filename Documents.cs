@@ -86,8 +86,8 @@ public static class Documents {
             goesOn = length == bytes.Length;
             var (block, first, end) = (bytes, line, goesOn ? bytes.AsSpan().LastIndexOf((byte)'\n') + 1 : length);
             length -= end;
-            if (length > Largest)
-                throw new Gpt2Exception($"{path}: line {line}: expected {Largest} bytes or fewer, found more");
+            if (length >= Largest)
+                throw new Gpt2Exception($"{path}: line {line}: expected less than {Largest} bytes, found more");
             bytes = Pool.Rent(Math.Max(size, 2 * length));
             block.AsSpan(end, length).CopyTo(bytes);
             var breaks = block.AsSpan(0, end).Count((byte)'\n');
