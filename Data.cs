@@ -739,8 +739,14 @@ public sealed class Tokenizer {
         if (path == "-" && new FileInfo("/proc/self/fd/0").LinkTarget == "/dev/urandom")
             throw new Gpt2Exception("standard input: expected text, found it closed");
         if (Documents.Read(path, field, lossy, Progress) is { } documents) {
-            foreach (var (bytes, read) in documents)
-                yield return (bytes, Task.Run(() => Encode(read())));
+            foreach (var (bytes, read) in documents) {
+                yield return (bytes, Task.Run(() => {
+                    var text = read();
+                    var tokens = Encode(text.AsSpan());
+                    Documents.Pool.Return(text.Array!);
+                    return tokens;
+                }));
+            }
             yield break;
         }
         using var stream = Documents.Open(path, lossy, Progress);
@@ -780,13 +786,6 @@ public sealed class Tokenizer {
             patience.Dispose();
             progress(path, bytes);
         }
-    }
-
-    /// <summary>Encodes documents of a pooled array, and returns it.</summary>
-    ArraySegment<ushort> Encode(ArraySegment<byte> documents) {
-        var tokens = Encode(documents.AsSpan());
-        ArrayPool<byte>.Shared.Return(documents.Array!);
-        return tokens;
     }
 
     /// <summary>The last place where text is divided whatever comes before and after it, 0 if there is none: before a

@@ -175,7 +175,7 @@ static class Parquet {
 
     static IEnumerable<Block> Pages(string path, string column, Action<int> progress) {
         using var file = new FileStream(path, FileMode.Open, FileAccess.Read, FileShare.Read, 1 << 16);
-        var (optional, chunks) = ReadFooter(file, column);
+        var (optional, chunks) = ReadFooter(path, file, column);
         // The other columns' bytes count in proportion.
         var share = file.Length / Math.Max(1, chunks.Sum(chunk => (double)Number(chunk, 7)));
         foreach (var chunk in chunks) {
@@ -209,7 +209,7 @@ static class Parquet {
     }
 
     /// <summary>Whether the column may have nulls, and the metadata of its part of each row group.</summary>
-    static (bool Optional, Fields[] Chunks) ReadFooter(FileStream file, string column) {
+    static (bool Optional, Fields[] Chunks) ReadFooter(string path, FileStream file, string column) {
         var (end, names) = (new byte[8], new List<string>());
         file.Position = Math.Max(0, file.Length - 8);
         file.ReadExactly(end);
@@ -226,12 +226,12 @@ static class Parquet {
                 var repetition = Number(element, 3);
                 return children == 0 && Number(element, 1) == Strings && repetition != Repeated
                     ? (repetition == Optional, [.. ((List<object>)footer[4]).Select(ChunkOf)])
-                    : throw new Gpt2Exception($"{file.Name}: expected strings in '{column}', found another type");
+                    : throw new Gpt2Exception($"{path}: expected strings in '{column}', found another type");
             }
             for (; children > 0; children--)
                 children += Number(schema[i++], 5);
         }
-        throw new Gpt2Exception($"{file.Name}: expected a column '{column}' or another --field, " +
+        throw new Gpt2Exception($"{path}: expected a column '{column}' or another --field, " +
             $"found {string.Join(", ", names.Take(20))}");
 
         Fields ChunkOf(object group) => ((List<object>)((Fields)group)[1]).Select(part => (Fields)((Fields)part)[3])

@@ -207,3 +207,56 @@ public class DocumentTests {
             folder["b/1.txt.gz"], folder["b/2.jsonl.zst"], folder["linked.txt"], "-", folder["c.md"]]);
     }
 }
+
+/// <summary>The real binary's tokenize on files of documents, and training on other data than before.</summary>
+public class DocumentBinaryTests {
+    [Test]
+    public async Task EveryKindIsReadNatively() {
+        using var folder = new TemporaryFolder();
+        string[] files = [.. DocumentTests.Rows().Select(name => Path.Combine(Golden("rows"), name))];
+        foreach (var (i, file) in files.Prepend(Path.Combine(Golden("rows"), "rows.txt")).Index()) {
+            await Gpt2Process.Succeed(folder.Path, "tokenize", "-o", $"{i}", file);
+            var expected = File.ReadAllBytes(folder["0_train_000001.bin"]);
+            await Same(File.ReadAllBytes(folder[$"{i}_train_000001.bin"]), expected);
+            if (file.EndsWith("rows.txt"))
+                continue;
+            // The runtime takes a gzip file that is cut off for a whole one, unless it is built otherwise.
+            var name = Path.GetFileName(file);
+            File.WriteAllBytes(folder[name], File.ReadAllBytes(file)[..^9]);
+            var cut = await Gpt2Process.Run(folder.Path, $"tokenize -o cut {name}");
+            await Assert.That(cut.ExitCode).IsEqualTo(1).Because(name);
+            await Assert.That(cut.Sentences.Single()).StartsWith($"gpt2: {name}: ");
+        }
+        await Assert.That(Folders.Names(folder.Path)).DoesNotContain("cut_");
+    }
+
+    [Test]
+    public async Task AFolderIsReadIntoShardsOfAsManyTokensAsAsked() {
+        using var folder = new TemporaryFolder();
+        Directory.CreateDirectory(folder["texts"]);
+        File.WriteAllText(folder["texts/b.txt"], "One two three.");
+        File.WriteAllText(folder["texts/a.jsonl"], """{"body": "four five"}""");
+        await Gpt2Process.Succeed(folder.Path, "tokenize -o new --shard-tokens 4 --field body --val-tokens 1 texts");
+        int[] Tokens(string name) => [.. MemoryMarshal.Cast<byte, ushort>(File.ReadAllBytes(folder[name]).AsSpan(1024))
+            .ToArray().Select(token => (int)token)];
+        await Same(Tokens("new_val_000000.bin"), [50256]);
+        await Same(Tokens("new_train_000001.bin"), [14337, 1936, 50256, 3198]);
+        await Same(Tokens("new_train_000002.bin"), [734, 1115, 13]);
+    }
+
+    [Test]
+    public async Task ARunGoesOnWithItsDataAlone() {
+        using var folder = Folders.Goldens();
+        const string train = "train -j val.bin -o out -e model.bin -b 2 -t 21 -d 42 --resume";
+        await Gpt2Process.Succeed(folder.Path, $"{train} -i train.bin -x 1");
+        File.Move(folder["train.bin"], folder["moved.bin"]);
+        await Gpt2Process.Succeed(folder.Path, $"{train} -i moved.bin -x 2");
+        var bytes = File.ReadAllBytes(folder["moved.bin"]);
+        bytes[1024] ^= 1;
+        File.WriteAllBytes(folder["other.bin"], bytes);
+        var other = await Gpt2Process.Run(folder.Path, $"{train} -i other.bin -x 3");
+        await Assert.That(other.ExitCode).IsEqualTo(1).Because(other.ToString());
+        await Assert.That(other.Sentences[^1]).Contains("out/state_00000002_00000.bin: expected --train-data")
+            .And.Contains("another --out");
+    }
+}
