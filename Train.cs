@@ -524,7 +524,7 @@ public sealed class Checkpoints(string folder) {
                 throw file.Fail($"a state of --optimizer {model.Optimizer}", $"one of --optimizer {written}");
             var data = MemoryMarshal.Read<ulong>(MemoryMarshal.AsBytes(header.AsSpan(Data)));
             if (data != 0 && data != loader.Fingerprint)
-                throw file.Fail("--train-data that this run began with (or a new run: another --out)", "other data");
+                throw file.Fail("the shards of --train-data that this run began with (or another --out)", "others");
             optimizer.RoundingSeed = (uint)header[20];
             // Without ZeRO-1, llm.c writes everything for every rank.
             var everything = (2 + header[4]) * sizeof(float) * model.Config.ParameterCount;
