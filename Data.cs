@@ -301,6 +301,18 @@ public sealed class TokenShards : IDisposable {
     /// <summary>Number of tokens in all shards together.</summary>
     public long Tokens => Counts.Sum(count => (long)count);
 
+    /// <summary>A hash of each shard's length and first tokens, and never 0; names do not count.</summary>
+    public ulong Fingerprint() {
+        var (hash, beginning) = (new XxHash3(), new ushort[1024]);
+        foreach (var (shard, count) in Counts.Index()) {
+            var some = beginning.AsSpan(0, Math.Min(count, beginning.Length));
+            Open(shard).Read(some, BinaryFile.HeaderBytes);
+            hash.Append(BitConverter.GetBytes(count));
+            hash.Append(MemoryMarshal.AsBytes(some));
+        }
+        return Math.Max(1, hash.GetCurrentHashAsUInt64());
+    }
+
     BinaryFile Open(int shard) {
         if (shard != opened) {
             file?.Dispose();
@@ -380,7 +392,7 @@ public sealed class TokenLoader : IDisposable {
         shards = new TokenShards(pattern, vocabulary);
         (SampleTokens, Shuffles, random) = (ranks * B * T, shuffle, new Mt19937(seed));
         shardOrder = [.. Enumerable.Range(0, shards.Counts.Length)];
-        Samples = shards.Samples(SampleTokens);
+        (Samples, Fingerprint) = (shards.Samples(SampleTokens), shards.Fingerprint());
         Reset();
     }
 
@@ -389,6 +401,9 @@ public sealed class TokenLoader : IDisposable {
 
     /// <summary>Number of tokens in all shards.</summary>
     public long Tokens => shards.Tokens;
+
+    /// <summary>A hash of the data, <see cref="TokenShards.Fingerprint"/>.</summary>
+    public ulong Fingerprint { get; }
 
     /// <summary>Number of samples in all shards: an epoch.</summary>
     public long Samples { get; private set; }
@@ -528,11 +543,14 @@ public sealed class Tokenizer {
     /// new text stay the same. A test derives 339 from the vocabulary; the rest is margin.</summary>
     public const int Reach = 360;
 
+    /// <summary>Most tokens in a shard for training, unless told otherwise.</summary>
+    public const int ShardTokens = 100_000_000;
+
     // A piece longer than Window bytes is encoded part by part, and a file block by block.
-    const int Window = 2 * Reach, Block = 1 << 18, ShardTokens = 100_000_000;
+    const int Window = 2 * Reach, BlockBytes = 1 << 18;
     const ushort None = ushort.MaxValue;
 
-    static ReadOnlySpan<byte> Mark => "<|endoftext|>"u8;
+    internal static ReadOnlySpan<byte> Mark => "<|endoftext|>"u8;
 
     readonly byte[][] vocabulary;
     readonly Dictionary<ulong, int> ranks; // by the hash of a token's bytes
@@ -650,29 +668,30 @@ public sealed class Tokenizer {
     ushort Rank(ReadOnlySpan<byte> bytes) => ranks.TryGetValue(XxHash3.HashToUInt64(bytes), out var rank)
         && bytes.SequenceEqual(vocabulary[rank]) ? (ushort)rank : None;
 
-    /// <summary>Encodes text files as token shards PREFIX_val_000000.bin and PREFIX_train_000001.bin, …: marks divide a
-    /// file into documents, and the mark's token comes before each of them. A document of less than 256 KB of white
-    /// space alone is left out.</summary>
+    /// <summary>Encodes documents as token shards PREFIX_val_000000.bin and PREFIX_train_000001.bin, …: the mark's
+    /// token comes before each of them. A mark divides a document of any file. What is less than 256 KB of white space
+    /// alone is left out.</summary>
     /// <param name="valTokens">How many of the first tokens are held out for validation.</param>
     /// <param name="files">Their paths; - is standard input.</param>
     /// <param name="lossy">Whether U+FFFD replaces what is not UTF-8; otherwise that is an error.</param>
     /// <param name="progress">Takes a file, and how many bytes of it were read; null if none came for 5 s.</param>
+    /// <param name="field">The field, or column, that has a document's text, in files that have fields.</param>
+    /// <param name="shardTokens">Most tokens in a shard for training.</param>
     /// <returns>Number of tokens, and of shards for training.</returns>
-    public (long Tokens, int Shards) WriteShards(
-        string prefix, int valTokens, string[] files, bool lossy, Action<string, int?> progress) {
+    public (long Tokens, int Shards) WriteShards(string prefix, int valTokens, string[] files, bool lossy,
+        Action<string, int?> progress, string field = "text", int shardTokens = ShardTokens) {
         if (Files.Glob($"{prefix}_*.bin") is [var old, ..])
             throw new Gpt2Exception($"{old}: expected no shards of this name yet, found some; remove them first");
-        if (files.FirstOrDefault(file => file != "-" && !File.Exists(file)) is { } bad)
-            throw new Gpt2Exception($"{bad}: expected text, found {(Directory.Exists(bad) ? "a folder" : "none")}");
         var (written, number, paths) = (0L, valTokens > 0 ? 0 : 1, new List<string>());
-        var (running, rest) = (new Queue<Task<ArraySegment<ushort>>>(), ArraySegment<ushort>.Empty);
-        using var blocks = files.SelectMany(file => Read(file, lossy, progress)).GetEnumerator();
+        var (running, waiting, rest) =
+            (new Queue<(int Bytes, Task<ArraySegment<ushort>> Tokens)>(), 0L, ArraySegment<ushort>.Empty);
+        using var blocks = files.SelectMany(file => Read(file, field, lossy, progress)).GetEnumerator();
         using var interrupted = PosixSignalRegistration.Create(PosixSignal.SIGINT, _ => Remove());
         using var terminated = PosixSignalRegistration.Create(PosixSignal.SIGTERM, _ => Remove());
         try {
             for (; More(); number++) {
                 paths.Add($"{prefix}_{(number == 0 ? "val" : "train")}_{number:d6}.bin");
-                TokenShards.Write(paths[^1], number == 0 ? valTokens : ShardTokens, Next);
+                TokenShards.Write(paths[^1], number == 0 ? valTokens : shardTokens, Next);
             }
             return number > 1 ? (written, number - 1)
                 : throw new Gpt2Exception($"{files[^1]}: expected more than {valTokens} tokens, found {written}");
@@ -682,13 +701,18 @@ public sealed class Tokenizer {
         }
 
         bool More() {
+            var cores = Environment.ProcessorCount;
             while (rest.Count == 0) {
-                while (running.Count <= 2 * Environment.ProcessorCount && blocks.MoveNext())
+                // Documents may be large: for those two blocks a core may be one block in all.
+                while (running.Count <= 2 * cores && waiting <= (long)cores * 8 * BlockBytes && blocks.MoveNext()) {
                     running.Enqueue(blocks.Current);
+                    waiting += blocks.Current.Bytes;
+                }
                 if (running.Count == 0)
                     return false;
                 ArrayPool<ushort>.Shared.Return(rest.Array!);
-                rest = running.Dequeue().Result;
+                var (bytes, tokens) = running.Dequeue();
+                (rest, waiting) = (tokens.Result, waiting - bytes);
             }
             return true;
         }
@@ -708,23 +732,31 @@ public sealed class Tokenizer {
     /// <summary>Reads a file in blocks, and starts a task for each that encodes it. A block ends where text is divided
     /// in any case, so that the next can be encoded at the same time. A block without such a place (256 KB of letters)
     /// is encoded at once, and the next begins where its last token ends.</summary>
-    IEnumerable<Task<ArraySegment<ushort>>> Read(string path, bool lossy, Action<string, int?> progress) {
+    IEnumerable<(int Bytes, Task<ArraySegment<ushort>> Tokens)> Read(
+        string path, string field, bool lossy, Action<string, int?> progress) {
         using var patience = new Timer(_ => progress(path, null), null, 5000, Timeout.Infinite);
         // .NET opens this where standard input is closed.
         if (path == "-" && new FileInfo("/proc/self/fd/0").LinkTarget == "/dev/urandom")
             throw new Gpt2Exception("standard input: expected text, found it closed");
-        using var file = path == "-" ? Console.OpenStandardInput()
-            : new FileStream(path, FileMode.Open, FileAccess.Read, FileShare.Read, bufferSize: 0);
-        using var stream = lossy ? Encoding.CreateTranscodingStream(file, Encoding.UTF8, Encoding.UTF8) : file;
+        if (Documents.Read(path, field, lossy, Progress) is { } documents) {
+            foreach (var (bytes, read) in documents) {
+                yield return (bytes, Task.Run(() => {
+                    var text = read();
+                    var tokens = Encode(text.AsSpan());
+                    Documents.Pool.Return(text.Array!);
+                    return tokens;
+                }));
+            }
+            yield break;
+        }
+        using var stream = Documents.Open(path, lossy, Progress);
         // Every document follows a mark, even the first one.
-        byte[] text = [.. Mark, .. new byte[Block - Mark.Length]];
+        byte[] text = [.. Mark, .. new byte[BlockBytes - Mark.Length]];
         // The text's length, its place in the file, and how many of its bytes are encoded already.
         var (length, position, encoded) = (Mark.Length, -(long)Mark.Length, 0);
         for (var goesOn = true; goesOn;) {
-            var read = stream.ReadAtLeast(text.AsSpan(length), Block - length, throwOnEndOfStream: false);
-            patience.Dispose();
-            progress(path, read);
-            (length, goesOn) = (length + read, length + read == Block);
+            var read = Documents.Fill(text.AsSpan(length), stream, path);
+            (length, goesOn) = (length + read, length + read == BlockBytes);
             if (position < 0 && text.AsSpan(Mark.Length, read).StartsWith(Encoding.UTF8.Preamble))
                 (text, length, position) = ([.. Mark, .. text[(Mark.Length + 3)..], 0, 0, 0], length - 3, position + 3);
             var cut = goesOn ? LastCut(text.AsSpan(0, length)) : length;
@@ -742,12 +774,17 @@ public sealed class Tokenizer {
                     return Encode(block.Memory.Span[..size], first, open);
             });
             cut = open ? first + encoding.Result.Sum(token => vocabulary[token].Length) : cut;
-            yield return encoding;
+            yield return (size, encoding);
             // If the last token ends within a character, the next block begins with that character.
             for (encoded = 0; cut < length && (text[cut] & 0xc0) == 0x80; encoded++)
                 cut--;
             text.AsSpan(cut, length - cut).CopyTo(text);
             (length, position) = (length - cut, position + cut);
+        }
+
+        void Progress(int bytes) {
+            patience.Dispose();
+            progress(path, bytes);
         }
     }
 

@@ -3,7 +3,10 @@
 # make test       every test that this machine can run
 # make bench      training speed by operation, and PyTorch's if python3 has it for this GPU; ARGS="-e d48 -b 16"
 # make profile    one training step by kernel, from hardware counters, where there is ncu; ARGS="-b 16"
-# make data, make test-bin, make toolkit, make clean: said where they stand
+# make data DATA=...   token shards: fineweb (SHARDS=9 of 103), tinystories, shakespeare, hellaswag, or a text of your
+#                 own, a file or folder that gpt2 tokenize takes; they are in data/NAME, and make train DATA=... uses them
+# make model MODEL=gpt2   OpenAI's weights into models/: gpt2, gpt2-medium, gpt2-large, gpt2-xl, gpt2_124M_bf16 (llm.c's)
+# make test-bin, make toolkit, make clean: said where they stand
 
 export DOTNET_NOLOGO := 1
 export DOTNET_CLI_TELEMETRY_OPTOUT := 1
@@ -14,8 +17,13 @@ sdk = dotnet --list-sdks 2>/dev/null | grep -q '^[1-9][0-9]\.'
 need_sdk = $(sdk) || \
 	{ echo "make $@: the .NET 10 SDK is missing: install dotnet-sdk-10.0, or put dotnet on PATH" >&2; exit 1; }
 
-.PHONY: train bench profile test test-bin data toolkit clean always
+.PHONY: train bench profile test test-bin data model toolkit clean always
 .DELETE_ON_ERROR:
+
+# Without DATA its shards are in data/ itself.
+DATA ?=
+$(if $(word 2,$(DATA)),$(error DATA: expected a path without spaces, found '$(DATA)'))
+shards_in := data$(if $(DATA),/$(subst /,_,$(patsubst %/,%,$(DATA))))
 
 # Two makes in one folder take turns: an inner make, which holds a lock on this file as long as it lives, builds.
 # What is built then runs without the lock.
@@ -27,12 +35,12 @@ wait = ! command -v flock >/dev/null || flock -n 9 || \
 dry_run = $(findstring n,$(firstword -$(MAKEFLAGS)))
 build = $(if $(dry_run),,exec 9>>Makefile; $(wait);) exec $(MAKE) --no-print-directory HOLDS_LOCK=1 $@
 
-gpt2 gpt2-tests test-bin data toolkit clean:
+gpt2 gpt2-tests test-bin data model toolkit clean:
 	+@$(build)
 
 train:
 	+@$(build)
-	./gpt2 train -y -i 'data/*train_*.bin' -j 'data/*val_*.bin' -o log $(ARGS)
+	./gpt2 train -y -i '$(shards_in)/*train_*.bin' -j '$(shards_in)/*val_*.bin' -o log $(ARGS)
 
 bench:
 	+@$(build)
@@ -157,20 +165,97 @@ else
 	@[ -x gpt2-tests ] || $(need_sdk)
 endif
 
-# Token shards: any that are in data/ already, or those of data/text.txt, which may be a text of your own.
+# Token shards without DATA: any that are in data/ already, or those of data/text.txt, which may be a text of your own.
 .SECONDARY: data/text.txt
+ifndef DATA
 data: $(or $(firstword $(shards)),data/text_train_000001.bin)
 data/text_train_000001.bin: data/text.txt | gpt2
+	@rm -f data/text_train_*.bin data/text_val_*.bin
 	./gpt2 tokenize -o data/text --val-tokens 32768 data/text.txt
+else ifeq ($(DATA),fineweb)
+SHARDS ?= 1
+number = $(filter $(SHARDS),$(shell seq 103))
+data: $(or $(if $(number),data/fineweb/fineweb_val_000000.bin),$(error SHARDS: expected 1 to 103, found '$(SHARDS)'))
+data: $(shell seq -f data/fineweb/fineweb_train_%06.0f.bin $(number))
+data/fineweb/%:
+	@$(call fetch,datasets/kjj0/fineweb10B-gpt2/resolve/main/$*)
+else ifeq ($(DATA),hellaswag)
+data: data/hellaswag/hellaswag_val.bin
+data/hellaswag/%:
+	@$(call fetch,datasets/karpathy/llmc-starter-pack/resolve/main/$*)
+else ifeq ($(DATA),tinystories)
+data: data/tinystories/text_train_000001.bin
+stories := data/tinystories/TinyStoriesV2-GPT4
+data/tinystories/text_train_000001.bin: $(stories)-valid.txt $(stories)-train.txt | gpt2
+	@rm -f $(@D)/text_*.bin
+	./gpt2 tokenize -o $(@D)/text --val-tokens 4000000 $^
+data/tinystories/%.txt:
+	@$(call fetch,datasets/roneneldan/TinyStories/resolve/main/$*.txt)
+else ifeq ($(DATA),shakespeare)
+data: data/shakespeare/text_train_000001.bin
+data/shakespeare/text_train_000001.bin: data/shakespeare/input.txt | gpt2
+	@rm -f $(@D)/text_*.bin
+	@$(speeches) $< >$(@D)/speeches.txt
+	./gpt2 tokenize -o $(@D)/text --val-tokens 32768 $(@D)/speeches.txt
+data/shakespeare/input.txt:
+	@$(call fetch,,$(SHAKESPEARE))
+else
+# A text of your own: new shards when the list of its files, their sizes and times is another one than last time. A tenth
+# is for validation, 32,768 tokens at most.
+names := fineweb, tinystories, shakespeare, hellaswag, a file or a folder
+data: $(if $(wildcard $(DATA)),$(shards_in)/text_train_000001.bin,$(error DATA: expected $(names), found '$(DATA)'))
+$(shards_in)/text_train_000001.bin: $(shards_in)/files | gpt2
+	@rm -f $(@D)/text_*.bin
+	./gpt2 tokenize -o $(@D)/text --val-tokens \
+		$$(awk '{ n += $$1 / 40 } END { printf "%d", n < 32768 ? n : 32768 }' $<) $(DATA)
+$(shards_in)/files: always
+	@mkdir -p $(@D) && find -L '$(DATA)' -type f -printf '%s %T@ %p\n' | LC_ALL=C sort >$@.new
+	@if cmp -s $@.new $@; then rm $@.new; else mv $@.new $@; fi
+endif
+
+# $(call fetch,PATH AT THE HUB,URL IF IT IS ELSEWHERE) fetches what is $@, and goes on with what has come of it before.
+HUB ?= https://huggingface.co
+define get
+url=$$1 file=$$2
+mkdir -p "$${file%/*}"
+have() { wc -c <"$$file.part" 2>/dev/null || echo 0; }
+fail() { echo "make: $$*" >&2; exit 1; }
+size=$$(curl -sIL --connect-timeout 20 "$$url" | tr -d '\r' | awk 'tolower($$1) == "x-linked-size:" { linked = $$2 }
+	/^HTTP/ { status = $$2; size = "" } tolower($$1) == "content-length:" { size = $$2 }
+	END { print linked ? linked : status == 200 ? size : "" }')
+[ -n "$$size" ] || fail "$$file: expected its size from $$url, found none: is there a network?"
+[ "$$(have)" -ge "$$size" ] || curl -fL -C - --retry 3 --connect-timeout 20 $$([ -t 2 ] || echo -sS) \
+	-o "$$file.part" "$$url" || fail "$$file: fetching it was interrupted: the same command goes on"
+[ "$$(have)" -eq "$$size" ] || fail "$$file.part: expected $$size bytes, found $$(have): remove it"
+mv "$$file.part" "$$file" && echo "$$file: $$size bytes"
+endef
+export get
+fetch = $(call need,curl,install your distribution's curl); sh -c "$$get" get $(or $2,$(HUB)/$1) $@
+
+# OpenAI's weights, and llm.c's file of the smallest.
+MODEL ?= gpt2
+ifneq ($(filter $(MODEL),gpt2 gpt2-medium gpt2-large gpt2-xl),)
+model: models/$(MODEL)/config.json models/$(MODEL)/model.safetensors
+else ifeq ($(MODEL),gpt2_124M_bf16)
+model: models/gpt2_124M_bf16.bin
+else
+model:
+	@echo "MODEL: expected gpt2, gpt2-medium, gpt2-large, gpt2-xl or gpt2_124M_bf16, found '$(MODEL)'" >&2; exit 1
+endif
+models/%.bin:
+	@$(call fetch,datasets/karpathy/llmc-starter-pack/resolve/main/$*.bin)
+models/$(MODEL)/%:
+	@$(call fetch,openai-community/$(MODEL)/resolve/main/$*)
 
 # Shakespeare's speeches, a document each as in llm.c, if the network is there; if not, the SDK's own documentation.
+speeches = awk '{ print } /^$$/ && !gap { printf "<|endoftext|>" } { gap = /^$$/ }'
 SHAKESPEARE ?= https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt
 data/text.txt:
 	@mkdir -p data
 	@if { curl -fsL --connect-timeout 5 --max-time 60 -o $@.part $(SHAKESPEARE) || \
 		wget -q -T 5 -t 1 -O $@.part $(SHAKESPEARE); } 2>/dev/null && \
 		grep -q '^First Citizen:$$' $@.part; then \
-		awk '{ print } /^$$/ && !gap { printf "<|endoftext|>" } { gap = /^$$/ }' $@.part >$@.new || exit 1; \
+		$(speeches) $@.part >$@.new || exit 1; \
 		echo "data: $(SHAKESPEARE)"; \
 	else \
 		packs=$$(dotnet --list-sdks 2>/dev/null | sed -n '$$s/.*\[\(.*\)\/sdk\]$$/\1\/packs/p'); \

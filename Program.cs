@@ -215,28 +215,43 @@ internal sealed class Commands(GlobalOptions global) {
             }
         });
 
-    /// <summary>Encodes text files as token shards PREFIX_val_000000.bin and PREFIX_train_000001.bin, ...</summary>
+    /// <summary>Encodes documents as token shards PREFIX_val_000000.bin and PREFIX_train_000001.bin, ...</summary>
     /// <param name="out">-o, Prefix of the shards' names.</param>
     /// <param name="valTokens">First tokens to hold out for validation (0 to 100000000).</param>
+    /// <param name="shardTokens">Most tokens in a shard for training (1 to 1000000000).</param>
+    /// <param name="field">Field of JSON lines, or column of Parquet, that has a document's text.</param>
     /// <param name="lossy">Put U+FFFD in place of bytes that are not UTF-8.</param>
-    /// <param name="files">Text files in UTF-8, - for standard input; &lt;|endoftext|&gt; divides documents.</param>
-    public int Tokenize(string @out, int valTokens = 0, bool lossy = false, [Argument] params string[] files) =>
+    /// <param name="files">Texts in UTF-8, in which &lt;|endoftext|&gt; divides documents; .jsonl and .parquet, with a
+    /// document a line or row; .gz and .zst of text and .jsonl; folders, for their .txt, .jsonl and .parquet; - for a
+    /// text on standard input. A document that is null or white space is left out.</param>
+    public int Tokenize(string @out, int valTokens = 0, int shardTokens = Tokenizer.ShardTokens, string field = "text",
+        bool lossy = false, [Argument] params string[] files) =>
         Guard(global.Verbose, () => {
-            Require(files.Length > 0, "FILE", "one text file or more", "none");
-            var total = files.Where(File.Exists).Sum(file => new FileInfo(file).Length);
-            var done = 0L;
-            var (tokens, shards) = new Tokenizer().WriteShards(@out, valTokens, files, lossy, (file, bytes) => {
+            Require(files.Length > 0, "FILE", "one file or more", "none");
+            var paths = Documents.Find(files);
+            var (total, done) = (paths.Where(File.Exists).Sum(file => new FileInfo(file).Length), 0L);
+            var (begin, shown) = (Stopwatch.GetTimestamp(), TimeSpan.FromSeconds(-1));
+            var (tokens, shards) = new Tokenizer().WriteShards(@out, valTokens, paths, lossy, (file, bytes) => {
                 done += bytes ?? 0;
-                var bar = new string('#', total == 0 ? 0 : (int)Math.Min(24, 24 * done / total));
                 if (bytes == null)
                     Console.Error.WriteLine($"gpt2: {file}: no text for 5 seconds, waiting");
-                else if (!Console.IsErrorRedirected)
-                    Console.Error.Write($"\r{bar,-24} {done >> 20} MiB");
-            });
-            if (!Console.IsErrorRedirected)
+                else if (Stopwatch.GetElapsedTime(begin) is var now && now - shown > TimeSpan.FromSeconds(0.1))
+                    Show(shown = now);
+            }, field, shardTokens);
+            if (!Console.IsErrorRedirected) {
+                Show(Stopwatch.GetElapsedTime(begin));
                 Console.Error.WriteLine();
+            }
             Console.Error.WriteLine($"{tokens} tokens: {valTokens} for validation, the others in {shards} shards");
             return 0;
+
+            void Show(TimeSpan time) {
+                var part = total == 0 ? 0 : Math.Min(1, (double)done / total);
+                var left = part == 0 ? "" : $" | {time * (1 / part - 1):d\\.hh\\:mm\\:ss} left";
+                if (!Console.IsErrorRedirected)
+                    Console.Error.Write($"\r{new string('#', (int)(24 * part)),-24} {done >> 20} MiB | " +
+                        $"{done / 1e6 / Math.Max(1e-3, time.TotalSeconds):F1} MB/s{left}\e[K");
+            }
         });
 
     /// <summary>Compares logits, loss and gradients with a PyTorch debug state; exit status 1 if they differ.</summary>

@@ -368,7 +368,7 @@ public sealed class Optimizer {
 /// <summary>The checkpoints in a run's folder: a model and state files each, complete once DONE is there.</summary>
 public sealed class Checkpoints(string folder) {
     const int Magic = 20240527;
-    const int SampleTokens = 40, OptimizerField = 41; // where a state's header has them; llm.c leaves 0 there
+    const int SampleTokens = 40, OptimizerField = 41, Data = 42; // in a state's header; llm.c leaves 0 there
 
     /// <summary>Whether the folder holds anything of a run.</summary>
     public bool HasRun => Steps("*").Length > 0 || File.Exists(Path.Combine(folder, "main.log")) &&
@@ -465,8 +465,9 @@ public sealed class Checkpoints(string folder) {
         var parts = model.IsCut ? ranks.Size : 1;
         var header = new int[BinaryFile.HeaderLength];
         (header[0], header[1], header[2], header[3]) = (Magic, 1, parts, ranks.Rank);
-        (header[5], header[10]) = (loader.Shuffles ? 1 : 0, step);
-        (header[SampleTokens], header[OptimizerField]) = (loader.SampleTokens, (int)model.Optimizer);
+        (header[5], header[10], header[SampleTokens]) = (loader.Shuffles ? 1 : 0, step, loader.SampleTokens);
+        header[OptimizerField] = (int)model.Optimizer;
+        BitConverter.TryWriteBytes(MemoryMarshal.AsBytes(header.AsSpan(Data)), loader.Fingerprint);
         (header[4], header[20], header[22]) =
             (model.Master == model.Weights ? 0 : 1, (int)optimizer.RoundingSeed, (int)optimizer.RoundingSeed - 1);
         (header[30], header[32]) = loader.Position;
@@ -518,6 +519,9 @@ public sealed class Checkpoints(string folder) {
             file.Check("optimizer", OptimizerField, header[OptimizerField] is 0 or 1, "0 (AdamW) or 1 (Muon)");
             if ((OptimizerKind)header[OptimizerField] is var written && written != model.Optimizer)
                 throw file.Fail($"a state of --optimizer {model.Optimizer}", $"one of --optimizer {written}");
+            var data = MemoryMarshal.Read<ulong>(MemoryMarshal.AsBytes(header.AsSpan(Data)));
+            if (data != 0 && data != loader.Fingerprint)
+                throw file.Fail("the shards of --train-data that this run began with (or another --out)", "others");
             optimizer.RoundingSeed = (uint)header[20];
             // Without ZeRO-1, llm.c writes everything for every rank.
             var everything = (2 + header[4]) * sizeof(float) * model.Config.ParameterCount;

@@ -307,7 +307,7 @@ public partial class BadInputTests {
             "resuming with another sequence length", $"{Resume} -t 20", 2, "--seq 20 --total-batch 42", CopyRun);
         yield return new("resuming with --no-shuffle", $"{Resume} --no-shuffle", 1, $"{State} shuffle", CopyRun);
         yield return new("resuming with --overfit", $"{Resume} --overfit", 1, $"{State} shuffle", CopyRun);
-        yield return new("resuming with more shards", $"{Resume} -i *a*n.bin", 1, $"{State} shards 2 1", folder => {
+        yield return new("resuming with more shards", $"{Resume} -i *a*n.bin", 1, $"{State} shards --out others", folder => {
             CopyRun(folder);
             File.Copy(folder["train.bin"], folder["again.bin"]);
         });
@@ -360,6 +360,7 @@ public partial class BadInputTests {
             bench --precision --precision bf16
             bench -r --recompute -1 3
             tokenize --val-tokens --val-tokens -1 100000001
+            tokenize --shard-tokens --shard-tokens 0 1000000001
             """;
         foreach (var line in wrong.Split('\n')) {
             var fields = line.Split(' ');
@@ -413,6 +414,8 @@ public partial class BadInputTests {
             verify state '' -e
             tokenize out ''
             tokenize val-tokens x 1,000
+            tokenize shard-tokens x
+            tokenize field ''
             bench steps x
             bench optimizer sgd
             """;
@@ -501,7 +504,7 @@ public partial class BadInputTests {
             ("sample --prompt-ids 1 -e sub", noCheckpoint), ("eval -j val.bin -e sub", noCheckpoint),
             ("verify --state state.bin -e sub", noCheckpoint), ("bench -t 21 -e sub", noCheckpoint),
             ($"train {Data} -o out -e sub", noCheckpoint), ("verify -e model.bin --state sub", "found a folder"),
-            ($"{Eval} --hellaswag sub", "found a folder"), ("tokenize -o new sub", "found a folder"),
+            ($"{Eval} --hellaswag sub", "found a folder"), ("tokenize -o new sub", "sub expected parquet found none"),
             ($"{Train} -i sub", "sub/*train*.bin: shards"), ($"{Train} -j sub", "sub/*val*.bin: shards"),
         ];
         foreach (var (command, words) in folders) {

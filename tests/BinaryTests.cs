@@ -327,7 +327,7 @@ public partial class BinaryTests {
         "--device --precision --verbose")]
     [Arguments("eval", "-e,--init -j,--val-data -m,--val-batches -b,--batch -t,--seq --hellaswag --device " +
         "--precision --verbose")]
-    [Arguments("tokenize", "-o,--out --val-tokens --verbose")]
+    [Arguments("tokenize", "-o,--out --val-tokens --shard-tokens --field --lossy --verbose")]
     [Arguments("verify", "-e,--init --state --device --precision --verbose")]
     [Arguments("bench", "-e,--init -b,--batch -t,--seq -d,--total-batch -x,--steps -r,--recompute --device " +
         "--precision --optimizer --portable --verbose")]

@@ -798,14 +798,15 @@ public class TokenizeTests {
     }
 
     [Test]
-    [Arguments(".", "a folder")]
-    [Arguments("nowhere.txt", "none")]
-    public async Task WhatIsNoFileIsNamed(string path, string found) {
+    [Arguments("sub", "expected .txt, .jsonl or .parquet files in the folder, found none")]
+    [Arguments("nowhere.txt", "expected text, found none")]
+    public async Task WhatIsNoFileIsNamed(string path, string words) {
         using var folder = new TemporaryFolder();
         File.WriteAllText(folder["text.txt"], Text);
+        Directory.CreateDirectory(folder["sub"]);
         var result = await Gpt2Process.Run(folder.Path, $"{Tokenize} text.txt {path}");
         await Assert.That(result.ExitCode).IsEqualTo(1);
-        await Assert.That(result.Sentences.Single()).IsEqualTo($"gpt2: {path}: expected text, found {found}");
+        await Assert.That(result.Sentences.Single()).IsEqualTo($"gpt2: {path}: {words}");
         await Assert.That(Folders.Names(folder.Path)).IsEqualTo("text.txt");
     }
 

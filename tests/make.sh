@@ -10,11 +10,12 @@ export HOME=$work FAKES=$work # HOME has no toolkit
 
 # ---- The parts of the machine, a folder each; a test puts those that it wants on PATH
 
-mkdir "$work"/{tools,flock,sdk,gpu,nvcc,ncu}
-for tool in awk cat cmp cp find grep head ls make mkdir mv rm rmdir sed sh sleep sort tee timeout touch tr wc xargs; do
+mkdir "$work"/{tools,flock,sdk,gpu,nvcc,ncu,net,hub}
+for tool in awk cat cmp cp find grep head ls make mkdir mv rm rmdir sed seq sh sleep sort tee timeout touch tr wc xargs; do
     ln -s "$(command -v "$tool")" "$work/tools/"
 done
 ln -s "$(command -v flock)" "$work/flock/"
+ln -s "$(command -v curl)" "$work/net/"
 executable() { cat >"$1" && chmod +x "$1"; }
 executable "$work/tools/gcc" <<<'#!/bin/sh'
 executable "$work/gpu/nvidia-smi" <<<'echo "GPU 0: NVIDIA H100 80GB HBM3"'
@@ -35,7 +36,7 @@ END
 executable "$work/gpt2" <<'END'
 #!/bin/sh
 case $1 in
-tokenize) mkdir -p data && touch data/text_train_000001.bin data/text_val_000000.bin ;;
+tokenize) mkdir -p data && touch "$3_train_000001.bin" "$3_val_000000.bin" ;;
 train) while [ -e hold ] && [ ! -e "$FAKES/end" ]; do sleep 0.05; done ;;
 esac
 echo "gpt2 $*"
@@ -62,6 +63,49 @@ publish | build)
 run) "$FAKES/gpt2-tests" ;;
 esac
 END
+
+# A hub on loopback, which serves the folder "hub" by ranges. Where there is a file "cut", it sends half of what is asked
+# for; it says that files are larger by the number of bytes in "lie".
+cat >"$work/server.py" <<'END'
+import http.server, os, re, sys
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        path = 'hub' + self.path
+        if not os.path.isfile(path):
+            return self.send_error(404)
+        data = open(path, 'rb').read()
+        start = int(re.sub(r'\D', '', self.headers.get('Range', '0')))
+        if start >= len(data):
+            return self.send_error(416)
+        self.send_response(206 if start else 200)
+        if start:
+            self.send_header('Content-Range', f'bytes {start}-{len(data) - 1}/{len(data)}')
+        if os.path.exists('lie'):
+            self.send_header('X-Linked-Size', str(len(data) + int(open('lie').read())))
+        self.send_header('Content-Length', str(len(data) - start))
+        self.end_headers()
+        if self.command == 'GET':
+            open('requests', 'a').write(f'{self.path} {start}\n')
+            rest = data[start:]
+            self.wfile.write(rest[:len(rest) // 2] if os.path.exists('cut') else rest)
+        self.close_connection = True
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_): pass
+
+os.chdir(sys.argv[1])
+server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Hub)
+open('port', 'w').write(str(server.server_port))
+server.serve_forever()
+END
+python3 "$work/server.py" "$work" & server=$!
+disown # so that no test waits for it
+trap 'kill $server; touch "$work/end"; rm -rf "$work"' EXIT
+until [ -s "$work/port" ]; do sleep 0.05; done
+HUB=http://127.0.0.1:$(<"$work/port")
+export HUB SHAKESPEARE=$HUB/input.txt no_proxy=127.0.0.1
 
 # ---- How a test is written: what holds is joined by &&
 
@@ -235,6 +279,82 @@ no_text_no_network_no_sdk() {
     fails make_on flock data && says "no network and no documentation" && fails exists data/text_train_000001.bin
 }
 
+# ---- Data and models
+
+# holds PATH BYTES...: puts a file of this many random bytes on the hub.
+holds() { mkdir -p "$work/hub/$(dirname "$1")" && head -c "$2" /dev/urandom >"$work/hub/$1"; }
+requests() { times "$1" "$2" requests; }
+hub() { fresh gpt2; rm -rf "$work"/{hub,requests,cut,lie} && mkdir "$work/hub"; }
+same() { cmp -s "$work/hub/$1" "$work/tree/$2"; } # PATH AT THE HUB, PATH HERE
+
+fineweb=datasets/kjj0/fineweb10B-gpt2/resolve/main/fineweb_
+
+fineweb_is_fetched_once() {
+    hub
+    holds ${fineweb}val_000000.bin 3000 && holds ${fineweb}train_000001.bin 5000 && holds ${fineweb}train_000002.bin 70
+    make_on "flock net" data DATA=fineweb SHARDS=2 && same ${fineweb}val_000000.bin data/fineweb/fineweb_val_000000.bin &&
+        same ${fineweb}train_000002.bin data/fineweb/fineweb_train_000002.bin && requests 3 fineweb &&
+        make_on "flock net" data DATA=fineweb SHARDS=2 && requests 3 fineweb &&
+        make_on "flock net" train DATA=fineweb && says "-i data/fineweb/*train_*.bin -j data/fineweb/*val_*.bin" &&
+        requests 3 fineweb && fails make_on "flock net" data DATA=fineweb SHARDS=104 && says "expected 1 to 103"
+}
+
+an_interrupted_fetch_goes_on() {
+    hub
+    local path=openai-community/gpt2/resolve/main
+    holds $path/config.json 9 && holds $path/model.safetensors 100000 && touch "$work/cut"
+    fails make_on "flock net" model MODEL=gpt2 && says "config.json: fetching it was interrupted" &&
+        fails exists models/gpt2/config.json && rm "$work/cut" && make_on "flock net" model && touch "$work/cut" &&
+        rm "$work/tree/models/gpt2/model.safetensors" && fails make_on "flock net" model &&
+        fails exists models/gpt2/model.safetensors && rm "$work/cut" && make_on "flock net" model &&
+        requests 1 "model.safetensors 50000" && same $path/model.safetensors models/gpt2/model.safetensors &&
+        same $path/config.json models/gpt2/config.json
+}
+
+a_wrong_size_is_named() { # BYTES THAT ARE THERE, BYTES THAT THE HUB PROMISES TOO MUCH
+    hub
+    holds datasets/karpathy/llmc-starter-pack/resolve/main/gpt2_124M_bf16.bin 3000
+    mkdir "$work/tree/models" && head -c "$1" /dev/zero >"$work/tree/models/gpt2_124M_bf16.bin.part" && echo "$2" >"$work/lie"
+    fails make_on "flock net" model MODEL=gpt2_124M_bf16 && fails exists models/gpt2_124M_bf16.bin &&
+        says "models/gpt2_124M_bf16.bin.part: expected $((3000 + $2)) bytes, found"
+}
+
+what_the_hub_does_not_have_is_named() { # COMMAND...
+    hub
+    fails make_on "flock net" "${@:1:2}" && says "$3: expected its size from $HUB" && fails exists "$3"
+}
+
+texts_are_fetched_and_tokenized() {
+    hub
+    local stories=datasets/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4
+    holds $stories-train.txt 100 && holds $stories-valid.txt 50 && printf 'a\n\nb\n' >"$work/hub/input.txt" &&
+        holds datasets/karpathy/llmc-starter-pack/resolve/main/hellaswag_val.bin 10
+    make_on "flock net" data DATA=tinystories && exists data/tinystories/text_train_000001.bin &&
+        says "-valid.txt data/tinystories/TinyStoriesV2-GPT4-train.txt" &&
+        make_on "flock net" data DATA=shakespeare && exists data/shakespeare/text_val_000000.bin &&
+        times 1 "<|endoftext|>b" tree/data/shakespeare/speeches.txt &&
+        make_on "flock net" data DATA=hellaswag && exists data/hellaswag/hellaswag_val.bin
+}
+
+a_text_of_ones_own_makes_new_shards() { # DATA, ITS FOLDER
+    hub
+    mkdir -p "$work/tree/texts/more" && head -c 4000 /dev/zero >"$work/tree/texts/more/my.txt"
+    local shard=$2/text_train_000001.bin
+    make_on flock data DATA="$1" && exists "$shard" && says "--val-tokens 100 $1" &&
+        make_on flock data DATA="$1" && fails says tokenize &&
+        touch -d '1 day ago' "$work/tree/texts/more/my.txt" && touch "$work/tree/$2/text_train_000002.bin" &&
+        make_on flock train DATA="$1" && says tokenize && fails exists "$2/text_train_000002.bin" &&
+        says "gpt2 train -y -i $2/*train_*.bin"
+}
+
+new_text_makes_new_shards() {
+    fresh gpt2
+    mkdir "$work/tree/data" && touch -d '1 hour ago' "$work/tree"/data/text_train_00000{1,2}.bin && echo >"$work/tree/data/text.txt"
+    make_on flock data && says tokenize && fails exists data/text_train_000002.bin
+}
+
+unknown_names_are_refused() { fresh gpt2; fails make_on "flock net" "$@" && says "expected" && says "found '$(cut -d= -f2 <<<"$2")'"; }
+
 check four_take_turns_and_one_builds
 check different_commands_take_turns
 check clean_waits_for_a_build
@@ -262,5 +382,17 @@ check what_is_asked_for_by_name_is_built_or_refused
 check brought_tests_run
 check no_tests_no_sdk
 check no_text_no_network_no_sdk
+check fineweb_is_fetched_once
+check an_interrupted_fetch_goes_on
+check a_wrong_size_is_named 4000 0
+check a_wrong_size_is_named 1000 5
+check what_the_hub_does_not_have_is_named model MODEL=gpt2-xl models/gpt2-xl/config.json
+check what_the_hub_does_not_have_is_named data DATA=hellaswag data/hellaswag/hellaswag_val.bin
+check texts_are_fetched_and_tokenized
+check a_text_of_ones_own_makes_new_shards texts/more/my.txt data/texts_more_my.txt
+check a_text_of_ones_own_makes_new_shards texts/ data/texts
+check new_text_makes_new_shards
+check unknown_names_are_refused data DATA=nothing.txt
+check unknown_names_are_refused model MODEL=gpt3
 echo "$passed passed, $failed failed"
 exit $((failed > 0))
