@@ -39,12 +39,16 @@ public sealed class BinaryFile : IDisposable {
 
     readonly FileStream stream;
 
-    /// <summary>Opens a file and reads its header.</summary>
+    /// <summary>Opens a file of another format, which has no such header.</summary>
     /// <param name="kind">What the file should be, for error messages.</param>
-    /// <exception cref="Gpt2Exception">It is something else.</exception>
-    public BinaryFile(string path, string kind, int magic, params ReadOnlySpan<int> versions) {
+    public BinaryFile(string path, string kind) {
         stream = new FileStream(path, FileMode.Open, FileAccess.Read, FileShare.Read);
         Require(stream.CanSeek, $"{kind} in a file", "a pipe");
+    }
+
+    /// <summary>Opens a file and reads its header.</summary>
+    /// <exception cref="Gpt2Exception">It is something else.</exception>
+    public BinaryFile(string path, string kind, int magic, params ReadOnlySpan<int> versions) : this(path, kind) {
         Require(Length >= HeaderBytes, $"{kind} with a header of {HeaderBytes} bytes", $"a file of {Length} bytes");
         Read(Header.AsSpan());
         Check("magic number", 0, Header[0] == magic, $"of {kind} ({magic})");
@@ -86,12 +90,16 @@ public sealed class BinaryFile : IDisposable {
             throw Fail("more data", $"its end at byte {Length}");
     }
 
-    /// <summary>Fills a span with the bfloat16 values that come next.</summary>
-    public void ReadBFloat16(Span<float> values) {
+    /// <summary>Fills a span with the values of 16 bits at a byte offset: bfloat16, or else IEEE's half precision.
+    /// </summary>
+    public void ReadHalves(Span<float> values, long offset, bool areBFloat16) {
         // Read into the second half of the span, and widened from the front: no value is overwritten before its turn.
         var halves = MemoryMarshal.Cast<float, ushort>(values)[values.Length..];
-        Read(halves);
-        BFloat16.Widen(halves, values);
+        Read(halves, offset);
+        if (areBFloat16)
+            BFloat16.Widen(halves, values);
+        for (var i = 0; !areBFloat16 && i < values.Length; i++)
+            values[i] = (float)BitConverter.UInt16BitsToHalf(halves[i]);
     }
 
     public void Dispose() => stream.Dispose();
@@ -547,6 +555,18 @@ public sealed class Tokenizer {
         ranks = Enumerable.Range(0, EndOfTextId).ToDictionary(token => XxHash3.HashToUInt64(vocabulary[token]));
     }
 
+    /// <summary>The two tokens that are merged into each one beyond the 256 bytes, in the order of ranks.</summary>
+    public IEnumerable<(int Left, int Right)> Merges => Enumerable.Range(256, EndOfTextId - 256).Select(token => {
+        var (parts, count) = (new ushort[vocabulary[token].Length], 0);
+        EncodePiece(vocabulary[token], parts, ref count, ranks: token);
+        return ((int)parts[0], (int)parts[1]);
+    });
+
+    /// <summary>A token in GPT-2's letters for bytes: the first 188 tokens are the printable bytes, and stand for
+    /// themselves; the next 68 are the others, which have the letters from U+0100 on.</summary>
+    public string Letters(int token) => string.Concat(vocabulary[token].Select(value =>
+        this.ranks[XxHash3.HashToUInt64([value])] is var rank && rank < 188 ? (char)value : (char)(0x100 + rank - 188)));
+
     /// <summary>Whether a token stands for text, and not for its end.</summary>
     public static bool IsText(int token) => token != EndOfTextId;
 
@@ -617,8 +637,10 @@ public sealed class Tokenizer {
     /// leftmost first. Of a piece longer than Window, keeps only the tokens in the first Window − Reach bytes, as the
     /// bytes after Window might change the others. The rest can be encoded as a piece of its own: merges on one side of
     /// a place between two tokens do not depend on the other side.</summary>
+    /// <param name="ranks">How many tokens there are, fewer for a test of how one is made of others.</param>
     /// <returns>Number of bytes encoded.</returns>
-    int EncodePiece(ReadOnlySpan<byte> piece, Span<ushort> tokens, ref int count) {
+    int EncodePiece(ReadOnlySpan<byte> piece, Span<ushort> tokens, ref int count, int ranks = None) {
+        ushort Rank(ReadOnlySpan<byte> bytes) => this.Rank(bytes) is var rank && rank < ranks ? rank : None;
         if (Rank(piece) is var whole and not None) {
             tokens[count++] = whole;
             return piece.Length;

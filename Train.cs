@@ -131,12 +131,12 @@ public sealed class Trainer : IDisposable {
     }
 
     /// <summary>The model that a path or a descriptor stands for; the file is null for a descriptor.</summary>
-    public static (BinaryFile? File, Config Config) Open(string init) {
+    public static (ModelFile? File, Config Config) Open(string init) {
         if (Config.Of(init) is { } config)
             return (null, config);
         var isPath = init.Contains('/') || init.Contains('.') || File.Exists(init) || Directory.Exists(init);
         Require(isPath, "--init", "a model file, a run's folder, or d6, d12, d24, d36 or d48", init);
-        return Config.Open(Checkpoints.ModelOf(init));
+        return Checkpoints.Open(init);
     }
 
     void Describe() {
@@ -422,10 +422,14 @@ public sealed class Checkpoints(string folder) {
         return lines.Any(line => line.StartsWith("--optimizer ")) ? lines : [.. lines, "--optimizer AdamW"];
     }
 
-    /// <summary>The path of a model: that of the last complete checkpoint if it is a folder.</summary>
-    public static string ModelOf(string path) => !Directory.Exists(path) ? path
-        : new Checkpoints(path) is { Last: { } last } run ? run.ModelPath(last)
-        : throw new Gpt2Exception($"{path}: expected a folder with a complete checkpoint (DONE_...), found none");
+    /// <summary>Opens a model: llm.c's or a safetensors file, or a folder with either, of which a run's last complete
+    /// checkpoint comes first.</summary>
+    public static (ModelFile File, Config Config) Open(string path) {
+        path = !Directory.Exists(path) ? path : new Checkpoints(path) is { Last: { } last } run ? run.ModelPath(last)
+            : Safetensors.In(path) ?? throw new Gpt2Exception(
+                $"{path}: expected a folder with a complete checkpoint (DONE_...) or model.safetensors, found neither");
+        return Path.GetFileName(path).Contains(".safetensors") ? Safetensors.Open(path) : Config.Open(path);
+    }
 
     public string ModelPath(int step) => Path.Combine(folder, $"model_{step:d8}.bin");
     string StatePath(int step, int? rank) =>
@@ -671,7 +675,7 @@ public static class Verification {
     /// <summary>Compares with a debug state: for each tensor the largest difference, and ‖a − b‖/‖b‖.</summary>
     public static IEnumerable<(string Name, double Largest, double Relative)> Run(
         string init, string state, IDevice device) {
-        var (file, config) = Config.Open(init);
+        var (file, config) = Checkpoints.Open(init);
         using var reference = new BinaryFile(state, "a PyTorch debug state", 20240327, 2);
         var (B, T) = (reference.Header[2], reference.Header[3]);
         reference.Check("batch size", 2, B is > 0 and <= 1 << 16, "1 to 65536");
