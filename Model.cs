@@ -16,90 +16,6 @@ public readonly record struct ParameterShape(string Name, int Layers, int Rows, 
 /// the tensor. Index is the position of the first one among all parameters. Muon updates it, or AdamW.</summary>
 public readonly record struct Cut(int Tensor, int Layer, long First, long Count, long Index, bool IsMuons);
 
-/// <summary>Types of weights in files: IEEE single precision, its upper half, IEEE half precision.</summary>
-public enum StoredType { Fp32, Bf16, Fp16 }
-
-/// <summary>Where a file has one layer of a parameter tensor: from a byte on, row by row or column by column.</summary>
-/// <param name="Rows">Rows of the matrix that are stored; a file may leave out the padding of wte.</param>
-public readonly record struct Stored(BinaryFile File, long First, StoredType Type, int Rows, bool ByColumns = false) {
-    /// <summary>Reads elements from an index on, in the order in which they are stored.</summary>
-    public void Read(Span<float> values, long index) {
-        if (Type == StoredType.Fp32)
-            File.Read(values, First + index * sizeof(float));
-        else
-            File.ReadHalves(values, First + index * sizeof(ushort), Type == StoredType.Bf16);
-    }
-}
-
-/// <summary>A model's weights in one or more files of some format.</summary>
-/// <param name="places">Where each layer of each of the 16 tensors is.</param>
-public sealed class ModelFile(Config config, Stored[][] places) : IDisposable {
-    readonly float[] buffer = new float[Tensor.ChunkSize];
-    float[] matrix = []; // the one that has to be transposed
-
-    /// <summary>The type of the stored weights.</summary>
-    public StoredType Type => places[0][0].Type;
-
-    /// <summary>Reads one layer of a tensor, row by row or column by column, in parts; each is valid until the next.
-    /// </summary>
-    /// <exception cref="Gpt2Exception">A weight is not finite.</exception>
-    public IEnumerable<ReadOnlyMemory<float>> Read(int tensor, int layer, bool byColumns = false) {
-        var (place, shape) = (places[tensor][layer], config.Parameters[tensor]);
-        var (lines, length) = byColumns ? (shape.Columns, place.Rows) : (place.Rows, shape.Columns);
-        var (transposes, count) = (byColumns != place.ByColumns, (long)lines * length);
-        matrix = transposes && matrix.Length < count ? new float[count] : matrix;
-        for (var i = 0L; transposes && i < count; i += Tensor.ChunkSize)
-            place.Read(matrix.AsSpan((int)i, (int)Math.Min(Tensor.ChunkSize, count - i)), i);
-        for (var line = 0; line < lines; line += Tensor.ChunkSize / length) {
-            var values = buffer.AsMemory(0, Math.Min(Tensor.ChunkSize / length, lines - line) * length);
-            if (transposes)
-                Transpose(matrix, lines, line, length, values);
-            else
-                place.Read(values.Span, (long)line * length);
-            if (Numbers.NotFinite(values.Span) is { } value)
-                throw place.File.Fail("finite weights", $"{value} in {shape.Name}");
-            yield return values;
-        }
-    }
-
-    /// <summary>Takes some columns, from one on, of a matrix (length, columns) as rows of another.</summary>
-    static void Transpose(float[] matrix, int columns, int first, int length, Memory<float> to) {
-        const int band = 16; // a cache line of the matrix
-        Parallel.For(0, (to.Length / length + band - 1) / band, i => {
-            var rows = to.Span;
-            var end = Math.Min(to.Length / length, (i + 1) * band);
-            for (var j = 0; j < length; j++) {
-                for (var row = i * band; row < end; row++)
-                    rows[row * length + j] = matrix[j * columns + first + row];
-            }
-        });
-    }
-
-    /// <summary>Reads everything in the order of checkpoints; First is a part's first element in its tensor.</summary>
-    public IEnumerable<(int Tensor, long First, ReadOnlyMemory<float> Values)> ReadAll() {
-        foreach (var (i, shape) in config.Parameters.Index()) {
-            for (var l = 0; l < shape.Layers; l++) {
-                var first = (long)l * shape.Rows * shape.Columns;
-                foreach (var values in Read(i, l)) {
-                    yield return (i, first, values);
-                    first += values.Length;
-                }
-            }
-        }
-    }
-
-    /// <summary>Closes the files, and returns the exception that says what is wrong with the first.</summary>
-    public Gpt2Exception Fail(string expected, string found) {
-        Dispose();
-        return places[0][0].File.Fail(expected, found);
-    }
-
-    public void Dispose() {
-        foreach (var place in places.SelectMany(layers => layers))
-            place.File.Dispose();
-    }
-}
-
 /// <summary>The sizes of a GPT-2 model: sequences of up to MaxT tokens, a vocabulary of V (Vp rows in memory, the last
 /// ones padding), L layers, NH heads, C channels.</summary>
 public sealed record Config(int MaxT, int V, int Vp, int L, int NH, int C) {
@@ -147,9 +63,9 @@ public sealed record Config(int MaxT, int V, int Vp, int L, int NH, int C) {
         _ => null,
     };
 
-    /// <summary>Opens a model checkpoint of llm.c and reads its sizes.</summary>
+    /// <summary>Opens a model checkpoint at its first parameter and reads its sizes.</summary>
     /// <exception cref="Gpt2Exception">A header field is wrong, or the file's size is not what it implies.</exception>
-    public static (ModelFile File, Config Config) Open(string path) {
+    public static (BinaryFile File, Config Config) Open(string path) {
         var file = new BinaryFile(path, "a GPT-2 model", ModelMagic, 3, 5);
         var header = file.Header;
         var config = new Config(header[2], header[3], header[7], header[4], header[5], header[6]);
@@ -160,14 +76,8 @@ public sealed record Config(int MaxT, int V, int Vp, int L, int NH, int C) {
         file.Check("number of channels", 6, config.C is > 0 and <= 1 << 16 && config.C % config.NH == 0,
             $"a multiple of the {config.NH} heads, at most 65536");
         file.Check("padded vocabulary", 7, config.Vp >= config.V && config.Vp <= 1 << 17, $"{config.V} to 131072");
-        var (type, size) = header[1] == 3 ? (StoredType.Fp32, sizeof(float)) : (StoredType.Bf16, sizeof(ushort));
-        var first = (long)BinaryFile.HeaderBytes;
-        file.CheckSize(first + config.ParameterCount * size);
-        return (new ModelFile(config, [.. config.Parameters.Select(shape => Enumerable.Range(0, shape.Layers).Select(_ => {
-            var place = new Stored(file, first, type, shape.Rows);
-            first += (long)shape.Rows * shape.Columns * size;
-            return place;
-        }).ToArray())]), config);
+        file.CheckSize(BinaryFile.HeaderBytes + config.ParameterCount * (header[1] == 3 ? 4 : 2));
+        return (file, config);
     }
 
     /// <summary>The header of a checkpoint of this model.</summary>
@@ -535,22 +445,22 @@ public sealed class Model {
         writing.Wait();
     }
 
-    /// <summary>Reads the weights from a file of this model, and closes it, or draws them from a seed.</summary>
-    public void Load(ModelFile? file, uint seed = 0) {
+    /// <summary>Reads the weights from a checkpoint of this model, and closes it, or draws them from a seed.</summary>
+    public void Load(BinaryFile? file, uint seed = 0) {
         using var closed = file;
         if (file == null)
             Initialize(seed);
-        foreach (var (tensor, first, values) in file?.ReadAll() ?? [])
-            Set([Weights, Master], tensor, first, values.Span);
+        else
+            Read(file, wholes, Weights, Master);
     }
 
-    /// <summary>Reads parts of a state's arrays into those that hold any of them.</summary>
+    /// <summary>Reads parts of the parameters into those that hold any of them.</summary>
     public void Read(BinaryFile file, Cut[] cuts, params Parameters[] holders) {
         var buffer = new float[Tensor.ChunkSize];
         foreach (var cut in cuts) {
             for (long done = 0; done < cut.Count; done += buffer.Length) {
                 var values = buffer.AsSpan(0, (int)Math.Min(buffer.Length, cut.Count - done));
-                file.Read(values);
+                file.ReadWeights(values);
                 if (Numbers.NotFinite(values) is { } value)
                     throw file.Fail("finite weights", $"{value} in {Config.Parameters[cut.Tensor].Name}");
                 Set(holders, cut.Tensor, cut.First + done, values);

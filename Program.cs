@@ -93,7 +93,7 @@ internal sealed class Commands(GlobalOptions global) {
         });
 
     /// <summary>Continues a text.</summary>
-    /// <param name="init">-e, A model: llm.c's .bin, .safetensors, or a folder of either or of a run.</param>
+    /// <param name="init">-e, A model: llm.c's .bin, .safetensors, or the folder of either or of a run.</param>
     /// <param name="prompt">-p, Text to continue; - reads it from standard input.</param>
     /// <param name="promptIds">Token ids to continue, in place of a text: 1,2,3. Ids are printed then.</param>
     /// <param name="tokens">-n, Tokens to add at most (1 or more).</param>
@@ -141,7 +141,7 @@ internal sealed class Commands(GlobalOptions global) {
         });
 
     /// <summary>Measures a model's loss and perplexity on token shards, and its accuracy on multiple choices.</summary>
-    /// <param name="init">-e, A model: llm.c's .bin, .safetensors, or a folder of either or of a run.</param>
+    /// <param name="init">-e, A model: llm.c's .bin, .safetensors, or the folder of either or of a run.</param>
     /// <param name="valData">-j, Token shards, as in training. [data/*val_*.bin; not needed for --hellaswag]</param>
     /// <param name="valBatches">-m, Batches at most (0 or more); 0 for all.</param>
     /// <param name="batch">-b, Sequences in a batch (1 or more). [4]</param>
@@ -180,20 +180,19 @@ internal sealed class Commands(GlobalOptions global) {
         });
 
     /// <summary>Writes a model as a folder for Hugging Face's transformers, or as a file of llm.c's format.</summary>
-    /// <param name="init">-e, A model: llm.c's .bin, .safetensors, or a folder of either or of a run.</param>
+    /// <param name="init">-e, A model: llm.c's .bin, .safetensors, or the folder of either or of a run.</param>
     /// <param name="out">-o, The folder to write; a name that ends in .bin is llm.c's file.</param>
-    /// <param name="type">Type of the weights: fp32, bf16 or fp16. [the model's; llm.c's file has no fp16]</param>
+    /// <param name="type">Type of the weights: fp32, bf16 or fp16. [the model's]</param>
     public int Export(string init, string @out, StoredType? type = null) => Guard(global.Verbose, () => {
         var (file, config) = Checkpoints.Open(init);
         using var _ = file;
-        if (@out.EndsWith(".bin")) {
-            Require(type != StoredType.Fp16, "--type", "fp32 or bf16 in llm.c's format", "fp16");
-            var stored = type ?? (file.Type == StoredType.Bf16 ? StoredType.Bf16 : StoredType.Fp32);
-            Safetensors.ExportFile(@out, file, config, (DataType)stored);
-        } else if (!Safetensors.ExportFolder(@out, file, config, type ?? file.Type)) {
+        var own = file is Safetensors model ? model.Type : file.Header[1] == 5 ? StoredType.Bf16 : StoredType.Fp32;
+        Require(type != StoredType.Fp16 || !@out.EndsWith(".bin"), "--type", "fp32 or bf16 for a .bin", "fp16");
+        if (@out.EndsWith(".bin"))
+            Safetensors.ExportFile(@out, file, config, (type ?? own) == StoredType.Bf16 ? DataType.Bf16 : DataType.Fp32);
+        else if (!Safetensors.ExportFolder(@out, file, config, type ?? own))
             Console.Error.WriteLine(
                 $"gpt2: {@out} has no tokenizer: GPT-2's vocabulary is {Tokenizer.EndOfTextId + 1}, not {config.V}");
-        }
         return 0;
     });
 
@@ -222,7 +221,7 @@ internal sealed class Commands(GlobalOptions global) {
         });
 
     /// <summary>Compares logits, loss and gradients with a PyTorch debug state; exit status 1 if they differ.</summary>
-    /// <param name="init">-e, A model: llm.c's .bin, .safetensors, or a folder of either or of a run.</param>
+    /// <param name="init">-e, A model: llm.c's .bin, .safetensors, or the folder of either or of a run.</param>
     /// <param name="state">The debug state that PyTorch wrote for it.</param>
     public int Verify(string init, string state) => Guard(global.Verbose, () => {
         using var device = Open();

@@ -131,7 +131,7 @@ public sealed class Trainer : IDisposable {
     }
 
     /// <summary>The model that a path or a descriptor stands for; the file is null for a descriptor.</summary>
-    public static (ModelFile? File, Config Config) Open(string init) {
+    public static (BinaryFile? File, Config Config) Open(string init) {
         if (Config.Of(init) is { } config)
             return (null, config);
         var isPath = init.Contains('/') || init.Contains('.') || File.Exists(init) || Directory.Exists(init);
@@ -422,9 +422,9 @@ public sealed class Checkpoints(string folder) {
         return lines.Any(line => line.StartsWith("--optimizer ")) ? lines : [.. lines, "--optimizer AdamW"];
     }
 
-    /// <summary>Opens a model: llm.c's or a safetensors file, or a folder with either, of which a run's last complete
-    /// checkpoint comes first.</summary>
-    public static (ModelFile File, Config Config) Open(string path) {
+    /// <summary>Opens a model: llm.c's or a safetensors file, or the one of a folder, which for a run is its last complete
+    /// checkpoint.</summary>
+    public static (BinaryFile File, Config Config) Open(string path) {
         path = !Directory.Exists(path) ? path : new Checkpoints(path) is { Last: { } last } run ? run.ModelPath(last)
             : Safetensors.In(path) ?? throw new Gpt2Exception(
                 $"{path}: expected a folder with a complete checkpoint (DONE_...) or model.safetensors, found neither");
