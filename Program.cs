@@ -187,12 +187,14 @@ internal sealed class Commands(GlobalOptions global) {
         var (file, config) = Checkpoints.Open(init);
         using var _ = file;
         var own = file is Safetensors model ? model.Type : file.Header[1] == 5 ? StoredType.Bf16 : StoredType.Fp32;
-        Require(type != StoredType.Fp16 || !@out.EndsWith(".bin"), "--type", "fp32 or bf16 for a .bin", "fp16");
-        if (@out.EndsWith(".bin"))
+        var isFile = @out.EndsWith(".bin");
+        Require(type != StoredType.Fp16 || !isFile, "--type", "fp32 or bf16 for a .bin", "fp16");
+        if (isFile)
             Safetensors.ExportFile(@out, file, config, (type ?? own) == StoredType.Bf16 ? DataType.Bf16 : DataType.Fp32);
-        else if (!Safetensors.ExportFolder(@out, file, config, type ?? own))
-            Console.Error.WriteLine(
-                $"gpt2: {@out} has no tokenizer: GPT-2's vocabulary is {Tokenizer.EndOfTextId + 1}, not {config.V}");
+        else
+            Safetensors.ExportFolder(@out, file, config, type ?? own);
+        if (!isFile && config.V != Tokenizer.EndOfTextId + 1)
+            Console.Error.WriteLine($"gpt2: {@out} has no tokenizer: the vocabulary is {config.V}, not GPT-2's");
         return 0;
     });
 

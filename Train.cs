@@ -428,7 +428,8 @@ public sealed class Checkpoints(string folder) {
         path = !Directory.Exists(path) ? path : new Checkpoints(path) is { Last: { } last } run ? run.ModelPath(last)
             : Safetensors.In(path) ?? throw new Gpt2Exception(
                 $"{path}: expected a folder with a complete checkpoint (DONE_...) or model.safetensors, found neither");
-        return Path.GetFileName(path).Contains(".safetensors") ? Safetensors.Open(path) : Config.Open(path);
+        return !Path.GetFileName(path).Contains(".safetensors") ? Config.Open(path)
+            : new Safetensors(path) is var file ? (file, file.Config) : default;
     }
 
     public string ModelPath(int step) => Path.Combine(folder, $"model_{step:d8}.bin");

@@ -198,7 +198,7 @@ public class SafetensorsTests {
             using var _ = file;
             var error = Assert.Throws<Gpt2Exception>(() =>
                 Safetensors.ExportFolder(folder["out"], file, config, StoredType.Fp16));
-            await Assert.That(error.Message).Contains($"{wrong}");
+            await Assert.That(error.Message).Contains("ln_f.bias").And.Contains("65504");
             await Assert.That(Directory.GetDirectories(folder.Path)).Count().IsEqualTo(1);
         }
     }
@@ -209,7 +209,7 @@ public class SafetensorsTests {
         Folders.WriteModel(folder["model.bin"], 4, 50257, 1, 1, 2, 50304);
         var (file, config) = Config.Open(folder["model.bin"]);
         using (file)
-            await Assert.That(Safetensors.ExportFolder(folder["hf"], file, config, StoredType.Bf16)).IsTrue();
+            Safetensors.ExportFolder(folder["hf"], file, config, StoredType.Bf16);
         using var json = JsonDocument.Parse(File.ReadAllBytes(folder["hf/tokenizer.json"]));
         var model = json.RootElement.GetProperty("model");
         var ids = model.GetProperty("vocab").EnumerateObject().ToDictionary(each => each.Name, each => each.Value.GetInt32());
@@ -234,7 +234,7 @@ public class SafetensorsTests {
         string Merged(List<string> parts) {
             while (true) {
                 var best = Enumerable.Range(0, parts.Count - 1)
-                    .MinBy(i => ranks.GetValueOrDefault($"{parts[i]} {parts[i + 1]}", int.MaxValue));
+                    .OrderBy(i => ranks.GetValueOrDefault($"{parts[i]} {parts[i + 1]}", int.MaxValue)).FirstOrDefault();
                 if (parts.Count == 1 || !ranks.ContainsKey($"{parts[best]} {parts[best + 1]}"))
                     return string.Join(' ', parts);
                 parts[best] += parts[best + 1];
@@ -271,14 +271,14 @@ public class SafetensorsTests {
         ["shape of too many channels"] = ("wpe.weight [2, 3]", Replaced("[3,2]", "[2,3]")),
         ["offsets that overlap"] = ("byte wpe.weight", Offsets("[40,64]", "[36,60]")),
         ["offsets with a gap"] = ("byte wpe.weight", Offsets("[40,64]", "[44,68]")),
-        ["offsets beyond the end"] = ("wpe.weight", Offsets("[40,64]", "[4000,4024]")),
+        ["offsets beyond the end"] = ("byte h.0.ln_1.weight", Offsets("[40,64]", "[4000,4024]")),
         ["offsets that overflow"] = ("wpe.weight", Offsets("[40,64]", "[9223372036854775800,9223372036854775807]")),
         ["offsets below 0"] = ("wpe.weight", Offsets("[40,64]", "[-24,0]")),
         ["offsets reversed"] = ("wpe.weight", Offsets("[40,64]", "[64,40]")),
         ["one offset"] = ("wpe.weight", Offsets("[40,64]", "[40]")),
         ["no offsets"] = ("wpe.weight", Replaced("\"data_offsets\":[40,64]", "\"x\":1")),
         ["bytes after the tensors"] = ("bytes", folder => File.AppendAllText(Model(folder), "x")),
-        ["bytes missing"] = ("ln_f.bias", folder => File.WriteAllBytes(Model(folder), File.ReadAllBytes(Model(folder))[..^1])),
+        ["bytes missing"] = ("bytes", folder => File.WriteAllBytes(Model(folder), File.ReadAllBytes(Model(folder))[..^1])),
         ["tensor missing"] = ("ln_f.weight none", Replaced("ln_f.weight", "ln_g.weight")),
         ["layer missing"] = ("h.0.ln_1.bias none", Replaced("h.0.ln_1.bias", "h.1.ln_1.bias")),
         ["tensor of another model"] = ("score.weight", Tensor("score.weight", "F32", 2)),
@@ -287,7 +287,7 @@ public class SafetensorsTests {
         ["head of another size"] = ("lm_head.weight", Tensor("lm_head.weight", "F32", 2)),
         ["head that is not tied"] = ("lm_head.weight wte", folder => Write(folder, tiny, [.. Tensors(tiny, Weights(tiny)),
             new("lm_head.weight", "F32", [5, 2], new byte[40])])),
-        ["weight that is not finite"] = ("ln_f.bias lnfb finite ∞", folder => {
+        ["weight that is not finite"] = ("lnfb finite Infinity", folder => {
             var weights = Weights(tiny);
             weights[^1] = float.PositiveInfinity;
             Write(folder, tiny, Tensors(tiny, weights));
