@@ -187,10 +187,10 @@ internal sealed class Commands(GlobalOptions global) {
         var (file, config) = Checkpoints.Open(init);
         using var _ = file;
         var own = file is Safetensors model ? model.Type : file.Header[1] == 5 ? StoredType.Bf16 : StoredType.Fp32;
-        var isFile = @out.EndsWith(".bin");
+        var (isFile, isHalf) = (@out.EndsWith(".bin"), (type ?? own) == StoredType.Bf16);
         Require(type != StoredType.Fp16 || !isFile, "--type", "fp32 or bf16 for a .bin", "fp16");
         if (isFile)
-            Safetensors.ExportFile(@out, file, config, (type ?? own) == StoredType.Bf16 ? DataType.Bf16 : DataType.Fp32);
+            Safetensors.ExportFile(@out, file, config, isHalf ? DataType.Bf16 : DataType.Fp32);
         else
             Safetensors.ExportFolder(@out, file, config, type ?? own);
         if (!isFile && config.V != Tokenizer.EndOfTextId + 1)

@@ -29,11 +29,12 @@ public sealed class Safetensors : BinaryFile {
     }
 
     static IEnumerable<Part> PartsOf(Config config) => config.Parameters.Zip(names).SelectMany(each => {
-        var (shape, name) = (each.First, each.Second + (each.First.Name.EndsWith('b') ? ".bias" : ".weight"));
-        return Enumerable.Range(0, shape.Layers).Select(l => shape.Name is "wte" or "wpe"
-            ? new Part(name, shape.Rows, shape.Columns, [shape.Name == "wte" ? config.V : shape.Rows, shape.Columns])
-            : new Part(name.StartsWith("ln_f") ? name : $"h.{l}.{name}", shape.Rows, shape.Columns,
-                shape.Name[..2] is "ln" || name.EndsWith("bias") ? [shape.Columns] : [shape.Columns, shape.Rows]));
+        var ((tensor, layers, rows, columns), name) = each;
+        long[] shape = tensor == "wte" ? [config.V, columns] : tensor == "wpe" ? [rows, columns]
+            : tensor.StartsWith("ln") || tensor.EndsWith('b') ? [columns] : [columns, rows];
+        name += tensor.EndsWith('b') ? ".bias" : ".weight";
+        return Enumerable.Range(0, layers).Select(l =>
+            new Part(tensor is "wte" or "wpe" or "lnfw" or "lnfb" ? name : $"h.{l}.{name}", rows, columns, shape));
     });
 
     static long Product(long[] shape) => shape.Aggregate(1L, (product, n) => checked(product * n));
@@ -94,10 +95,10 @@ public sealed class Safetensors : BinaryFile {
             ReadJson(file, 0, file.Length, "a configuration in JSON", (name, value) => {
                 var text = value.GetRawText();
                 heads = name == "n_head" ? value.GetInt32() : heads;
-                return !right.RootElement.TryGetProperty(name, out var expected) || name == "n_head" ||
-                    JsonElement.DeepEquals(value, expected) || text == "\"gelu_pytorch_tanh\"" ||
-                    name == "n_inner" && text == $"{4 * Config.C}" ? true
-                    : throw file.Fail($"{name} {expected.GetRawText()}", Short(text));
+                var isSame = !right.RootElement.TryGetProperty(name, out var expected) || name == "n_head" ||
+                    JsonElement.DeepEquals(value, expected) || name == "n_inner" && text == $"{4 * Config.C}" ||
+                    name == "activation_function" && text == "\"gelu_pytorch_tanh\"";
+                return isSame ? 0 : throw file.Fail($"{name} {expected.GetRawText()}", Short(text));
             });
         }
         return heads is > 0 and <= 1000 && Config.C % heads == 0 ? heads : throw new Gpt2Exception(
@@ -134,17 +135,19 @@ public sealed class Safetensors : BinaryFile {
             if (name == "__metadata__")
                 return null;
             long[] Numbers(string of) => [.. value.GetProperty(of).EnumerateArray().Select(n => n.GetInt64())];
-            var (type, shape, offsets) = ($"{value.GetProperty("dtype").GetString()}", Numbers("shape"), Numbers("data_offsets"));
+            var (type, shape) = ($"{value.GetProperty("dtype").GetString()}", Numbers("shape"));
             var bits = type == "BOOL" ? 8 : int.Parse(Regex.Match(type, @"\d+").Value);
-            return offsets is [>= 0 and var first, >= 0 and var last] && shape.All(n => n >= 0) &&
-                last - first == Product([.. shape, bits]) / 8 ? new(path, Short(Regex.Replace(name, @"^transformer\.", "")),
-                Short(type), shape, 8 + size[0] + first, checked(8 + size[0] + last)) : throw new FormatException();
+            return Numbers("data_offsets") is [>= 0 and var first, >= 0 and var last] && shape.All(n => n >= 0) &&
+                last <= file.Length && last - first == Product([.. shape, bits]) / 8
+                ? new(path, Short(Regex.Replace(name, @"^transformer\.", "")), Short(type), shape,
+                    8 + size[0] + first, 8 + size[0] + last) : throw new FormatException();
         }
     }
 
     /// <summary>Reads each property of a JSON object in some bytes of a file.</summary>
-    /// <exception cref="Gpt2Exception">It is not JSON, or a property is not as <paramref name="read"/> takes it.</exception>
-    static List<T> ReadJson<T>(BinaryFile file, long at, long size, string expected, Func<string, JsonElement, T> read) {
+    /// <exception cref="Gpt2Exception">It is not JSON, or not what <paramref name="read"/> takes.</exception>
+    static List<T> ReadJson<T>(
+        BinaryFile file, long at, long size, string expected, Func<string, JsonElement, T> read) {
         const int most = 100_000_000; // as in the safetensors library
         file.Require(size <= most, $"at most {most} bytes of JSON", $"{size}");
         var (text, result, last) = (new byte[size], new List<T>(), default(JsonProperty?));
@@ -202,16 +205,15 @@ public sealed class Safetensors : BinaryFile {
         }
     }
 
-    /// <summary>Writes the transpose (columns, rows) of a matrix (rows, columns).</summary>
-    static void Transpose(float[] from, int rows, int columns, float[] to) {
-        const int band = 16; // a cache line
-        Parallel.For(0, (columns + band - 1) / band, i => {
+    /// <summary>Writes the transpose (columns, rows) of a matrix (rows, columns), a cache line's columns at a time.
+    /// </summary>
+    static void Transpose(float[] from, int rows, int columns, float[] to) =>
+        Parallel.ForEach(Enumerable.Range(0, columns).Chunk(16), band => {
             for (var row = 0; row < rows; row++) {
-                for (var column = i * band; column < Math.Min(columns, (i + 1) * band); column++)
+                foreach (var column in band)
                     to[column * rows + row] = from[row * columns + column];
             }
         });
-    }
 
     // ---- Writing
 
@@ -224,13 +226,14 @@ public sealed class Safetensors : BinaryFile {
         """;
 
     /// <summary>Writes a model as a file of llm.c.</summary>
-    public static void ExportFile(string path, BinaryFile file, Config config, DataType type) => Files.Write(path, to => {
-        to.Write(MemoryMarshal.AsBytes(config.Header(type).AsSpan()));
-        foreach (var part in PartsOf(config))
-            Write(to, file, part with { Shape = [part.Count] }, (StoredType)type);
-    });
+    public static void ExportFile(string path, BinaryFile file, Config config, DataType type) =>
+        Files.Write(path, to => {
+            to.Write(MemoryMarshal.AsBytes(config.Header(type).AsSpan()));
+            foreach (var part in PartsOf(config))
+                Write(to, file, part with { Shape = [part.Count] }, (StoredType)type);
+        });
 
-    /// <summary>Writes a model as a new folder that transformers loads; it has a tokenizer if the vocabulary is GPT-2's.
+    /// <summary>Writes a model as a new folder of transformers, with a tokenizer where the vocabulary is GPT-2's.
     /// </summary>
     public static void ExportFolder(string folder, BinaryFile file, Config config, StoredType type) {
         folder = Path.TrimEndingDirectorySeparator(folder);
@@ -264,9 +267,10 @@ public sealed class Safetensors : BinaryFile {
     }
 
     static void WriteTensors(Stream to, BinaryFile file, Config config, StoredType type) {
-        var end = 0L;
-        var entries = PartsOf(config).Select(part => $"\"transformer.{part.Name}\":{{\"dtype\":\"{types[(int)type]}\"," +
-            $"\"shape\":{Text(part.Shape)},\"data_offsets\":[{end},{end += Product([.. part.Shape, SizeOf(type)])}]}}");
+        var (end, size) = (0L, type == StoredType.Fp32 ? sizeof(float) : sizeof(ushort));
+        var entries = PartsOf(config).Select(part =>
+            $"\"transformer.{part.Name}\":{{\"dtype\":\"{types[(int)type]}\",\"shape\":{Text(part.Shape)}," +
+            $"\"data_offsets\":[{end},{end += Product(part.Shape) * size}]}}");
         var header = $"{{\"__metadata__\":{{\"format\":\"pt\"}},{string.Join(',', entries)}}}";
         header = header.PadRight((header.Length + 7) / 8 * 8);
         to.Write([.. BitConverter.GetBytes((long)header.Length), .. Encoding.UTF8.GetBytes(header)]);
@@ -274,9 +278,7 @@ public sealed class Safetensors : BinaryFile {
             Write(to, file, part, type);
     }
 
-    static int SizeOf(StoredType type) => type == StoredType.Fp32 ? sizeof(float) : sizeof(ushort);
-
-    /// <summary>Copies a layer, of which only as many weights are written as its shape has; the rest is padding.</summary>
+    /// <summary>Copies a layer without its padding, which is beyond its shape.</summary>
     static void Write(Stream to, BinaryFile file, Part part, StoredType type) {
         var (buffer, left) = (new float[part.IsTransposed ? part.Count : Tensor.ChunkSize], Product(part.Shape));
         for (var i = 0L; i < part.Count; i += buffer.Length) {
@@ -303,14 +305,15 @@ public sealed class Safetensors : BinaryFile {
     static string TokenizerFields() {
         var tokenizer = new Tokenizer();
         string Quoted(string text) => $"\"{text.Replace("\\", "\\\\").Replace("\"", "\\\"")}\"";
-        var tokens = Enumerable.Range(0, Tokenizer.EndOfTextId + 1).Select(id => $"{Quoted(tokenizer.Letters(id))}: {id}");
-        var merges = tokenizer.Merges.Select(two => Quoted($"{tokenizer.Letters(two.Left)} {tokenizer.Letters(two.Right)}"));
-        const string bytes = """{"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": false, "use_regex": true}""";
+        string[] tokens = [.. Enumerable.Range(0, Tokenizer.EndOfTextId + 1).Select(tokenizer.Letters)];
+        var vocabulary = tokens.Select((token, id) => $"{Quoted(token)}: {id}");
+        var merges = tokenizer.Merges.Select(two => Quoted($"{tokens[two.Left]} {tokens[two.Right]}"));
+        const string bytes = """{"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": false}""";
         return $$"""
             "version": "1.0", "pre_tokenizer": {{bytes}}, "post_processor": {{bytes}}, "decoder": {{bytes}},
               "added_tokens": [{"id": {{Tokenizer.EndOfTextId}}, "content": "{{Tokenizer.EndOfText}}", "special": true,
               "single_word": false, "lstrip": false, "rstrip": false, "normalized": false}], "model": {"type": "BPE",
-              "vocab": {{{string.Join(",\n", tokens)}}}, "merges": [{{string.Join(",\n", merges)}}]}
+              "vocab": {{{string.Join(",\n", vocabulary)}}}, "merges": [{{string.Join(",\n", merges)}}]}
             """;
     }
 }

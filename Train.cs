@@ -422,7 +422,7 @@ public sealed class Checkpoints(string folder) {
         return lines.Any(line => line.StartsWith("--optimizer ")) ? lines : [.. lines, "--optimizer AdamW"];
     }
 
-    /// <summary>Opens a model: llm.c's or a safetensors file, or the one of a folder, which for a run is its last complete
+    /// <summary>Opens a model: a file of llm.c or safetensors, or a folder's, which for a run is the last complete
     /// checkpoint.</summary>
     public static (BinaryFile File, Config Config) Open(string path) {
         path = !Directory.Exists(path) ? path : new Checkpoints(path) is { Last: { } last } run ? run.ModelPath(last)

@@ -14,7 +14,8 @@ public class SafetensorsTests {
 
     static readonly Config golden = new(32, 211, 256, 2, 3, 48), tiny = new(3, 5, 128, 1, 1, 2);
 
-    static float[] GoldenWeights => MemoryMarshal.Cast<byte, float>(File.ReadAllBytes(Golden("model.bin")))[256..].ToArray();
+    static float[] GoldenWeights =>
+        MemoryMarshal.Cast<byte, float>(File.ReadAllBytes(Golden("model.bin")))[256..].ToArray();
 
     /// <summary>Random weights of a model, whose padded rows are zero.</summary>
     static float[] Weights(Config config) {
@@ -30,8 +31,8 @@ public class SafetensorsTests {
             for (var l = 0; l < shape.Layers; l++) {
                 var values = weights[next..(next += shape.Rows * shape.Columns)];
                 var isTransposed = i is 4 or 6 or 10 or 12;
-                values = i == 0 ? values[..(config.V * config.C)] : !isTransposed ? values : [.. Enumerable.Range(0, values.Length)
-                    .Select(at => values[at % shape.Rows * shape.Columns + at / shape.Rows])];
+                values = i == 0 ? values[..(config.V * config.C)] : !isTransposed ? values : [.. Enumerable
+                    .Range(0, values.Length).Select(at => values[at % shape.Rows * shape.Columns + at / shape.Rows])];
                 tensors.Add(new(prefix + (i is >= 2 and < 14 ? $"h.{l}." : "") + names[i], type,
                     i == 0 ? [config.V, config.C] : i == 1 ? [config.MaxT, config.C]
                     : isTransposed ? [shape.Columns, shape.Rows] : [shape.Columns], Bytes(values, type)));
@@ -83,7 +84,8 @@ public class SafetensorsTests {
 
     /// <summary>Writes a folder with a file for every few tensors, and an index.</summary>
     static void WriteShards(string folder, Config config, IEnumerable<Stored> tensors, int each) {
-        var shards = tensors.Chunk(each).Select((part, i) => (Name: $"model-{i + 1:d5}-of-99999.safetensors", part)).ToArray();
+        var shards = tensors.Chunk(each)
+            .Select((part, i) => (Name: $"model-{i + 1:d5}-of-99999.safetensors", part)).ToArray();
         Write(folder, config, []);
         File.Delete(Path.Combine(folder, "model.safetensors"));
         foreach (var (name, part) in shards)
@@ -131,8 +133,9 @@ public class SafetensorsTests {
         var tensors = Tensors(golden, GoldenWeights);
         var wte = tensors[0];
         tensors.AddRange([
-            new("h.0.attn.bias", "BOOL", [1, 1, 4, 4], new byte[16]), new("transformer.h.1.attn.bias", "F32", [1], new byte[4]),
-            new("h.0.attn.masked_bias", "F32", [], new byte[4]), wte with { Name = "lm_head.weight" },
+            new("h.0.attn.bias", "BOOL", [1, 1, 4, 4], new byte[16]), wte with { Name = "lm_head.weight" },
+            new("transformer.h.1.attn.bias", "F32", [1], new byte[4]),
+            new("h.0.attn.masked_bias", "F32", [], new byte[4]),
         ]);
         WriteShards(folder["hf"], golden, tensors.AsEnumerable().Reverse(), 5);
         await SameBits(Read(folder["hf"], golden), GoldenWeights);
@@ -149,7 +152,7 @@ public class SafetensorsTests {
 
     [Test]
     [Arguments("\"gelu_new\"", "\"gelu_pytorch_tanh\""), Arguments("\"n_inner\": null", "\"n_inner\": 192")]
-    [Arguments("1e-05", "0.00001"), Arguments("\"reorder_and_upcast_attn\": false", "\"reorder_and_upcast_attn\": true")]
+    [Arguments("1e-05", "0.00001"), Arguments("upcast_attn\": false", "upcast_attn\": true")]
     [Arguments("\"n_layer\": 2,", ""), Arguments("\"tie_word_embeddings\": true,", "")]
     public async Task Other_words_for_the_same_architecture_are_accepted(string word, string other) {
         using var folder = new TemporaryFolder();
@@ -212,7 +215,8 @@ public class SafetensorsTests {
             Safetensors.ExportFolder(folder["hf"], file, config, StoredType.Bf16);
         using var json = JsonDocument.Parse(File.ReadAllBytes(folder["hf/tokenizer.json"]));
         var model = json.RootElement.GetProperty("model");
-        var ids = model.GetProperty("vocab").EnumerateObject().ToDictionary(each => each.Name, each => each.Value.GetInt32());
+        var ids = model.GetProperty("vocab").EnumerateObject()
+            .ToDictionary(each => each.Name, each => each.Value.GetInt32());
         var merges = model.GetProperty("merges").EnumerateArray().Select(each => each.GetString()!).ToArray();
         await Same(ids.Values, Enumerable.Range(0, 50257));
         await Same(merges.Select(merge => ids[merge.Replace(" ", "")]), Enumerable.Range(256, 50000));
@@ -261,8 +265,10 @@ public class SafetensorsTests {
         ["name twice"] = ("JSON h.0.ln_1.bias", Replaced("h.0.ln_2.bias", "h.0.ln_1.bias")),
         ["name with and without prefix"] = ("ln_f.bias again", Tensor("transformer.ln_f.bias", "F32", 2)),
         ["type unknown"] = ("ln_f.bias Q77", Tensor("more.ln_f.bias", "Q77", 2)),
-        ["type that is no string"] = ("wpe.weight", Replaced("\"wpe.weight\":{\"dtype\":\"F32\"", "\"wpe.weight\":{\"dtype\":32")),
-        ["weights of integers"] = ("ln_f.bias F32 I32", Replaced("\"ln_f.bias\":{\"dtype\":\"F32\"", "\"ln_f.bias\":{\"dtype\":\"I32\"")),
+        ["type that is no string"] = ("wpe.weight",
+            Replaced("wpe.weight\":{\"dtype\":\"F32\"", "wpe.weight\":{\"dtype\":32")),
+        ["weights of integers"] = ("ln_f.bias F32 I32",
+            Replaced("ln_f.bias\":{\"dtype\":\"F", "ln_f.bias\":{\"dtype\":\"I")),
         ["shape that overflows"] = ("wpe.weight", Replaced("[3,2]", "[4294967296,4294967296,4]")),
         ["shape that overflows to its size"] = ("wpe.weight", Replaced("[3,2]", "[9223372036854775807,2,3]")),
         ["shape below 0"] = ("wpe.weight", Replaced("[3,2]", "[-3,-2]")),
@@ -271,22 +277,23 @@ public class SafetensorsTests {
         ["shape of too many channels"] = ("wpe.weight [2, 3]", Replaced("[3,2]", "[2,3]")),
         ["offsets that overlap"] = ("byte wpe.weight", Offsets("[40,64]", "[36,60]")),
         ["offsets with a gap"] = ("byte wpe.weight", Offsets("[40,64]", "[44,68]")),
-        ["offsets beyond the end"] = ("byte h.0.ln_1.weight", Offsets("[40,64]", "[4000,4024]")),
+        ["offsets beyond the end"] = ("wpe.weight", Offsets("[40,64]", "[4000,4024]")),
         ["offsets that overflow"] = ("wpe.weight", Offsets("[40,64]", "[9223372036854775800,9223372036854775807]")),
         ["offsets below 0"] = ("wpe.weight", Offsets("[40,64]", "[-24,0]")),
         ["offsets reversed"] = ("wpe.weight", Offsets("[40,64]", "[64,40]")),
         ["one offset"] = ("wpe.weight", Offsets("[40,64]", "[40]")),
         ["no offsets"] = ("wpe.weight", Replaced("\"data_offsets\":[40,64]", "\"x\":1")),
         ["bytes after the tensors"] = ("bytes", folder => File.AppendAllText(Model(folder), "x")),
-        ["bytes missing"] = ("bytes", folder => File.WriteAllBytes(Model(folder), File.ReadAllBytes(Model(folder))[..^1])),
+        ["bytes missing"] = ("bytes", folder =>
+            File.WriteAllBytes(Model(folder), File.ReadAllBytes(Model(folder))[..^1])),
         ["tensor missing"] = ("ln_f.weight none", Replaced("ln_f.weight", "ln_g.weight")),
         ["layer missing"] = ("h.0.ln_1.bias none", Replaced("h.0.ln_1.bias", "h.1.ln_1.bias")),
         ["tensor of another model"] = ("score.weight", Tensor("score.weight", "F32", 2)),
         ["name that is no text"] = (@"GPT-2 found", Tensor(@"\u001b[31m\n\u0000", "F32", 2)),
         ["surrogate in a name"] = ("JSON", Tensor(@"\ud800", "F32", 2)),
         ["head of another size"] = ("lm_head.weight", Tensor("lm_head.weight", "F32", 2)),
-        ["head that is not tied"] = ("lm_head.weight wte", folder => Write(folder, tiny, [.. Tensors(tiny, Weights(tiny)),
-            new("lm_head.weight", "F32", [5, 2], new byte[40])])),
+        ["head that is not tied"] = ("lm_head.weight wte", folder => Write(folder, tiny,
+            [.. Tensors(tiny, Weights(tiny)), new("lm_head.weight", "F32", [5, 2], new byte[40])])),
         ["weight that is not finite"] = ("lnfb finite Infinity", folder => {
             var weights = Weights(tiny);
             weights[^1] = float.PositiveInfinity;
@@ -299,28 +306,33 @@ public class SafetensorsTests {
         ["index of a list"] = ("weight_map", Index("{\"weight_map\": []}")),
         ["index of nothing"] = ("weight_map", Index("{\"weight_map\": {\"a\": null}}")),
         ["index of a number"] = ("weight_map", Index("{\"weight_map\": {\"a\": 1}}")),
-        ["index that escapes"] = ("weight_map ../a.safetensors", Index("{\"weight_map\": {\"a\": \"../a.safetensors\"}}")),
-        ["index that escapes far"] = ("weight_map /a.safetensors", Index("{\"weight_map\": {\"a\": \"/a.safetensors\"}}")),
+        ["index that escapes"] = ("weight_map ../a.safetensors",
+            Index("{\"weight_map\": {\"a\": \"../a.safetensors\"}}")),
+        ["index that escapes far"] = ("weight_map /a.safetensors",
+            Index("{\"weight_map\": {\"a\": \"/a.safetensors\"}}")),
         ["index with a null"] = ("weight_map", Index("{\"weight_map\": {\"a\": \"a\\u0000.safetensors\"}}")),
         ["index with a line feed"] = ("weight_map", Index("{\"weight_map\": {\"a\": \"a.safetensors\\n\"}}")),
         ["index of other files"] = ("weight_map config.json", Index("{\"weight_map\": {\"a\": \"config.json\"}}")),
-        ["index of a file that is not there"] = ("a.safetensors none", Index("{\"weight_map\": {\"a\": \"a.safetensors\"}}")),
-        ["configuration that is not JSON"] = ("config.json JSON", folder => File.WriteAllText($"{folder}/config.json", "{")),
-        ["configuration without 64 channels a head"] = ("config.json n_head", folder => File.Delete($"{folder}/config.json")),
-        ["configuration of other heads"] = ("config.json n_head 3", Configured("\"n_head\": 1", "\"n_head\": 3")),
-        ["configuration of no heads"] = ("config.json n_head 0", Configured("\"n_head\": 1", "\"n_head\": 0")),
-        ["configuration of words"] = ("config.json n_head one", Configured("\"n_head\": 1", "\"n_head\": \"one\"")),
-        ["configuration of another activation"] = ("config.json activation_function relu", Configured("gelu_new", "relu")),
-        ["configuration of another n_inner"] = ("n_inner 9", Configured("\"n_inner\": null", "\"n_inner\": 9")),
-        ["configuration of another scale"] = ("scale_attn_weights false", Configured("weights\": true", "weights\": false")),
-        ["configuration of scaled layers"] = ("scale_attn_by_inverse_layer_idx true", Configured("idx\": false", "idx\": true")),
-        ["configuration of another epsilon"] = ("layer_norm_epsilon 1e-06", Configured("1e-05", "1e-06")),
-        ["configuration of another head"] = ("tie_word_embeddings false", Configured("dings\": true", "dings\": false")),
-        ["configuration of another model"] = ("model_type gpt_neo", Configured("\"gpt2\"", "\"gpt_neo\"")),
-        ["configuration of an encoder"] = ("add_cross_attention true", Configured("attention\": false", "attention\": true")),
-        ["configuration of another vocabulary"] = ("vocab_size 5 6", Configured("size\": 5", "size\": 6")),
-        ["configuration of other layers"] = ("n_layer 1 2", Configured("layer\": 1", "layer\": 2")),
-        ["configuration of a longer context"] = ("n_positions 3 4", Configured("positions\": 3", "positions\": 4")),
+        ["index of no such file"] = ("a.safetensors none", Index("{\"weight_map\": {\"a\": \"a.safetensors\"}}")),
+        ["configuration that is not JSON"] = ("config.json JSON", folder =>
+            File.WriteAllText($"{folder}/config.json", "{")),
+        ["no configuration, nor 64 channels"] = ("config.json n_head", folder =>
+            File.Delete($"{folder}/config.json")),
+        ["config of other heads"] = ("config.json n_head 3", Configured("\"n_head\": 1", "\"n_head\": 3")),
+        ["config of no heads"] = ("config.json n_head 0", Configured("\"n_head\": 1", "\"n_head\": 0")),
+        ["config of words"] = ("config.json n_head one", Configured("\"n_head\": 1", "\"n_head\": \"one\"")),
+        ["config of another activation"] = ("config.json activation_function relu", Configured("gelu_new", "relu")),
+        ["config of another n_inner"] = ("n_inner 9", Configured("\"n_inner\": null", "\"n_inner\": 9")),
+        ["config of another scale"] = ("scale_attn_weights false", Configured("weights\": true", "weights\": false")),
+        ["config of scaled layers"] = ("scale_attn_by_inverse_layer_idx true",
+            Configured("idx\": false", "idx\": true")),
+        ["config of another epsilon"] = ("layer_norm_epsilon 1e-06", Configured("1e-05", "1e-06")),
+        ["config of another head"] = ("tie_word_embeddings false", Configured("dings\": true", "dings\": false")),
+        ["config of another model"] = ("model_type gpt_neo", Configured("\"gpt2\"", "\"gpt_neo\"")),
+        ["config of an encoder"] = ("add_cross_attention true", Configured("attention\": false", "attention\": true")),
+        ["config of another vocabulary"] = ("vocab_size 5 6", Configured("size\": 5", "size\": 6")),
+        ["config of other layers"] = ("n_layer 1 2", Configured("layer\": 1", "layer\": 2")),
+        ["config of a longer context"] = ("n_positions 3 4", Configured("positions\": 3", "positions\": 4")),
     };
 
     static string Model(string folder) => $"{folder}/model.safetensors";
@@ -342,11 +354,12 @@ public class SafetensorsTests {
         File.WriteAllBytes(Model(folder), [.. Content([], header.Replace(text, by)), .. all[(8 + header.Length)..]]);
     };
 
-    static Action<string> Offsets(string text, string by) => Replaced($"\"data_offsets\":{text}", $"\"data_offsets\":{by}");
+    static Action<string> Offsets(string text, string by) =>
+        Replaced($"\"data_offsets\":{text}", $"\"data_offsets\":{by}");
 
     /// <summary>One tensor more.</summary>
-    static Action<string> Tensor(string name, string type, int count) => folder => File.WriteAllBytes(Model(folder), Content(
-        [.. Tensors(tiny, Weights(tiny), prefix: ""), new(name, type, [count], new byte[4 * count])]));
+    static Action<string> Tensor(string name, string type, int count) => folder => File.WriteAllBytes(Model(folder),
+        Content([.. Tensors(tiny, Weights(tiny), prefix: ""), new(name, type, [count], new byte[4 * count])]));
 
     static Action<string> Index(string text) => folder => {
         File.Delete(Model(folder));
@@ -385,7 +398,8 @@ public class SafetensorsTests {
     }
 
     [Test]
-    [Arguments("model.safetensors", 4000), Arguments("model.safetensors.index.json", 1500), Arguments("config.json", 1500)]
+    [Arguments("model.safetensors", 4000), Arguments("model.safetensors.index.json", 1500)]
+    [Arguments("config.json", 1500)]
     public async Task A_mutated_file_loads_or_is_refused(string name, int count) {
         using var folder = new TemporaryFolder();
         if (name.EndsWith("index.json"))
@@ -394,8 +408,9 @@ public class SafetensorsTests {
             Write(folder["hf"], tiny, Tensors(tiny, Weights(tiny)));
         var (path, random, refused) = (folder[$"hf/{name}"], new Random(1), 0);
         var whole = File.ReadAllBytes(path);
-        var length = name == "model.safetensors" ? 8 + (int)BitConverter.ToInt64(whole) : whole.Length; // of what is text
-        string[] words = ["0", "-1", "1e99", "null", "[]", "{}", "\"", ",", "9223372036854775807", "\\u0000", "\\ud800", ".."];
+        var length = name == "model.safetensors" ? 8 + (int)BitConverter.ToInt64(whole) : whole.Length; // of the JSON
+        string[] words =
+            ["0", "-1", "1e99", "null", "[]", "{}", "\"", ",", "9223372036854775807", "\\u0000", "\\ud800", ".."];
         for (var i = 0; i < count; i++) {
             var bytes = whole.ToList();
             for (var changes = random.Next(1, 4); changes > 0; changes--) {
@@ -405,14 +420,14 @@ public class SafetensorsTests {
                     case 0: bytes[at] = (byte)random.Next(256); break;
                     case 1: bytes[at] ^= (byte)(1 << random.Next(8)); break;
                     case 2: bytes.RemoveRange(at, size); break;
-                    case 3: bytes.InsertRange(random.Next(Math.Min(length, bytes.Count)), bytes.GetRange(at, size)); break;
+                    case 3: bytes.InsertRange(random.Next(at + 1), bytes.GetRange(at, size)); break;
                     case 4: bytes.InsertRange(at, Encoding.UTF8.GetBytes(words[random.Next(words.Length)])); break;
                     default: bytes[at] = (byte)"0123456789[]{}\",:"[random.Next(17)]; break;
                 }
                 if (bytes.Count == 0)
                     break;
             }
-            if (length < whole.Length && random.Next(2) == 0) // keeps the header's size right, so that more of it is read
+            if (length < whole.Length && random.Next(2) == 0) // the header's size is right, so that more of it is read
                 bytes = [.. BitConverter.GetBytes((long)(bytes.Count - whole.Length + length - 8)), .. bytes.Skip(8)];
             File.WriteAllBytes(path, [.. bytes]);
             var (watch, before) = (Stopwatch.StartNew(), GC.GetAllocatedBytesForCurrentThread());
@@ -425,8 +440,99 @@ public class SafetensorsTests {
                 throw new InvalidOperationException($"mutation {i}: {Encoding.UTF8.GetString([.. bytes])}", e);
             }
             await Assert.That(watch.Elapsed).IsLessThan(TimeSpan.FromSeconds(5)).Because($"mutation {i}");
-            await Assert.That(GC.GetAllocatedBytesForCurrentThread() - before).IsLessThan(64 << 20).Because($"mutation {i}");
+            var allocated = GC.GetAllocatedBytesForCurrentThread() - before;
+            await Assert.That(allocated).IsLessThan(64 << 20).Because($"mutation {i}");
         }
         await Assert.That(refused).IsBetween(count / 10, count - 1);
+    }
+}
+
+/// <summary>Such models on the real binary.</summary>
+public class SafetensorsCommandTests {
+    [Test]
+    public async Task Every_command_takes_an_exported_model() {
+        using var folder = Folders.Goldens();
+        var exported = await Gpt2Process.Succeed(folder.Path, "export -e model.bin -o hf/");
+        await Assert.That(exported.Sentences.Single()).Contains("no tokenizer").And.Contains("211");
+        await Assert.That(Folders.Names(folder["hf"]))
+            .IsEqualTo("config.json generation_config.json model.safetensors");
+        foreach (var command in (string[])["sample --prompt-ids 1,2 -n 9", "eval -j val.bin -b 2 -t 21"]) {
+            var expected = await Gpt2Process.Succeed(folder.Path, $"{command} -e model.bin");
+            foreach (var path in (string[])["hf", "hf/model.safetensors"]) {
+                var found = await Gpt2Process.Succeed(folder.Path, $"{command} -e {path}");
+                await Assert.That(found.Output).IsEqualTo(expected.Output);
+            }
+        }
+        await Gpt2Process.Succeed(folder.Path, "verify -e hf --state state.bin");
+        await Gpt2Process.Succeed(folder.Path, "bench -e hf -b 1 -t 21 -x 1");
+        // Finetuning from either gives the same model, and resumes with either.
+        foreach (var (model, run) in ((string, string)[])[("model.bin", "one"), ("hf", "two")]) {
+            const string train = "train -i train.bin -j val.bin -b 2 -t 21 -d 42";
+            await Gpt2Process.Succeed(folder.Path, $"{train} -x 2 -e {model} -o {run}");
+            await Gpt2Process.Succeed(folder.Path, $"{train} -x 3 -e {model} -o {run} --resume");
+            await Gpt2Process.Succeed(folder.Path, $"export -e {run} -o {run}.bin --type bf16");
+        }
+        await Same(File.ReadAllBytes(folder["two.bin"]), File.ReadAllBytes(folder["one.bin"]));
+    }
+
+    [Test]
+    public async Task A_text_model_samples_text_and_has_a_tokenizer() {
+        using var folder = new TemporaryFolder();
+        Folders.WriteModel(folder["model.bin"], 32, 50257, 1, 1, 8, 50304);
+        var exported = await Gpt2Process.Succeed(folder.Path, "export -e model.bin -o hf --type fp16");
+        await Assert.That(exported.Output + exported.Error).IsEmpty();
+        await Assert.That(Folders.Names(folder["hf"])).IsEqualTo(
+            "config.json generation_config.json model.safetensors tokenizer.json tokenizer_config.json");
+        foreach (var name in (string[])["config", "generation_config", "tokenizer", "tokenizer_config"])
+            JsonDocument.Parse(File.ReadAllBytes(folder[$"hf/{name}.json"])).Dispose();
+        var sample = await Gpt2Process.Succeed(folder.Path, "sample -e hf -n 2 -p Hello");
+        await Assert.That(sample.Output).StartsWith("Hello");
+    }
+
+    [Test]
+    [Arguments("export -e model.bin -o old", 1, "old expected new folder")]
+    [Arguments("export -e model.bin -o val.bin/new", 1, "val.bin expected")]
+    [Arguments("export -e model.bin -o new.bin --type fp16", 2, "--type fp16")]
+    [Arguments("export -e model.bin -o new --type int8", 2, "--type fp32 int8")]
+    [Arguments("export -e model.bin", 2, "--out")]
+    [Arguments("export -o new", 2, "--init")]
+    [Arguments("export -e d12 -o new", 1, "d12 expected")]
+    [Arguments("export -e old -o new", 1, "old model.safetensors DONE")]
+    [Arguments("export -e nan.bin -o new", 1, "ln_f.bias finite NaN")]
+    [Arguments("export -e nan.bin -o new.bin", 1, "ln_f.bias finite NaN")]
+    [Arguments("export -e nan.bin -o new --device cpu", 2, "--device")]
+    [Arguments("sample -e bad.safetensors --prompt-ids 1", 1, "bad.safetensors header")]
+    public async Task Bad_words_are_refused_and_leave_nothing(string command, int status, string words) {
+        using var folder = Folders.Goldens();
+        Directory.CreateDirectory(folder["old"]);
+        File.WriteAllText(folder["old/file"], "");
+        File.Copy(folder["model.bin"], folder["bad.safetensors"]);
+        var nan = File.ReadAllBytes(folder["model.bin"]);
+        BitConverter.TryWriteBytes(nan.AsSpan(nan.Length - 4), float.NaN);
+        File.WriteAllBytes(folder["nan.bin"], nan);
+        var before = Folders.Contents(folder.Path);
+        var result = await Gpt2Process.Run(folder.Path, command);
+        await Assert.That(result.ExitCode).IsEqualTo(status).Because(result.ToString());
+        foreach (var word in words.Split(' '))
+            await Assert.That(result.Sentences.Single()).Contains(word);
+        await Assert.That(Folders.Contents(folder.Path)).IsEqualTo(before);
+        await Assert.That(Directory.GetDirectories(folder.Path)).Count().IsEqualTo(1);
+    }
+
+    [Test]
+    public async Task A_full_disk_leaves_nothing() {
+        using var folder = Folders.Goldens();
+        var result = await Gpt2Process.RunLimited(100, folder.Path, "export -e model.bin -o hf");
+        await Assert.That(result.ExitCode).IsEqualTo(1);
+        await Assert.That(result.Sentences.Single()).Contains("model.safetensors: expected ");
+        await Assert.That(Directory.GetDirectories(folder.Path)).IsEmpty();
+    }
+
+    [Test]
+    public async Task Help_names_every_option() {
+        var help = await Gpt2Process.Succeed(".", "export --help");
+        foreach (var option in (string[])["-e, --init <string>", "-o, --out <string>", "--type <Stored", "--verbose"])
+            await Assert.That(help.Output).Contains($"  {option}");
+        await Assert.That(help.Output).DoesNotContain("--device").And.DoesNotContain("--precision");
     }
 }

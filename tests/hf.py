@@ -39,9 +39,10 @@ def check(name, passed, detail=""):
 
 def run(*words):
     """Standard output of a command of gpt2; a failure is a check that fails."""
-    result = subprocess.run([GPT2, *map(str, words)], capture_output=True, encoding="utf-8", errors="replace", timeout=600)
+    words = [GPT2, *map(str, words)]
+    result = subprocess.run(words, capture_output=True, encoding="utf-8", errors="replace", timeout=600)
     if result.returncode:
-        check(f"gpt2 {' '.join(map(str, words))}", False, f"exit status {result.returncode}: {result.stderr.strip()}")
+        check(" ".join(words), False, f"exit status {result.returncode}: {result.stderr.strip()}")
     return result.stdout
 
 
@@ -185,10 +186,10 @@ def check_models(work):
 
 def check_tokenizer(work):
     tokenizer = AutoTokenizer.from_pretrained(work / "text-fp32-out")
-    ranges = [(0x9, 2), (0x20, 0x5F), (0x85, 1), (0xA0, 0x60), (0x370, 8), (0x5D0, 9), (0x627, 9), (0x905, 9), (0x300, 4),
-              (0x2000, 16), (0x3000, 3), (0x4E00, 99), (0xAC00, 99), (0xFE0F, 1), (0x1F600, 60), (0x20000, 9)]
+    ranges = [(0x9, 2), (0x20, 0x5F), (0x85, 1), (0xA0, 0x60), (0x370, 8), (0x5D0, 9), (0x627, 9), (0x905, 9),
+              (0x300, 4), (0x2000, 16), (0x3000, 3), (0x4E00, 99), (0xAC00, 99), (0x1F600, 60), (0x20000, 9)]
     odd = "".join(chr(c) for first, n in ranges for c in range(first, first + n))
-    odd += odd[::-1] + odd[::3] + " " * 40 + "\n\n\n" + "it's we'll they've I'd you're 'S" + "x" * 500 + "0123456789" * 9
+    odd += odd[::-1] + odd[::3] + " " * 40 + "\n\n\n" + "it's we'll they've I'd you're 'S" + "x" * 500 + "012345678" * 9
     texts = {"golden": (GOLDEN / "tokenizer.txt").read_text(encoding="utf-8"), "odd": odd}
     for name, text in texts.items():
         (work / f"{name}.txt").write_bytes(text.encode())
