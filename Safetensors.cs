@@ -2,7 +2,7 @@ using System.Text.Json;
 
 namespace Gpt2;
 
-/// <summary>Types of weights in files: IEEE single precision, its upper half, IEEE half precision.</summary>
+/// <summary>Types of weights in files: DataType's, and IEEE half precision.</summary>
 public enum StoredType { Fp32, Bf16, Fp16 }
 
 /// <summary>A GPT-2 of Hugging Face's transformers: model.safetensors, or several such files and an index, beside
@@ -39,7 +39,7 @@ public sealed class Safetensors : BinaryFile {
 
     static long Product(long[] shape) => shape.Aggregate(1L, (product, n) => checked(product * n));
 
-    static string Text(long[] shape) => $"[{string.Join(", ", shape.Take(8))}]";
+    static string Text(long[] shape) => shape.Length == 0 ? "none" : $"[{string.Join(", ", shape.Take(8))}]";
 
     /// <summary>A text that can stand in a sentence.</summary>
     static string Short(string text) =>
@@ -63,8 +63,8 @@ public sealed class Safetensors : BinaryFile {
             L++;
         var (wte, wpe) = (ShapeOf("wte.weight"), ShapeOf("wpe.weight"));
         Require(wte is [> 1 and <= 65536, > 0 and <= 65536] && wpe is [> 0 and <= IDevice.LongestT, _] && L <= 1000,
-            "wte.weight [2 to 65536, 1 to 65536], wpe.weight [1 to 131072, ...], 1 to 1000 layers",
-            $"{Text(wte)}, {Text(wpe)}, {L}");
+            "a GPT-2: wte.weight [2 to 65536, 1 to 65536], wpe.weight [1 to 131072, ...], up to 1000 layers",
+            $"{Text(wte)}, {Text(wpe)}, {L} layers");
         Config = new((int)wpe[0], (int)wte[0], ((int)wte[0] + 127) / 128 * 128, L, 1, (int)wte[1]);
         parts = new(PartsOf(Config));
         foreach (var name in parts.Select(part => part.Name).Union(tensors.Keys)) {
@@ -148,7 +148,7 @@ public sealed class Safetensors : BinaryFile {
     /// <exception cref="Gpt2Exception">It is not JSON, or not what <paramref name="read"/> takes.</exception>
     static List<T> ReadJson<T>(
         BinaryFile file, long at, long size, string expected, Func<string, JsonElement, T> read) {
-        const int most = 100_000_000; // as in the safetensors library
+        const int most = 10_000_000; // several times what 1000 layers take
         file.Require(size <= most, $"at most {most} bytes of JSON", $"{size}");
         var (text, result, last) = (new byte[size], new List<T>(), default(JsonProperty?));
         file.Read(text.AsSpan(), at);
@@ -280,7 +280,7 @@ public sealed class Safetensors : BinaryFile {
 
     /// <summary>Copies a layer without its padding, which is beyond its shape.</summary>
     static void Write(Stream to, BinaryFile file, Part part, StoredType type) {
-        var (buffer, left) = (new float[part.IsTransposed ? part.Count : Tensor.ChunkSize], Product(part.Shape));
+        var buffer = new float[part.IsTransposed ? part.Count : Math.Min(part.Count, Tensor.ChunkSize)];
         for (var i = 0L; i < part.Count; i += buffer.Length) {
             var values = buffer.AsSpan(0, (int)Math.Min(buffer.Length, part.Count - i));
             file.ReadWeights(values);
@@ -289,14 +289,14 @@ public sealed class Safetensors : BinaryFile {
                 Transpose(buffer, part.Rows, part.Columns, turned);
                 values = turned;
             }
-            values = values[..(int)Math.Clamp(left - i, 0, values.Length)];
+            values = values[..(int)Math.Clamp(Product(part.Shape) - i, 0, values.Length)];
             var halves = new ushort[type == StoredType.Fp32 ? 0 : values.Length];
             if (type == StoredType.Bf16)
                 BFloat16.Round(values, halves);
             for (var j = 0; type == StoredType.Fp16 && j < halves.Length; j++)
                 halves[j] = BitConverter.HalfToUInt16Bits((Half)(values[j] = (float)(Half)values[j]));
             if (Numbers.NotFinite(values) is { } value)
-                throw new Gpt2Exception($"{part.Name}: expected finite weights (fp16: up to 65504), found {value}");
+                throw file.Fail("finite weights (in fp16, up to 65504)", $"{value} in {part.Name}");
             to.Write(type == StoredType.Fp32 ? MemoryMarshal.AsBytes(values) : MemoryMarshal.AsBytes(halves.AsSpan()));
         }
     }

@@ -427,7 +427,7 @@ public sealed class Checkpoints(string folder) {
     public static (BinaryFile File, Config Config) Open(string path) {
         path = !Directory.Exists(path) ? path : new Checkpoints(path) is { Last: { } last } run ? run.ModelPath(last)
             : Safetensors.In(path) ?? throw new Gpt2Exception(
-                $"{path}: expected a folder with a complete checkpoint (DONE_...) or model.safetensors, found neither");
+                $"{path}: expected a folder with a complete checkpoint (DONE_...) or model.safetensors, found none");
         return !Path.GetFileName(path).Contains(".safetensors") ? Config.Open(path)
             : new Safetensors(path) is var file ? (file, file.Config) : default;
     }

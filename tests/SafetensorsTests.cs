@@ -255,6 +255,7 @@ public class SafetensorsTests {
         ["header of 2^63 bytes"] = ("header bytes", Header(long.MinValue)),
         ["header of 2^62 bytes"] = ("header 4611686018427387904", Header(1L << 62)),
         ["header past the end"] = ("header 1000000", Header(1_000_000)),
+        ["header of 11 MB"] = ("10000000 11000000", Text(new string(' ', 11_000_000))),
         ["header of 0 bytes"] = ("JSON", Header(0)),
         ["header cut off"] = ("JSON", Header(50)),
         ["header that is a list"] = ("JSON", Text("[1, 2]")),
