@@ -70,13 +70,12 @@ public sealed class Safetensors : BinaryFile {
         foreach (var name in parts.Select(part => part.Name).Union(tensors.Keys)) {
             var part = name == "lm_head.weight" ? parts.Peek() : parts.FirstOrDefault(part => part.Name == name);
             Require(part != null, "GPT-2's tensors alone", name);
-            Require(ShapeOf(name).SequenceEqual(part!.Shape) && types.Contains(tensors[name].Type),
-                $"{name} {Text(part.Shape)} in F32, F16 or BF16", $"{Text(ShapeOf(name))} in {TypeOf(name)}");
+            Require(ShapeOf(name).SequenceEqual(part!.Shape), $"{name} {Text(part.Shape)}", Text(ShapeOf(name)));
+            Require(types.Contains(tensors[name].Type), $"{name} in F32, F16 or BF16", tensors[name].Type);
         }
         Config = Config with { NH = ReadHeads(Path.Combine(folder, "config.json")) };
 
         long[] ShapeOf(string name) => tensors.GetValueOrDefault(name)?.Shape ?? [];
-        string TypeOf(string name) => tensors.GetValueOrDefault(name)?.Type ?? "none";
     }
 
     /// <summary>The model's sizes.</summary>
