@@ -307,11 +307,15 @@ public sealed class Safetensors : BinaryFile {
         string[] tokens = [.. Enumerable.Range(0, Tokenizer.EndOfTextId + 1).Select(tokenizer.Letters)];
         var vocabulary = tokens.Select((token, id) => $"{Quoted(token)}: {id}");
         var merges = tokenizer.Merges.Select(two => Quoted($"{tokens[two.Left]} {tokens[two.Right]}"));
-        const string bytes = """{"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": false}""";
+        const string bytes =
+            """{"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": false, "use_regex": true}""";
         return $$"""
-            "version": "1.0", "pre_tokenizer": {{bytes}}, "post_processor": {{bytes}}, "decoder": {{bytes}},
+            "version": "1.0", "truncation": null, "padding": null, "normalizer": null,
+              "pre_tokenizer": {{bytes}}, "post_processor": {{bytes}}, "decoder": {{bytes}},
               "added_tokens": [{"id": {{Tokenizer.EndOfTextId}}, "content": "{{Tokenizer.EndOfText}}", "special": true,
-              "single_word": false, "lstrip": false, "rstrip": false, "normalized": false}], "model": {"type": "BPE",
+              "single_word": false, "lstrip": false, "rstrip": false, "normalized": false}],
+              "model": {"type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": "",
+              "end_of_word_suffix": "", "fuse_unk": false, "byte_fallback": false,
               "vocab": {{{string.Join(",\n", vocabulary)}}}, "merges": [{{string.Join(",\n", merges)}}]}
             """;
     }

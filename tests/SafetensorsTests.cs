@@ -214,6 +214,10 @@ public class SafetensorsTests {
         using (file)
             Safetensors.ExportFolder(folder["hf"], file, config, StoredType.Bf16);
         using var json = JsonDocument.Parse(File.ReadAllBytes(folder["hf/tokenizer.json"]));
+        // Some readers need these although they are null or the default.
+        foreach (var name in (string[])["truncation", "padding", "normalizer", "post_processor", "decoder"])
+            await Assert.That(json.RootElement.TryGetProperty(name, out _)).IsTrue().Because(name);
+        await Assert.That(json.RootElement.GetProperty("pre_tokenizer").GetProperty("use_regex").GetBoolean()).IsTrue();
         var model = json.RootElement.GetProperty("model");
         var ids = model.GetProperty("vocab").EnumerateObject()
             .ToDictionary(each => each.Name, each => each.Value.GetInt32());
