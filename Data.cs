@@ -34,17 +34,21 @@ public sealed class Gpt2Exception(string message, bool usage = false) : Exceptio
 
 /// <summary>A binary file of llm.c, opened for reading: a header of 256 int32, which begins with a magic number and a
 /// version, then data. All of it is little-endian.</summary>
-public sealed class BinaryFile : IDisposable {
+public class BinaryFile : IDisposable {
     public const int HeaderLength = 256, HeaderBytes = HeaderLength * sizeof(int);
 
     readonly FileStream stream;
 
-    /// <summary>Opens a file and reads its header.</summary>
+    /// <summary>Opens a file of another format.</summary>
     /// <param name="kind">What the file should be, for error messages.</param>
-    /// <exception cref="Gpt2Exception">It is something else.</exception>
-    public BinaryFile(string path, string kind, int magic, params ReadOnlySpan<int> versions) {
+    public BinaryFile(string path, string kind) {
         stream = new FileStream(path, FileMode.Open, FileAccess.Read, FileShare.Read);
         Require(stream.CanSeek, $"{kind} in a file", "a pipe");
+    }
+
+    /// <summary>Opens a file and reads its header.</summary>
+    /// <exception cref="Gpt2Exception">It is something else.</exception>
+    public BinaryFile(string path, string kind, int magic, params ReadOnlySpan<int> versions) : this(path, kind) {
         Require(Length >= HeaderBytes, $"{kind} with a header of {HeaderBytes} bytes", $"a file of {Length} bytes");
         Read(Header.AsSpan());
         Check("magic number", 0, Header[0] == magic, $"of {kind} ({magic})");
@@ -84,6 +88,14 @@ public sealed class BinaryFile : IDisposable {
         var bytes = MemoryMarshal.AsBytes(values);
         if (stream.ReadAtLeast(bytes, bytes.Length, throwOnEndOfStream: false) < bytes.Length)
             throw Fail("more data", $"its end at byte {Length}");
+    }
+
+    /// <summary>Fills a span with the weights that come next in a model, whatever their type.</summary>
+    public virtual void ReadWeights(Span<float> values) {
+        if (Header[1] == 5)
+            ReadBFloat16(values);
+        else
+            Read(values);
     }
 
     /// <summary>Fills a span with the bfloat16 values that come next.</summary>
@@ -565,6 +577,19 @@ public sealed class Tokenizer {
         ranks = Enumerable.Range(0, EndOfTextId).ToDictionary(token => XxHash3.HashToUInt64(vocabulary[token]));
     }
 
+    /// <summary>The two tokens that each one is merged from, in the order of ranks: all but the 256 bytes and the mark.
+    /// </summary>
+    public IEnumerable<(int Left, int Right)> Merges => Enumerable.Range(256, EndOfTextId - 256).Select(token => {
+        var (parts, count) = (new ushort[vocabulary[token].Length], 0);
+        EncodePiece(vocabulary[token], parts, ref count, below: (ushort)token);
+        return ((int)parts[0], (int)parts[1]);
+    });
+
+    /// <summary>A token in GPT-2's letters for bytes. The first 188 tokens are the printable bytes, which stand for
+    /// themselves; the next 68 are the others, for which there are the letters from U+0100 on.</summary>
+    public string Letters(int token) => string.Concat(vocabulary[token].Select(value =>
+        (char)(Rank([value]) is var rank && rank < 188 ? value : 0x100 + rank - 188)));
+
     /// <summary>Whether a token stands for text, and not for its end.</summary>
     public static bool IsText(int token) => token != EndOfTextId;
 
@@ -635,8 +660,10 @@ public sealed class Tokenizer {
     /// leftmost first. Of a piece longer than Window, keeps only the tokens in the first Window − Reach bytes, as the
     /// bytes after Window might change the others. The rest can be encoded as a piece of its own: merges on one side of
     /// a place between two tokens do not depend on the other side.</summary>
+    /// <param name="below">Uses only the tokens below this one.</param>
     /// <returns>Number of bytes encoded.</returns>
-    int EncodePiece(ReadOnlySpan<byte> piece, Span<ushort> tokens, ref int count) {
+    int EncodePiece(ReadOnlySpan<byte> piece, Span<ushort> tokens, ref int count, ushort below = None) {
+        ushort Rank(ReadOnlySpan<byte> bytes) => this.Rank(bytes) is var rank && rank < below ? rank : None;
         if (Rank(piece) is var whole and not None) {
             tokens[count++] = whole;
             return piece.Length;

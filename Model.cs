@@ -492,10 +492,7 @@ public sealed class Model {
         foreach (var cut in cuts) {
             for (long done = 0; done < cut.Count; done += buffer.Length) {
                 var values = buffer.AsSpan(0, (int)Math.Min(buffer.Length, cut.Count - done));
-                if (file.Header[1] == 5)
-                    file.ReadBFloat16(values);
-                else
-                    file.Read(values);
+                file.ReadWeights(values);
                 if (Numbers.NotFinite(values) is { } value)
                     throw file.Fail("finite weights", $"{value} in {Config.Parameters[cut.Tensor].Name}");
                 Set(holders, cut.Tensor, cut.First + done, values);

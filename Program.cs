@@ -15,7 +15,7 @@ app.ConfigureGlobalOptions((ref options) => ConsoleApp.ServiceProvider = new Glo
         "--verbose", "Show where an error came from; wait for the GPU after each operation, to name it.")));
 app.Add<Commands>();
 var log = new StringWriter(); // what the framework prints: help and version
-ConsoleApp.Log = text => log.WriteLine(args is not ["tokenize", ..] ? text // which takes neither of the two
+ConsoleApp.Log = text => log.WriteLine(args is not ["tokenize" or "export", ..] ? text // they take neither
     : Regex.Replace(text, "^ +--(device|precision) .*\n", "", RegexOptions.Multiline));
 ConsoleApp.LogError = message => throw new Gpt2Exception(message, usage: true);
 return Guard(args.Contains("--verbose"), () => {
@@ -42,7 +42,7 @@ internal sealed class Commands(GlobalOptions global) {
     /// <summary>Trains GPT-2 from scratch or from a checkpoint, on token shards.</summary>
     /// <param name="trainData">-i, Token shards to train on; * and ? match in names; a folder has *train*.bin.</param>
     /// <param name="valData">-j, Token shards to validate on; a folder has *val*.bin.</param>
-    /// <param name="init">-e, A model file, a run's folder, or random: d6, d12, d24, d36, d48. [d12; d6 on CPU]</param>
+    /// <param name="init">-e, A model's file or folder, or random: d6, d12, d24, d36, d48. [d12; d6 on CPU]</param>
     /// <param name="out">-o, The run's folder: checkpoints, settings.txt, main.log, loss.svg.</param>
     /// <param name="batch">-b, Sequences in a batch (1 or more). [16; 4 on a CPU]</param>
     /// <param name="seq">-t, Tokens in a sequence (1 to 131072). [1024; 128 on a CPU]</param>
@@ -93,7 +93,7 @@ internal sealed class Commands(GlobalOptions global) {
         });
 
     /// <summary>Continues a text, or with no prompt each line typed in.</summary>
-    /// <param name="init">-e, A model file, or a run's folder for its newest checkpoint.</param>
+    /// <param name="init">-e, A model: llm.c's .bin, .safetensors, or the folder of either or of a run.</param>
     /// <param name="prompt">-p, Text to continue; - reads it from standard input.</param>
     /// <param name="promptIds">Token ids to continue, in place of a text: 1,2,3. Ids are printed then.</param>
     /// <param name="tokens">-n, Tokens to add at most (1 or more).</param>
@@ -108,7 +108,7 @@ internal sealed class Commands(GlobalOptions global) {
         float temperature = 0.8f, int topK = 50, float topP = 1, int num = 1, uint seed = 42,
         bool stopAtContext = false, bool quiet = false) => Guard(global.Verbose, () => {
             Require(prompt == null || promptIds == null, "--prompt-ids", "no --prompt beside it", "both");
-            var (file, config) = Config.Open(Checkpoints.ModelOf(init));
+            var (file, config) = Checkpoints.Open(init);
             using var _ = file;
             if (promptIds == null && config.V != Tokenizer.EndOfTextId + 1)
                 throw file.Fail("the tokenizer's vocabulary of 50257 (or --prompt-ids 1,2,3)", $"{config.V}");
@@ -177,7 +177,7 @@ internal sealed class Commands(GlobalOptions global) {
         });
 
     /// <summary>Measures a model's loss and perplexity on token shards, and its accuracy on multiple choices.</summary>
-    /// <param name="init">-e, A model file, or a run's folder for its newest checkpoint.</param>
+    /// <param name="init">-e, A model: llm.c's .bin, .safetensors, or the folder of either or of a run.</param>
     /// <param name="valData">-j, Token shards, as in training. [data/*val_*.bin; not needed for --hellaswag]</param>
     /// <param name="valBatches">-m, Batches at most (0 or more); 0 for all.</param>
     /// <param name="batch">-b, Sequences in a batch (1 or more). [4]</param>
@@ -188,7 +188,7 @@ internal sealed class Commands(GlobalOptions global) {
     public int Eval(string init, string? valData = null, int valBatches = 0, int? batch = null, int? seq = null,
         string? hellaswag = null, int? gpus = null, int timeout = 600) =>
         OnEachGpu(gpus, timeout, (device, ranks) => {
-            var (file, config) = Config.Open(Checkpoints.ModelOf(init));
+            var (file, config) = Checkpoints.Open(init);
             using var _ = file;
             var (B, T) = Sizes(device, batch, seq, (4, config.MaxT), (4, config.MaxT), ranks.Size);
             Require(T <= config.MaxT, "--seq", $"1 to {config.MaxT}, the model's longest sequence", T);
@@ -214,6 +214,25 @@ internal sealed class Commands(GlobalOptions global) {
                 output.WriteLine($"accuracy {accuracy:F4} | {questions.Length} examples");
             }
         });
+
+    /// <summary>Writes a model as a folder for Hugging Face's transformers, or as a file of llm.c's format.</summary>
+    /// <param name="init">-e, A model: llm.c's .bin, .safetensors, or the folder of either or of a run.</param>
+    /// <param name="out">-o, The folder to write; a name that ends in .bin is llm.c's file.</param>
+    /// <param name="type">Type of the weights: fp32, bf16 or fp16. [the model's]</param>
+    public int Export(string init, string @out, StoredType? type = null) => Guard(global.Verbose, () => {
+        var (file, config) = Checkpoints.Open(init);
+        using var _ = file;
+        var own = file is Safetensors model ? model.Type : file.Header[1] == 5 ? StoredType.Bf16 : StoredType.Fp32;
+        var (isFile, isHalf) = (@out.EndsWith(".bin"), (type ?? own) == StoredType.Bf16);
+        Require(type != StoredType.Fp16 || !isFile, "--type", "fp32 or bf16 for a .bin", "fp16");
+        if (isFile)
+            Safetensors.ExportFile(@out, file, config, isHalf ? DataType.Bf16 : DataType.Fp32);
+        else
+            Safetensors.ExportFolder(@out, file, config, type ?? own);
+        if (!isFile && config.V != Tokenizer.EndOfTextId + 1)
+            Console.Error.WriteLine($"gpt2: {@out} has no tokenizer: the vocabulary is {config.V}, not GPT-2's");
+        return 0;
+    });
 
     /// <summary>Encodes documents as token shards PREFIX_val_000000.bin and PREFIX_train_000001.bin, ...</summary>
     /// <param name="out">-o, Prefix of the shards' names.</param>
@@ -255,13 +274,13 @@ internal sealed class Commands(GlobalOptions global) {
         });
 
     /// <summary>Compares logits, loss and gradients with a PyTorch debug state; exit status 1 if they differ.</summary>
-    /// <param name="init">-e, A model file, or a run's folder for its newest checkpoint.</param>
+    /// <param name="init">-e, A model: llm.c's .bin, .safetensors, or the folder of either or of a run.</param>
     /// <param name="state">The debug state that PyTorch wrote for it.</param>
     public int Verify(string init, string state) => Guard(global.Verbose, () => {
         using var device = Open();
         var good = true;
         Console.WriteLine($"{"tensor",-12}{"largest",12}{"relative",12}");
-        foreach (var (name, largest, relative) in Verification.Run(Checkpoints.ModelOf(init), state, device)) {
+        foreach (var (name, largest, relative) in Verification.Run(init, state, device)) {
             var ok = relative < Verification.Tolerance(device.Precision);
             good &= ok;
             Console.WriteLine($"{name,-12}{largest,12:0.00e+00}{relative,12:0.00e+00}  {(ok ? "ok" : "DIFFERS")}");
@@ -270,7 +289,7 @@ internal sealed class Commands(GlobalOptions global) {
     });
 
     /// <summary>Times training by operation, beside the device's measured peak.</summary>
-    /// <param name="init">-e, A model file, a run's folder, or random: d6, d12, d24, d36, d48.</param>
+    /// <param name="init">-e, A model's file or folder, or random: d6, d12, d24, d36, d48.</param>
     /// <param name="batch">-b, Sequences in a batch (1 or more). [64; 4 on a CPU]</param>
     /// <param name="seq">-t, Tokens in a sequence (1 to 131072). [1024; 64 on a CPU]</param>
     /// <param name="totalBatch">-d, Tokens in an update (1 or more): n x batch x seq. [524288; on a CPU n = 1]</param>

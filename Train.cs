@@ -133,7 +133,7 @@ public sealed class Trainer : IDisposable {
             return (null, config);
         Require(init.Contains('/') || init.Contains('.') || Path.Exists(init), "--init",
             "a model file, a run's folder, or d6, d12, d24, d36 or d48", init);
-        return Config.Open(Checkpoints.ModelOf(init));
+        return Checkpoints.Open(init);
     }
 
     void Describe() {
@@ -423,10 +423,15 @@ public sealed class Checkpoints(string folder) {
         return lines.Any(line => line.StartsWith("--optimizer ")) ? lines : [.. lines, "--optimizer AdamW"];
     }
 
-    /// <summary>The path of a model: that of the last complete checkpoint if it is a folder.</summary>
-    public static string ModelOf(string path) => !Directory.Exists(path) ? path
-        : new Checkpoints(path) is { Last: { } last } run ? run.ModelPath(last)
-        : throw new Gpt2Exception($"{path}: expected a folder with a complete checkpoint (DONE_...), found none");
+    /// <summary>Opens a model: a file of llm.c or safetensors, or a folder's, which for a run is the last complete
+    /// checkpoint.</summary>
+    public static (BinaryFile File, Config Config) Open(string path) {
+        path = !Directory.Exists(path) ? path : new Checkpoints(path) is { Last: { } last } run ? run.ModelPath(last)
+            : Safetensors.In(path) ?? throw new Gpt2Exception(
+                $"{path}: expected a folder with a complete checkpoint (DONE_...) or model.safetensors, found none");
+        return !Path.GetFileName(path).Contains(".safetensors") ? Config.Open(path)
+            : new Safetensors(path) is var file ? (file, file.Config) : default;
+    }
 
     public string ModelPath(int step) => Path.Combine(folder, $"model_{step:d8}.bin");
     string StatePath(int step, int? rank) =>
@@ -674,7 +679,7 @@ public static class Verification {
     /// <summary>Compares with a debug state: for each tensor the largest difference, and ‖a − b‖/‖b‖.</summary>
     public static IEnumerable<(string Name, double Largest, double Relative)> Run(
         string init, string state, IDevice device) {
-        var (file, config) = Config.Open(init);
+        var (file, config) = Checkpoints.Open(init);
         using var reference = new BinaryFile(state, "a PyTorch debug state", 20240327, 2);
         var (B, T) = (reference.Header[2], reference.Header[3]);
         reference.Check("batch size", 2, B is > 0 and <= 1 << 16, "1 to 65536");

@@ -1,0 +1,322 @@
+using System.Text.Json;
+
+namespace Gpt2;
+
+/// <summary>Types of weights in files: DataType's, and IEEE half precision.</summary>
+public enum StoredType { Fp32, Bf16, Fp16 }
+
+/// <summary>A GPT-2 of Hugging Face's transformers: model.safetensors, or several such files and an index, beside
+/// config.json. Layers' matrices are (in, out), the transpose of llm.c's.</summary>
+public sealed class Safetensors : BinaryFile {
+    const string FileName = "model.safetensors", Kind = "a model in safetensors";
+
+    static readonly string[] types = ["F32", "BF16", "F16"]; // by StoredType
+    static readonly string[] names = ("wte wpe ln_1 ln_1 attn.c_attn attn.c_attn attn.c_proj attn.c_proj ln_2 ln_2 " +
+        "mlp.c_fc mlp.c_fc mlp.c_proj mlp.c_proj ln_f ln_f").Split(' '); // of the parameter tensors
+
+    readonly Dictionary<string, Entry> tensors = [];
+    readonly Queue<Part> parts; // that are still to be read, in llm.c's order
+    float[] stored = [], matrix = []; // the first of them, before and after its transposition
+    long done; // number of its weights that have been read
+
+    /// <summary>A tensor in a file, in bytes [First, End).</summary>
+    sealed record Entry(string Path, string Name, string Type, long[] Shape, long First, long End);
+
+    /// <summary>A layer (rows, columns) of a parameter tensor, and its name and shape here.</summary>
+    sealed record Part(string Name, int Rows, int Columns, long[] Shape) {
+        public long Count => (long)Rows * Columns;
+        public bool IsTransposed => Shape.Length == 2 && Name.StartsWith("h.");
+    }
+
+    static IEnumerable<Part> PartsOf(Config config) => config.Parameters.Zip(names).SelectMany(each => {
+        var ((tensor, layers, rows, columns), name) = each;
+        long[] shape = tensor == "wte" ? [config.V, columns] : tensor == "wpe" ? [rows, columns]
+            : tensor.StartsWith("ln") || tensor.EndsWith('b') ? [columns] : [columns, rows];
+        name += tensor.EndsWith('b') ? ".bias" : ".weight";
+        return Enumerable.Range(0, layers).Select(l =>
+            new Part(tensor is "wte" or "wpe" or "lnfw" or "lnfb" ? name : $"h.{l}.{name}", rows, columns, shape));
+    });
+
+    static long Product(long[] shape) => shape.Aggregate(1L, (product, n) => checked(product * n));
+
+    static string Text(long[] shape) => shape.Length == 0 ? "none" : $"[{string.Join(", ", shape.Take(8))}]";
+
+    /// <summary>A text that can stand in a sentence.</summary>
+    static string Short(string text) =>
+        Regex.Replace(text.Length <= 200 ? text : $"{text[..200]}...", @"[\s\p{C}]+", " ");
+
+    // ---- Reading. Any of the files may be malicious.
+
+    /// <summary>The file to open in a folder, or null.</summary>
+    public static string? In(string folder) => ((string[])[FileName, $"{FileName}.index.json"])
+        .Select(name => Path.Combine(folder, name)).FirstOrDefault(File.Exists);
+
+    /// <summary>Opens a model by its file or index. Tensors tell its sizes, and config.json its heads; without one,
+    /// heads have 64 channels.</summary>
+    /// <exception cref="Gpt2Exception">It is no GPT-2, or a file is not what its header says.</exception>
+    public Safetensors(string path) : base(path, Kind) {
+        var (folder, L) = ($"{Path.GetDirectoryName(path)}", 1);
+        foreach (var entry in (path.EndsWith(".json") ? ReadIndex(folder) : [path]).SelectMany(ReadHeader))
+            Require(Regex.IsMatch(entry.Name, @"^h\.\d+\.attn\.(masked_)?bias\z") || tensors.TryAdd(entry.Name, entry),
+                "each tensor once", $"{entry.Name} again");
+        while (tensors.ContainsKey($"h.{L}.ln_1.weight"))
+            L++;
+        var (wte, wpe) = (ShapeOf("wte.weight"), ShapeOf("wpe.weight"));
+        Require(wte is [> 1 and <= 65536, > 0 and <= 65536] && wpe is [> 0 and <= IDevice.LongestT, _] && L <= 1000,
+            "a GPT-2: wte.weight [2 to 65536, 1 to 65536], wpe.weight [1 to 131072, ...], up to 1000 layers",
+            $"{Text(wte)}, {Text(wpe)}, {L} layers");
+        Config = new((int)wpe[0], (int)wte[0], ((int)wte[0] + 127) / 128 * 128, L, 1, (int)wte[1]);
+        parts = new(PartsOf(Config));
+        foreach (var name in parts.Select(part => part.Name).Union(tensors.Keys)) {
+            var part = name == "lm_head.weight" ? parts.Peek() : parts.FirstOrDefault(part => part.Name == name);
+            Require(part != null, "GPT-2's tensors alone", name);
+            Require(ShapeOf(name).SequenceEqual(part!.Shape), $"{name} {Text(part.Shape)}", Text(ShapeOf(name)));
+            Require(types.Contains(tensors[name].Type), $"{name} in F32, F16 or BF16", tensors[name].Type);
+        }
+        Config = Config with { NH = ReadHeads(Path.Combine(folder, "config.json")) };
+
+        long[] ShapeOf(string name) => tensors.GetValueOrDefault(name)?.Shape ?? [];
+    }
+
+    /// <summary>The model's sizes.</summary>
+    public Config Config { get; }
+
+    /// <summary>The type of its embedding.</summary>
+    public StoredType Type => (StoredType)Array.IndexOf(types, tensors["wte.weight"].Type);
+
+    /// <summary>Reads the number of heads from config.json, whose other fields must be GPT-2's.</summary>
+    int ReadHeads(string path) {
+        var (heads, exists) = (Config.C / 64, File.Exists(path));
+        if (exists) {
+            using var file = new BinaryFile(path, "a configuration");
+            using var right = JsonDocument.Parse($"{{{Fields(Config)}}}");
+            heads = 12; // unless it says otherwise
+            ReadJson(file, 0, file.Length, "a configuration in JSON", (name, value) => {
+                var text = value.GetRawText();
+                heads = name == "n_head" ? value.GetInt32() : heads;
+                var isSame = !right.RootElement.TryGetProperty(name, out var expected) || name == "n_head" ||
+                    JsonElement.DeepEquals(value, expected) || name == "n_inner" && text == $"{4 * Config.C}" ||
+                    name == "activation_function" && text == "\"gelu_pytorch_tanh\"";
+                return isSame ? 0 : throw file.Fail($"{name} {expected.GetRawText()}", Short(text));
+            });
+        }
+        return heads is > 0 and <= 1000 && Config.C % heads == 0 ? heads : throw new Gpt2Exception(
+            $"{path}: expected n_head to divide {Config.C} channels, found {(exists ? heads : "no such file")}");
+    }
+
+    /// <summary>The paths of the files that an index names, which must be beside it.</summary>
+    IEnumerable<string> ReadIndex(string folder) {
+        var files = ReadJson(this, 0, Length, "a weight_map in JSON", (name, value) => name != "weight_map" ? []
+            : value.EnumerateObject().Select(entry => $"{entry.Value.GetString()}").ToArray()).SelectMany(all => all);
+        var bad = files.FirstOrDefault(name => !Regex.IsMatch(name, @"^[\w.-]+\.safetensors\z"));
+        Require(bad == null && files.Any(), "a weight_map of .safetensors files beside it", Short(bad ?? "none"));
+        return files.Distinct().Select(name => Path.Combine(folder, name));
+    }
+
+    /// <summary>The tensors of a file, which must follow each other to its end.</summary>
+    static Entry[] ReadHeader(string path) {
+        using var file = new BinaryFile(path, Kind);
+        var size = new long[1];
+        file.Require(file.Length >= 8, Kind, $"{file.Length} bytes");
+        file.Read(size.AsSpan());
+        var end = 8 + size[0];
+        file.Require(size[0] >= 0 && end <= file.Length, "its header in it", $"a header of {size[0]} bytes");
+        Entry[] entries = [.. ReadJson(file, 8, size[0], "dtype, shape and data_offsets of each tensor in JSON", Read)
+            .OfType<Entry>().OrderBy(entry => entry.First).ThenBy(entry => entry.End)];
+        foreach (var entry in entries) {
+            file.Require(entry.First == end, $"a tensor at byte {end}", $"{entry.Name} at byte {entry.First}");
+            end = entry.End;
+        }
+        file.CheckSize(end);
+        return entries;
+
+        Entry? Read(string name, JsonElement value) {
+            if (name == "__metadata__")
+                return null;
+            long[] Numbers(string of) => [.. value.GetProperty(of).EnumerateArray().Select(n => n.GetInt64())];
+            var (type, shape) = ($"{value.GetProperty("dtype").GetString()}", Numbers("shape"));
+            var bits = type == "BOOL" ? 8 : int.Parse(Regex.Match(type, @"\d+").Value);
+            return Numbers("data_offsets") is [>= 0 and var first, >= 0 and var last] && shape.All(n => n >= 0) &&
+                last <= file.Length && last - first == Product([.. shape, bits]) / 8
+                ? new(path, Short(Regex.Replace(name, @"^transformer\.", "")), Short(type), shape,
+                    8 + size[0] + first, 8 + size[0] + last) : throw new FormatException();
+        }
+    }
+
+    /// <summary>Reads each property of a JSON object in some bytes of a file.</summary>
+    /// <exception cref="Gpt2Exception">It is not JSON, or not what <paramref name="read"/> takes.</exception>
+    static List<T> ReadJson<T>(
+        BinaryFile file, long at, long size, string expected, Func<string, JsonElement, T> read) {
+        const int most = 10_000_000; // several times what 1000 layers take
+        file.Require(size <= most, $"at most {most} bytes of JSON", $"{size}");
+        var (text, result, last) = (new byte[size], new List<T>(), default(JsonProperty?));
+        file.Read(text.AsSpan(), at);
+        try {
+            var json = JsonDocument.Parse(text, new JsonDocumentOptions { AllowDuplicateProperties = false });
+            foreach (var property in json.RootElement.EnumerateObject())
+                result.Add(read(property.Name, (last = property).Value.Value));
+            return result;
+        } catch (Exception e) when (e is JsonException or InvalidOperationException or FormatException
+            or OverflowException or KeyNotFoundException) {
+            throw file.Fail(expected, last is not { } bad ? Short(e.Message) : Short(Encoding.UTF8.GetString(
+                [.. JsonMarshal.GetRawUtf8PropertyName(bad), (byte)' ', .. JsonMarshal.GetRawUtf8Value(bad.Value)])));
+        }
+    }
+
+    /// <summary>Reads weights of a tensor from one on; there are zeros after the last.</summary>
+    static void Read(Entry entry, long first, Span<float> values) {
+        using var file = new BinaryFile(entry.Path, Kind);
+        var count = (int)Math.Clamp(Product(entry.Shape) - first, 0, values.Length);
+        values[count..].Clear();
+        var halves = new ushort[entry.Type == "F32" ? 0 : count];
+        if (entry.Type == "F32")
+            file.Read(values[..count], entry.First + first * sizeof(float));
+        else
+            file.Read(halves.AsSpan(), entry.First + first * sizeof(ushort));
+        for (var i = 0; i < halves.Length; i++)
+            values[i] = entry.Type == "F16" ? (float)BitConverter.UInt16BitsToHalf(halves[i])
+                : BitConverter.UInt32BitsToSingle((uint)halves[i] << 16);
+    }
+
+    /// <inheritdoc/>
+    public override void ReadWeights(Span<float> values) {
+        for (int count; values.Length > 0; values = values[count..]) {
+            var (part, entry) = (parts.Peek(), tensors[parts.Peek().Name]);
+            count = (int)Math.Min(values.Length, part.Count - done);
+            if (part.IsTransposed && done == 0) {
+                if (matrix.Length != part.Count)
+                    (stored, matrix) = (new float[part.Count], new float[part.Count]);
+                Read(entry, 0, stored);
+                Transpose(stored, part.Columns, part.Rows, matrix);
+            }
+            if (part.IsTransposed)
+                matrix.AsSpan((int)done, count).CopyTo(values);
+            else
+                Read(entry, done, values[..count]);
+            if (part.Name == "wte.weight" && tensors.TryGetValue("lm_head.weight", out var head)) {
+                var same = new float[count];
+                Read(head, done, same);
+                Require(values[..count].SequenceEqual(same), "lm_head.weight to be wte.weight", "another");
+            }
+            done += count;
+            if (done == part.Count)
+                (done, _) = (0, parts.Dequeue());
+        }
+    }
+
+    /// <summary>Writes the transpose (columns, rows) of a matrix (rows, columns), a cache line's columns at a time.
+    /// </summary>
+    static void Transpose(float[] from, int rows, int columns, float[] to) =>
+        Parallel.ForEach(Enumerable.Range(0, columns).Chunk(16), band => {
+            for (var row = 0; row < rows; row++) {
+                foreach (var column in band)
+                    to[column * rows + row] = from[row * columns + column];
+            }
+        });
+
+    // ---- Writing
+
+    /// <summary>What config.json must have.</summary>
+    static string Fields(Config config) => $"""
+        "model_type": "gpt2", "vocab_size": {config.V}, "n_positions": {config.MaxT}, "n_layer": {config.L},
+          "n_head": {config.NH}, "n_embd": {config.C}, "n_inner": null, "activation_function": "gelu_new",
+          "layer_norm_epsilon": 1e-05, "scale_attn_weights": true, "scale_attn_by_inverse_layer_idx": false,
+          "add_cross_attention": false, "tie_word_embeddings": true
+        """;
+
+    /// <summary>Writes a model as a file of llm.c.</summary>
+    public static void ExportFile(string path, BinaryFile file, Config config, DataType type) =>
+        Files.Write(path, to => {
+            to.Write(MemoryMarshal.AsBytes(config.Header(type).AsSpan()));
+            foreach (var part in PartsOf(config))
+                Write(to, file, part with { Shape = [part.Count] }, (StoredType)type);
+        });
+
+    /// <summary>Writes a model as a new folder of transformers, with a tokenizer where the vocabulary is GPT-2's.
+    /// </summary>
+    public static void ExportFolder(string folder, BinaryFile file, Config config, StoredType type) {
+        folder = Path.TrimEndingDirectorySeparator(folder);
+        var temporary = $"{folder}.tmp";
+        if (((string[])[folder, temporary]).FirstOrDefault(Path.Exists) is { } old)
+            throw new Gpt2Exception($"{old}: expected the name of a new folder, found one that is there");
+        void Write(string name, string fields) => Files.Write(
+            Path.Combine(temporary, name), to => to.Write(Encoding.UTF8.GetBytes($"{{\n  {fields}\n}}\n")));
+        try {
+            Files.Write(Path.Combine(temporary, FileName), to => WriteTensors(to, file, config, type));
+            var isText = config.V == Tokenizer.EndOfTextId + 1;
+            var ends = string.Format("\"bos_token_id\": {0}, \"eos_token_id\": {0}", isText ? config.V - 1 : "null");
+            var dtype = type switch { StoredType.Bf16 => "bfloat16", StoredType.Fp16 => "float16", _ => "float32" };
+            Write("generation_config.json", ends);
+            Write("config.json", $"""
+                "architectures": ["GPT2LMHeadModel"], "torch_dtype": "{dtype}", {ends},
+                  {Fields(config)}
+                """);
+            if (isText) {
+                Write("tokenizer.json", TokenizerFields());
+                Write("tokenizer_config.json", string.Format("""
+                    "tokenizer_class": "GPT2Tokenizer", "model_max_length": {1}, "clean_up_tokenization_spaces": false,
+                      "add_prefix_space": false, "bos_token": "{0}", "eos_token": "{0}", "unk_token": "{0}"
+                    """, Tokenizer.EndOfText, config.MaxT));
+            }
+            Directory.Move(temporary, folder);
+        } catch when (Directory.Exists(temporary)) {
+            Directory.Delete(temporary, recursive: true);
+            throw;
+        }
+    }
+
+    static void WriteTensors(Stream to, BinaryFile file, Config config, StoredType type) {
+        var (end, size) = (0L, type == StoredType.Fp32 ? sizeof(float) : sizeof(ushort));
+        var entries = PartsOf(config).Select(part =>
+            $"\"transformer.{part.Name}\":{{\"dtype\":\"{types[(int)type]}\",\"shape\":{Text(part.Shape)}," +
+            $"\"data_offsets\":[{end},{end += Product(part.Shape) * size}]}}");
+        var header = $"{{\"__metadata__\":{{\"format\":\"pt\"}},{string.Join(',', entries)}}}";
+        header = header.PadRight((header.Length + 7) / 8 * 8);
+        to.Write([.. BitConverter.GetBytes((long)header.Length), .. Encoding.UTF8.GetBytes(header)]);
+        foreach (var part in PartsOf(config))
+            Write(to, file, part, type);
+    }
+
+    /// <summary>Copies a layer without its padding, which is beyond its shape.</summary>
+    static void Write(Stream to, BinaryFile file, Part part, StoredType type) {
+        var buffer = new float[part.IsTransposed ? part.Count : Math.Min(part.Count, Tensor.ChunkSize)];
+        for (var i = 0L; i < part.Count; i += buffer.Length) {
+            var values = buffer.AsSpan(0, (int)Math.Min(buffer.Length, part.Count - i));
+            file.ReadWeights(values);
+            if (part.IsTransposed) {
+                var turned = new float[buffer.Length];
+                Transpose(buffer, part.Rows, part.Columns, turned);
+                values = turned;
+            }
+            values = values[..(int)Math.Clamp(Product(part.Shape) - i, 0, values.Length)];
+            var halves = new ushort[type == StoredType.Fp32 ? 0 : values.Length];
+            if (type == StoredType.Bf16)
+                BFloat16.Round(values, halves);
+            for (var j = 0; type == StoredType.Fp16 && j < halves.Length; j++)
+                halves[j] = BitConverter.HalfToUInt16Bits((Half)(values[j] = (float)(Half)values[j]));
+            if (Numbers.NotFinite(values) is { } value)
+                throw file.Fail("finite weights (in fp16, up to 65504)", $"{value} in {part.Name}");
+            to.Write(type == StoredType.Fp32 ? MemoryMarshal.AsBytes(values) : MemoryMarshal.AsBytes(halves.AsSpan()));
+        }
+    }
+
+    /// <summary>The tokenizer in the format of Hugging Face's tokenizers.</summary>
+    static string TokenizerFields() {
+        var tokenizer = new Tokenizer();
+        string Quoted(string text) => $"\"{text.Replace("\\", "\\\\").Replace("\"", "\\\"")}\"";
+        string[] tokens = [.. Enumerable.Range(0, Tokenizer.EndOfTextId + 1).Select(tokenizer.Letters)];
+        var vocabulary = tokens.Select((token, id) => $"{Quoted(token)}: {id}");
+        var merges = tokenizer.Merges.Select(two => Quoted($"{tokens[two.Left]} {tokens[two.Right]}"));
+        const string bytes =
+            """{"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": false, "use_regex": true}""";
+        return $$"""
+            "version": "1.0", "truncation": null, "padding": null, "normalizer": null,
+              "pre_tokenizer": {{bytes}}, "post_processor": {{bytes}}, "decoder": {{bytes}},
+              "added_tokens": [{"id": {{Tokenizer.EndOfTextId}}, "content": "{{Tokenizer.EndOfText}}", "special": true,
+              "single_word": false, "lstrip": false, "rstrip": false, "normalized": false}],
+              "model": {"type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": "",
+              "end_of_word_suffix": "", "fuse_unk": false, "byte_fallback": false,
+              "vocab": {{{string.Join(",\n", vocabulary)}}}, "merges": [{{string.Join(",\n", merges)}}]}
+            """;
+    }
+}
