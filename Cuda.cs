@@ -616,42 +616,37 @@ public sealed unsafe class Cuda : IDevice {
     // ---- Generation
 
     /// <summary>The kernel's structs, which Kernels.cu describes.</summary>
-    readonly record struct OperationArguments(
-        int Kind, int N, int K, int T, long Heads, nint X, nint NormW, nint NormB, nint B, nint Y);
-    readonly record struct Factor(nint W, int N, int K);
-    readonly record struct DecodeArguments(
-        nint Program, nint Factors, nint Tokens, nint Maxima, nint Arrivals, int Length, int Products, int Rows,
-        int Position, int Shared, int Count, int Drawn, int First, int TopK, int Selects, float Temperature, float TopP,
-        uint Seed);
+    readonly record struct OperationArguments(int Kind, int N, int K, int T, long Heads, nint X, nint NormW, nint NormB,
+        nint B, nint W, nint Y);
+    readonly record struct DecodeArguments(nint Program, nint Tokens, nint Maxima, nint Sums, nint Arrivals, int Length,
+        int Rows, int Position, int Shared, int Count, int Drawn, int First, int TopK, int Selects, float Temperature,
+        float TopP, uint Seed);
 
     public void Decode(ReadOnlySpan<Operation> program, in Choice choice, int position, int shared,
         ReadOnlySpan<int> tokens, Span<int> next) {
-        const int threads = 384, channels = 8, sharedBytes = 6 * threads * 32 + 2 * 64 * channels * threads / 32 * 4;
-        var (operations, factors) = (new List<OperationArguments>(), new List<Factor>());
-        foreach (var (kind, x, w, b, y, normW, normB, heads) in program) {
-            var isProduct = w.Address != 0;
-            var T = kind == OperationKind.Attention ? x.Rows : y.Rows;
-            Require(!isProduct || w.Columns % Width == 0, "the number of channels", $"a multiple of {Width}", w.Columns);
-            Require(heads == 0 || y.Columns / heads <= LargestHead, "the channels of a head", $"at most {LargestHead}",
-                y.Columns / Math.Max(1, heads));
-            operations.Add(new((int)kind, isProduct ? w.AllRows : kind == OperationKind.Embed ? y.Columns : 0,
-                isProduct ? w.Columns : kind == OperationKind.Attention ? y.Columns : x.Columns, T, heads, x.Address,
-                normW.Address, normB.Address, b.Address, y.Address));
-            if (isProduct)
-                factors.Add(new(w.Address, w.AllRows, w.Columns));
+        const int threads = 384, channels = 8, ring = 8 * 2 * threads * channels, fewest = 16, sums = ScratchBytes / 2;
+        var arguments = new OperationArguments[program.Length];
+        var (bytes, tiles, V) = (0.0, 1, program[^1].X.Columns);
+        foreach (var (i, (kind, x, w, b, y, normW, normB, heads)) in program.ToArray().Index()) {
+            Require(w.Columns % Width == 0, "the number of channels", $"a multiple of {Width}", w.Columns);
+            var headSize = heads == 0 ? 0 : y.Columns / heads;
+            Require(headSize <= LargestHead, "the channels of a head", $"at most {LargestHead}", headSize);
+            var K = kind == OperationKind.Attention ? y.Columns : w.Address != 0 ? w.Columns : x.Columns;
+            arguments[i] = new((int)kind, y.Columns, K, kind == OperationKind.Attention ? x.Rows : y.Rows, heads,
+                x.Address, normW.Address, normB.Address, b.Address, w.Address, y.Address);
+            (bytes, tiles) = (bytes + w.Bytes, Math.Max(tiles, Blocks(w.AllRows, channels)));
         }
+        var sharedBytes = ring + 64 * channels * threads / 32 * sizeof(float) + arguments.Length * sizeof(OperationArguments);
+        Require(sharedBytes < largestShared, "the layers' shared memory", $"at most {largestShared} bytes", sharedBytes);
         // Staging memory has the arrivals, then the tokens, the known ones first.
         var (rows, count, places) = (tokens.Length, next.Length / tokens.Length, Upload<int>([0, .. tokens, .. next]));
-        var arguments = new DecodeArguments(Upload<OperationArguments>([.. operations]), Upload<Factor>([.. factors]),
-            places + sizeof(int), scratch, places, operations.Count, factors.Count, rows, position, shared, count,
-            choice.Drawn, choice.Sample, choice.TopK, choice.Selects(operations[^1].K) ? 1 : 0, choice.Temperature,
-            choice.TopP, choice.Seed);
-        var bytes = factors.Sum(factor => (double)factor.N * factor.K * Tensor.SizeOf(Precision));
-        Launch(rows <= 16 ? "decode" : "decode_many", (Math.Min(multiprocessors, factors.Max(factor => Blocks(factor.N, channels))), 1, 1), threads,
-            sharedBytes, count * rows * bytes * 2 / Tensor.SizeOf(Precision), count * bytes,
-            new Argument(0, (nint)(&arguments)));
+        var run = new DecodeArguments(Upload<OperationArguments>(arguments), places + sizeof(int), scratch, scratch + sums,
+            places, arguments.Length, rows, position, shared, count, choice.Drawn, choice.Sample, choice.TopK,
+            choice.Selects(V) ? 1 : 0, choice.Temperature, choice.TopP, choice.Seed);
+        Launch(rows <= fewest ? "decode" : "decode_many", (Math.Min(multiprocessors, tiles), 1, 1), threads, sharedBytes,
+            2.0 * count * rows * bytes / Tensor.SizeOf(Precision), count * bytes, new Argument(0, (nint)(&run)));
         Download<int>(places + sizeof(int) * (1 + rows), next.Length).CopyTo(next);
-        if (next.ContainsAnyInRange(operations[^1].K, int.MaxValue))
+        if (next.ContainsAnyInRange(V, int.MaxValue))
             throw new Gpt2Exception("--init: expected finite logits, found others: the weights are too large");
     }
 

@@ -85,10 +85,11 @@ public readonly record struct MuonPart(long First, Tensor W, Tensor Master, Tens
 public enum OperationKind { Embed, Linear, Gelu, Residual, Logits, Attention, Choose }
 
 /// <summary>One operation of the program that makes the next token of B sequences, in <see cref="IDevice.Decode"/>.
-/// Its arrays have one row for each sequence, y of Linear one for each position, too, of which one is written.
+/// Its arrays have one row for each sequence; a y of Linear may have one for each position, of which one is written.
 /// Embed: y (B, 1, C) = x (Vp, C) at the sequence's last token + b (MaxT, C) at its position.
-/// Linear: y = x·wᵀ + b, with x (B, 1, K), w (N, K), b (N) or default, y (B, 1, N) or (B, MaxT, N); with normW and
-/// normB (K), x goes through layer norm first. Gelu: y = GELU of that; Residual: y += that; Logits: y is fp32.
+/// Linear: y = x·wᵀ + b, with x (B, 1, K), w (N, K), b (N) or default, y (B, 1, N) or (B, MaxT, N). With normW and normB
+/// (K), x, which Embed or Residual wrote last, goes through layer norm first.
+/// Gelu: y = GELU(x·wᵀ + b). Residual: y += x·wᵀ + b. Logits: Linear with y (B, 1, V) in fp32.
 /// Attention: y (B, 1, C) = attention of the query at the position, for x (B, MaxT, 3C), as in IDevice.Attention.
 /// Choose: the next token, from logits x (B, 1, V).</summary>
 public readonly record struct Operation(OperationKind Kind, Tensor X, Tensor W, Tensor B, Tensor Y,

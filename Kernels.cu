@@ -1760,14 +1760,14 @@ KERNEL muon(
 
 // One launch makes the next tokens of up to 64 sequences, whose activations are the rows of x. Its blocks run a program
 // of operations and wait for one another after each. Products of so few rows take as long as their weights take to
-// come, so each thread asks for those it multiplies well ahead, across operations.
+// come, so each warp asks for those it multiplies well ahead, across operations.
 
 constexpr int DecodeThreads = 384, DecodeWarps = DecodeThreads / Warp, MostRows = 64;
 constexpr int Channels = 8;                    // columns of a product that a block computes at a time
 constexpr int Slice = DecodeWarps * 8 * Width; // of its depth, which a block multiplies at a time
-constexpr int Ahead = 12 / sizeof(floatX);     // slices asked for and not multiplied yet
+constexpr int Ahead = 8 / sizeof(floatX);      // slices asked for and not multiplied yet
 constexpr int RingBytes = Ahead * Slice * Channels * sizeof(floatX);
-constexpr int ScratchBytes = 2 * MostRows * Channels * DecodeWarps * 4, MostCandidates = ScratchBytes / 16;
+constexpr int ScratchBytes = MostRows * Channels * DecodeWarps * 4, MostCandidates = ScratchBytes / 16;
 
 enum Kind { EmbedNext, LinearNext, GeluNext, ResidualNext, LogitsNext, AttentionNext, ChooseNext };
 
@@ -1775,29 +1775,22 @@ enum Kind { EmbedNext, LinearNext, GeluNext, ResidualNext, LogitsNext, Attention
 // attention x (rows, T, 3K), and a choice logits (rows, K) in fp32.
 struct Operation {
     int kind, N, K, T, heads;
-    const floatX *x, *norm_w, *norm_b, *b; // norm_w and norm_b (K), or null; b (N), or null
+    const floatX *x, *norm_w, *norm_b, *b, *w; // norm_w and norm_b (K), or null; b (N), or null; w (N, K), or null
     void* y;
-};
-
-// The weights (N, K) of a product.
-struct Factor {
-    const floatX* w;
-    int N, K;
 };
 
 struct Decode {
     const Operation* program;
-    const Factor* factors; // of the program's products
-    int* tokens;           // (count + 1, rows), of which the first are known
-    float* maxima;         // (rows, tiles) scratch memory: the largest of every eight logits
-    uint32_t* arrivals;    // 0 at first
-    int length, products, rows, position, shared, count, drawn, first, top_k, selects;
+    int* tokens;        // (count + 1, rows), of which the first are known
+    float* maxima;      // (rows, tiles): the largest of every eight logits
+    float2* sums;       // (rows, tiles): the sum of every eight channels of the residual stream, and of their squares
+    uint32_t* arrivals; // 0 at first
+    int length, rows, position, shared, count, drawn, first, top_k, selects;
     float temperature, top_p;
     uint32_t seed;
 };
 
 PTX(cp_async_wait_first, (), "cp.async.wait_group %0;" ::"n"(Ahead - 1) : "memory")
-PTX(prefetch, (const void* at), "prefetch.global.L1 [%0];" ::"l"(at))
 PTX(arrive, (uint32_t* counter), "red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory")
 PTX(load_relaxed, (uint32_t& to, const uint32_t* from), "ld.relaxed.gpu.global.u32 %0, [%1];"
     : "=r"(to) : "l"(from) : "memory")
@@ -1819,15 +1812,14 @@ __device__ void wait_for_all(uint32_t* arrivals, uint32_t time) {
 // slice, 64 columns. They wait in a ring in shared memory, where no other warp reads them.
 struct Weights {
     static constexpr int Bytes = Channels * 8 * sizeof(Eight), Stride = DecodeWarps * Bytes;
-    const Factor *place_of_next, *first, *end;
-    Factor now, next;
-    const floatX* from; // what this lane asks for next: eight columns of row lane/8, and of the one four below
-    int tile, slices, left, rows; // left: columns from there on; rows: of those two that there are
-    uint32_t slot, last, write, read; // addresses in the ring, and this lane's places in a slot
+    const Operation* program;
+    int length, at, tile, slices, left, rows; // left: columns from there on; rows: of the two below that there are
+    const floatX* from;                       // what this lane asks for next: eight columns of row lane/8, and of
+    int64_t below;                            // the one four rows below
+    uint32_t slot, last, write, read;         // addresses in the ring, and this lane's places in a slot
 
-    __device__ Weights(const Decode& run)
-        : place_of_next(run.factors), first(run.factors), end(run.factors + run.products), now(), next(run.factors[0]),
-          tile(blockIdx.x), slices(0) {
+    __device__ Weights(const Operation* program, int length)
+        : program(program), length(length), at(-1), tile(0), slices(0) {
         int lane = threadIdx.x % Warp;
         slot = shared_address(shared) + threadIdx.x / Warp * Bytes;
         last = slot + (Ahead - 1) * Stride;
@@ -1845,23 +1837,30 @@ struct Weights {
     // The first column of a slice that is this warp's.
     static __device__ int part() { return threadIdx.x / Warp * 8 * Width; }
 
-    __device__ void ask() {
-        if (slices == 0) {
-            for (tile += gridDim.x; tile * Channels >= now.N; tile = blockIdx.x) {
-                now = next;
-                place_of_next = place_of_next + 1 == end ? first : place_of_next + 1;
-                next = *place_of_next;
-            }
-            int row = tile * Channels + threadIdx.x % Warp / 8, column = part() + threadIdx.x % 8 * Width;
-            from = now.w + (int64_t)row * now.K + column;
-            left = now.K - column;
-            rows = row + 4 < now.N ? 2 : row < now.N;
-            slices = (now.K + Slice - 1) / Slice;
+    __device__ void next_tile() {
+        tile += gridDim.x;
+        while (at < 0 || tile * Channels >= program[at].N) {
+            do
+                at = at + 1 == length ? 0 : at + 1;
+            while (!program[at].w);
+            tile = blockIdx.x;
         }
+        int N = program[at].N, K = program[at].K, row = tile * Channels + threadIdx.x % Warp / 8;
+        int column = part() + threadIdx.x % 8 * Width;
+        from = program[at].w + (int64_t)row * K + column;
+        below = 4 * K;
+        left = K - column;
+        rows = row + 4 < N ? 2 : row < N;
+        slices = (K + Slice - 1) / Slice;
+    }
+
+    __device__ void ask() {
+        if (slices == 0)
+            next_tile();
+        bool one = left > 0 && rows > 0, both = left > 0 && rows > 1;
         for (int i = 0; i < sizeof(Eight); i += 16) {
-            bool inside = left > 0 && rows > 0, both = left > 0 && rows > 1;
-            cp_async(slot + write + i, inside ? (const char*)from + i : (const char*)now.w, inside);
-            cp_async(slot + write + Bytes / 2 + i, both ? (const char*)(from + 4 * now.K) + i : (const char*)now.w, both);
+            cp_async(slot + write + i, (const char*)(one ? from : program[at].w) + i, one);
+            cp_async(slot + write + Bytes / 2 + i, (const char*)(both ? from + below : program[at].w) + i, both);
         }
         cp_async_commit();
         from += Slice;
@@ -1874,8 +1873,8 @@ struct Weights {
     __device__ void take(Raw (&w)[2]) {
         cp_async_wait_first();
         __syncwarp();
-        w[0] = at<Raw>(slot + read);
-        w[1] = at<Raw>(slot + (read ^ 4 * (int)sizeof(Eight)));
+        w[0] = ::at<Raw>(slot + read);
+        w[1] = ::at<Raw>(slot + (read ^ 4 * (int)sizeof(Eight)));
         __syncwarp();
         ask();
     }
@@ -1914,33 +1913,25 @@ __device__ float gumbel(int token, uint32_t seed) {
     return -logf(-logf(((random_bits(token, seed) >> 9) + 0.5f) * 0x1p-23f));
 }
 
-// statistics (rows) = mean and 1/deviation of x (rows, C). Half a warp per row.
-__device__ void row_statistics(const floatX* x, int rows, int C, float2* statistics) {
-    constexpr int Lanes = Warp / 2, Batch = 8; // loaded together
-    int lane = threadIdx.x % Lanes;
-    for (int first = 0; first < rows; first += DecodeThreads / Lanes) {
-        int row = first + threadIdx.x / Lanes;
-        if (row - row % 2 >= rows) // this warp has none
-            break;
-        auto sum_of = [&](auto term) {
-            float total = 0;
-            for (int c = lane * Width; c < C; c += Lanes * Width * Batch) {
-                Raw pack[Batch] = {};
-#pragma unroll
-                for (int i = 0; i < Batch; i++) {
-                    if (row < rows && c + i * Lanes * Width < C)
-                        pack[i] = *(const Raw*)(x + (int64_t)row * C + c + i * Lanes * Width);
-                }
-#pragma unroll
-                for (int i = 0; i < Batch; i++)
-                    total += c + i * Lanes * Width < C ? term(widen(pack[i])) : 0;
+// statistics (rows) = mean and 1/deviation of the residual stream (rows, C), from its sums.
+__device__ void row_statistics(const Decode& run, int C, float2* statistics) {
+    constexpr int Batch = 4; // loaded together
+    for (int row = threadIdx.x / Warp; row < run.rows; row += DecodeWarps) {
+        float total = 0, squares = 0;
+        for (int i = threadIdx.x % Warp; i < C / Width; i += Batch * Warp) {
+            float2 some[Batch] = {};
+            for (int j = 0; j < Batch; j++) {
+                if (i + j * Warp < C / Width)
+                    some[j] = run.sums[row * (C / Width) + i + j * Warp];
             }
-            return sum_lanes<8, 4, 2, 1>(total);
-        };
-        float mean = sum_of([](Pack x) { return sum(x); }) / C;
-        float squares = sum_of([=](Pack x) { return x = normalize(x, mean, 1), sum(x * x); });
-        if (lane == 0 && row < rows)
-            statistics[row] = make_float2(mean, rsqrtf(squares / C + 1e-5f));
+            for (int j = 0; j < Batch; j++) {
+                total += some[j].x;
+                squares += some[j].y;
+            }
+        }
+        float mean = warp_sum(total) / C, variance = warp_sum(squares) / C - mean * mean;
+        if (threadIdx.x % Warp == 0)
+            statistics[row] = make_float2(mean, rsqrtf(fmaxf(variance, 0) + 1e-5f));
     }
     __syncthreads();
 }
@@ -1949,45 +1940,38 @@ __device__ void row_statistics(const floatX* x, int rows, int C, float2* statist
 // part of the depth, of a group of tiles; then their sums, in scratch, are added up. Tiles is that of 16 rows.
 template <int Tiles>
 __device__ void multiply_rows(const Operation& op, const Decode& run, int n, Weights& weights, float* scratch) {
-    constexpr int Rows = Tiles * 16, Group = MostRows / Rows, ScratchSize = DecodeWarps * MostRows * Channels;
+    constexpr int Rows = Tiles * 16, Group = MostRows / Rows;
     constexpr int Results = (MostRows * Channels + DecodeThreads - 1) / DecodeThreads; // of a thread in a group of tiles
     __shared__ float2 statistics[MostRows]; // of rows that there are not: any
-    int warp = threadIdx.x / Warp, lane = threadIdx.x % Warp, slices = (op.K + Slice - 1) / Slice;
-    bool draws = op.kind == LogitsNext && !run.selects && run.temperature > 0;
-    auto fetch = [&](Raw& x, int row, int column) {
+    int warp = threadIdx.x / Warp, lane = threadIdx.x % Warp, kind = op.kind, N = op.N, K = op.K;
+    int slices = (K + Slice - 1) / Slice, own = Weights::part() + lane % 4 * Width; // this lane's first column
+    const floatX *in = op.x, *norm_w = op.norm_w, *norm_b = op.norm_b;
+    bool draws = kind == LogitsNext && !run.selects && run.temperature > 0;
+    auto fetch = [&](Raw& x, const floatX* from, int column, bool inside = true) {
         x = {};
-        if (row < run.rows && column < op.K)
-            x = *(const Raw*)(op.x + row * op.K + column);
-    };
-    auto column_of = [&](int slice, int half) { return slice * Slice + Weights::part() + (half * 4 + lane % 4) * Width; };
-    // Layer norm of rows first, first + 8, ... in place, for a column of this thread's.
-    auto norm = [&](Raw* x, int count, int first, int column) {
-        if (column >= op.K)
-            return;
-        Pack w = load(op.norm_w + column), b = load(op.norm_b + column);
-        for (int j = 0; j < count; j++) {
-            if (j * 8 >= run.rows)
-                continue;
-            float2 s = statistics[first + j * 8];
-            x[j] = raw(normalize(widen(x[j]), s.x, s.y) * w + b);
-        }
+        if (inside && column < K)
+            x = *(const Raw*)(from + column);
     };
 #ifdef FP32
+    if (norm_w)
+        row_statistics(run, K, statistics);
     auto multiply_tile = [&](bool, float* partial) {
         float sums[Rows] = {};
         for (int slice = 0; slice < slices; slice++) {
-            Raw w[2];
+            Raw w[2], x = {}, g = {}, b = {};
             weights.take(w);
-            for (int i = 0; i < 2; i++) {
+            for (int half = 0; half < 2; half++) {
+                int column = own + slice * Slice + half * 4 * Width;
+                for (int row = 0; row < run.rows && column < K; row++) {
+                    fetch(x, in + row * K, column);
+                    if (norm_w) {
+                        fetch(g, norm_w, column);
+                        fetch(b, norm_b, column);
+                        x = normalize(x, statistics[row].x, statistics[row].y) * g + b;
+                    }
 #pragma unroll
-                for (int row = 0; row < Rows; row++) {
-                    if (row >= run.rows)
-                        continue;
-                    Raw x;
-                    fetch(x, row, column_of(slice, i));
-                    if (op.norm_w)
-                        norm(&x, 1, row, column_of(slice, i));
-                    sums[row] += sum(widen(x) * widen(w[i]));
+                    for (int i = 0; i < Rows; i++)
+                        sums[i] += i == row ? sum(x * w[half]) : 0;
                 }
             }
         }
@@ -2000,24 +1984,51 @@ __device__ void multiply_rows(const Operation& op, const Decode& run, int n, Wei
     };
 #else
     constexpr int Batch = 8 / Tiles; // half slices of x that are held together, and stay if they are all
-    Raw x[Batch][2 * Tiles] = {};
+    constexpr bool HoldsNorm = Tiles == 1; // while registers last
+    Raw x[Batch][2 * Tiles] = {}, first_w[2] = {}, first_b[2] = {};
+    auto fetch_batch = [&](int slice) {
+#pragma unroll
+        for (int i = 0; i < Batch; i++) {
+#pragma unroll
+            for (int j = 0; j < 2 * Tiles; j++) {
+                int row = j * 8 + lane / 4;
+                if (slice + i / 2 < slices && j * 8 < run.rows)
+                    fetch(x[i][j], in + row * K, own + (slice + i / 2) * Slice + i % 2 * 4 * Width, row < run.rows);
+            }
+        }
+    };
+    auto normalize_batch = [&](int slice) {
+#pragma unroll
+        for (int i = 0; i < Batch; i++) {
+            int column = own + (slice + i / 2) * Slice + i % 2 * 4 * Width;
+            if (slice + i / 2 >= slices || column >= K)
+                continue;
+            Pack w = HoldsNorm && slice + i / 2 == 0 ? widen(first_w[i % 2]) : load(norm_w + column);
+            Pack b = HoldsNorm && slice + i / 2 == 0 ? widen(first_b[i % 2]) : load(norm_b + column);
+#pragma unroll
+            for (int j = 0; j < 2 * Tiles; j++) {
+                float2 s = statistics[j * 8 + lane / 4];
+                if (j * 8 < run.rows)
+                    x[i][j] = raw(normalize(widen(x[i][j]), s.x, s.y) * w + b);
+            }
+        }
+    };
+    for (int half = 0; half < 2 && norm_w && HoldsNorm; half++) {
+        fetch(first_w[half], norm_w, own + half * 4 * Width);
+        fetch(first_b[half], norm_b, own + half * 4 * Width);
+    }
+    fetch_batch(0); // comes while the statistics are made
+    if (norm_w) {
+        row_statistics(run, K, statistics);
+        normalize_batch(0);
+    }
     auto multiply_tile = [&](bool is_first, float* partial) {
         float sums[2][Tiles][4] = {}; // of the even and the odd steps
         for (int slice = 0; slice < slices; slice += Batch / 2) {
-            if (slices > Batch / 2 || is_first) {
-#pragma unroll
-                for (int i = 0; i < Batch; i++) {
-#pragma unroll
-                    for (int j = 0; j < 2 * Tiles; j++) {
-                        if (slice + i / 2 < slices && j * 8 < run.rows)
-                            fetch(x[i][j], j * 8 + lane / 4, column_of(slice + i / 2, i % 2));
-                    }
-                }
-#pragma unroll
-                for (int i = 0; i < Batch; i++) {
-                    if (op.norm_w && slice + i / 2 < slices)
-                        norm(x[i], 2 * Tiles, lane / 4, column_of(slice + i / 2, i % 2));
-                }
+            if (slices > Batch / 2 && !(is_first && slice == 0)) {
+                fetch_batch(slice);
+                if (norm_w)
+                    normalize_batch(slice);
             }
 #pragma unroll
             for (int i = 0; i < Batch; i += 2) {
@@ -2041,55 +2052,56 @@ __device__ void multiply_rows(const Operation& op, const Decode& run, int n, Wei
         }
     };
 #endif
-    if (op.norm_w) {
-        for (int k = threadIdx.x * 64; k < op.K; k += DecodeThreads * 64) {
-            prefetch(op.norm_w + k);
-            prefetch(op.norm_b + k);
-        }
-        row_statistics(op.x, run.rows, op.K, statistics);
-    }
-    for (int first = blockIdx.x, turn = 0; first * Channels < op.N; first += Group * gridDim.x, turn ^= 1) {
+    for (int first = blockIdx.x; first * Channels < N; first += Group * gridDim.x) {
         // This thread's results, and what it adds to them: a bias, what was there, or noise.
-        float *partial = scratch + turn * ScratchSize, addends[Results] = {};
-        int rows[Results], columns[Results];
+        float addends[Results] = {};
+        int64_t places[Results];
 #pragma unroll
         for (int j = 0; j < Results; j++) {
-            int i = threadIdx.x + j * DecodeThreads, tile = first + i / (Rows * Channels) * gridDim.x;
-            rows[j] = i % (Rows * Channels) / Channels;
-            columns[j] = tile * Channels + i % Channels;
-            if (i >= Group * Rows * Channels || rows[j] >= run.rows || columns[j] >= op.N) {
-                columns[j] = -1;
+            int i = threadIdx.x + j * DecodeThreads, row = i % (Rows * Channels) / Channels;
+            int column = (first + i / (Rows * Channels) * gridDim.x) * Channels + i % Channels;
+            places[j] = -1;
+            if (i >= MostRows * Channels || row >= run.rows || column >= N)
                 continue;
-            }
-            addends[j] = op.b ? (float)op.b[columns[j]] : draws ? gumbel(columns[j], seed_of(run, rows[j], n)) : 0;
-            if (op.kind == ResidualNext)
-                addends[j] += (float)((floatX*)op.y)[rows[j] * op.N + columns[j]];
+            places[j] = ((int64_t)row * op.T + (op.T > 1 ? run.position + n : 0)) * N + column;
+            addends[j] = op.b ? (float)op.b[column] : draws ? gumbel(column, seed_of(run, row, n)) : 0;
+            if (kind == ResidualNext)
+                addends[j] += (float)((floatX*)op.y)[places[j]];
         }
-        for (int tile = first, i = 0; i < Group && tile * Channels < op.N; i++, tile += gridDim.x)
-            multiply_tile(tile == blockIdx.x, partial + i * Rows * Channels * DecodeWarps);
+        for (int tile = first, i = 0; i < Group && tile * Channels < N; i++, tile += gridDim.x)
+            multiply_tile(tile == blockIdx.x, scratch + i * Rows * Channels * DecodeWarps);
         __syncthreads();
 #pragma unroll
         for (int j = 0; j < Results; j++) {
-            int i = threadIdx.x + j * DecodeThreads;
-            if (!__any_sync(~0u, columns[j] >= 0))
+            int i = threadIdx.x + j * DecodeThreads, tile = i / (Rows * Channels), row = i % (Rows * Channels) / Channels;
+            bool inside = places[j] >= 0;
+            if (!__any_sync(~0u, inside))
                 continue;
             float y = 0;
-            for (int part = 0; part < DecodeWarps && columns[j] >= 0; part++)
-                y += partial[(i / (Rows * Channels) * DecodeWarps + part) * Rows * Channels + i % (Rows * Channels)];
+            for (int part = 0; part < DecodeWarps && inside; part++)
+                y += scratch[(tile * DecodeWarps + part) * Rows * Channels + i % (Rows * Channels)];
             y = (draws ? y / run.temperature : y) + addends[j];
-            int64_t at = ((int64_t)rows[j] * op.T + (op.T > 1 ? run.position + n : 0)) * op.N + columns[j];
-            if (op.kind == LogitsNext) {
+            tile = first + tile * gridDim.x;
+            if (kind == LogitsNext) {
                 y = y == y ? y : INFINITY; // which no maximum ignores
-                float max = max_lanes<4, 2, 1>(columns[j] >= 0 ? y : -INFINITY);
-                if (columns[j] < 0)
-                    continue;
-                ((float*)op.y)[at] = y;
-                if (i % Channels == 0)
-                    run.maxima[rows[j] * ((op.N + Channels - 1) / Channels) + columns[j] / Channels] = max;
-            } else if (columns[j] >= 0) {
-                ((floatX*)op.y)[at] = op.kind == GeluNext ? gelu_of(y) : y;
+                float max = max_lanes<4, 2, 1>(inside ? y : -INFINITY);
+                if (inside)
+                    ((float*)op.y)[places[j]] = y;
+                if (inside && i % Channels == 0)
+                    run.maxima[row * ((N + Channels - 1) / Channels) + tile] = max;
+                continue;
+            }
+            floatX rounded = kind == GeluNext ? gelu_of(y) : y;
+            if (inside)
+                ((floatX*)op.y)[places[j]] = rounded;
+            if (kind == ResidualNext) {
+                float kept = inside ? (float)rounded : 0, total = sum_lanes<4, 2, 1>(kept);
+                float squares = sum_lanes<4, 2, 1>(kept * kept);
+                if (inside && i % Channels == 0)
+                    run.sums[row * (N / Channels) + tile] = make_float2(total, squares);
             }
         }
+        __syncthreads();
     }
 }
 
@@ -2294,42 +2306,52 @@ __device__ int choose(const Decode& run, const float* logits, const float* maxim
     return ~(uint32_t)largest_of_block(own);
 }
 
+// x (rows, C) = wte + wpe at a row's token, and its sums.
+__device__ void embed_row(const Operation& op, const Decode& run, int row, int token, int position) {
+    for (int c = threadIdx.x * Width; c < op.N; c += DecodeThreads * Width) {
+        floatX* to = (floatX*)op.y + row * op.N + c;
+        store(to, load(op.x + (int64_t)token * op.N + c) + load(op.b + (int64_t)position * op.N + c));
+        Pack kept = load(to);
+        run.sums[(row * op.N + c) / Width] = make_float2(sum(kept), sum(kept * kept));
+    }
+}
+
 // Runs the program count times.
 template <int Tiles>
 __device__ void run_program(const Decode& run) {
     float* scratch = (float*)(shared + RingBytes / sizeof(uint4));
-    Weights weights(run);
-    Operation op = run.program[0];
+    Operation* program = (Operation*)(shared + (RingBytes + ScratchBytes) / sizeof(uint4));
+    for (int i = threadIdx.x; i < run.length * sizeof(Operation) / 8; i += DecodeThreads)
+        ((uint64_t*)program)[i] = ((const uint64_t*)run.program)[i];
+    __syncthreads();
+    Weights weights(program, run.length);
     uint32_t time = 0;
     for (int n = 0; n < run.count; n++) {
         for (int i = 0; i < run.length; i++) {
-            if (op.kind == EmbedNext || op.kind == ChooseNext) {
+            const Operation& op = program[i];
+            int position = run.position + n, *tokens = run.tokens + n * run.rows;
+            if (op.kind == EmbedNext) {
+                for (int row = blockIdx.x; row < run.rows; row += gridDim.x)
+                    embed_row(op, run, row, tokens[row], position);
+            } else if (op.kind == ChooseNext) {
+                int tiles = (op.K + Channels - 1) / Channels;
                 for (int row = blockIdx.x; row < run.rows; row += gridDim.x) {
-                    int* token = run.tokens + n * run.rows + row;
-                    if (op.kind == ChooseNext) {
-                        int next = choose(run, (const float*)op.x + (int64_t)row * op.K, run.maxima + row *
-                            ((op.K + Channels - 1) / Channels), op.K, seed_of(run, row, n), scratch);
-                        if (threadIdx.x == 0)
-                            token[run.rows] = next;
-                        __syncthreads();
-                        continue;
-                    }
-                    for (int c = threadIdx.x * Width; c < op.N; c += DecodeThreads * Width)
-                        store((floatX*)op.y + (int64_t)row * op.N + c, load(op.x + (int64_t)*token * op.N + c) +
-                            load(op.b + (int64_t)(run.position + n) * op.N + c));
+                    int token = choose(run, (const float*)op.x + (int64_t)row * op.K, run.maxima + row * tiles, op.K,
+                        seed_of(run, row, n), scratch);
+                    if (threadIdx.x == 0)
+                        tokens[run.rows + row] = token;
+                    __syncthreads();
                 }
+                continue; // the block that has chosen a token embeds it
             } else if (op.kind == AttentionNext) {
                 if (op.K / op.heads % Width == 0)
-                    attend<true>(op, run, run.position + n, scratch);
+                    attend<true>(op, run, position, scratch);
                 else
-                    attend<false>(op, run, run.position + n, scratch);
+                    attend<false>(op, run, position, scratch);
             } else {
                 multiply_rows<Tiles>(op, run, n, weights, scratch);
             }
-            bool stays = op.kind == ChooseNext; // the block that has chosen a token embeds it
-            op = run.program[i + 1 < run.length ? i + 1 : 0];
-            if (!stays)
-                wait_for_all(run.arrivals, ++time);
+            wait_for_all(run.arrivals, ++time);
         }
     }
     cp_async_wait();

@@ -50,6 +50,10 @@ bench:
 		awk '/tok\/s/ && /MFU/ { ours = $$5 } /^pytorch/ { theirs = $$3 } \
 			END { printf "%.2f times PyTorch\n", ours / theirs }' bin/bench bin/rival; \
 	fi
+	@./gpt2 bench --decode
+	@if python3 -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then \
+		python3 tests/rival.py --decode; \
+	fi
 
 # Time, and the share of DRAM's and the tensor cores' peak: of one micro-batch and the update, by Nsight Compute.
 counters = gpu__time_duration.sum,dram__throughput.avg.pct_of_peak_sustained_elapsed,$\

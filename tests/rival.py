@@ -5,6 +5,7 @@ speed that plain PyTorch gives: torch.compile, cuDNN's attention, autocast to bf
     python3 tests/rival.py -x 300 -i 'data/*train_*.bin' -j 'data/*val_*.bin' --out FILE   its losses, one a line
 
     torchrun --nproc-per-node 8 tests/rival.py --init d12                              on 8 GPUs, by DistributedDataParallel
+    python3 tests/rival.py --decode                       generation: a static cache, compiled, in CUDA graphs, all in bf16
 
 The last line has the median speed without the first 3 steps, and the most memory that tensors took at a time.
 """
@@ -145,15 +146,64 @@ def train(model, o, without_sync):
         print(f"pytorch {torch.__version__} {speed:.0f} tok/s, {memory:.1f} GB, {first:.1f} s to the first step")
 
 
+class Decoder(nn.Module):
+    """One more token of B sequences, whose keys and values have a place for each position."""
+
+    def __init__(self, model, NH, B):
+        super().__init__()
+        self.model, self.NH = model, NH
+        C = model.wte.weight.shape[1]
+        for i, _ in enumerate(model.blocks):
+            self.register_buffer(f"cache{i}", torch.zeros(2, B, NH, MAX_T, C // NH, dtype=torch.bfloat16, device="cuda"))
+
+    def forward(self, tokens, position, temperature, top_k):
+        residual = self.model.wte(tokens) + self.model.wpe(position)
+        B, C = residual.shape
+        visible = torch.arange(MAX_T, device="cuda") <= position
+        for i, block in enumerate(self.model.blocks):
+            qkv = block.qkv(block.ln1(residual)).view(B, 3, self.NH, 1, C // self.NH)
+            cache = getattr(self, f"cache{i}")
+            cache.index_copy_(3, position, qkv[:, 1:].transpose(0, 1))
+            y = F.scaled_dot_product_attention(qkv[:, 0], cache[0], cache[1], attn_mask=visible)
+            residual = residual + block.attproj(y.reshape(B, C))
+            residual = residual + block.fcproj(F.gelu(block.fc(block.ln2(residual)), approximate="tanh"))
+        logits = F.linear(self.model.lnf(residual), self.model.wte.weight)[:, :V].float()
+        if temperature == 0:
+            return logits.argmax(-1)
+        best, indices = torch.topk(logits, top_k)
+        noise = -torch.empty_like(best).exponential_().log()  # Gumbel's, as multinomial does it
+        return indices.gather(1, (best / temperature + noise).argmax(-1, keepdim=True))[:, 0]
+
+
+@torch.no_grad()
+def decode(model, o):
+    model = model.bfloat16()
+    for B, temperature in (1, 0.0), (1, 0.8), (64, 0.8):
+        step = torch.compile(Decoder(model, MODELS[o.init][1], B), mode="max-autotune")
+        tokens, position = torch.zeros(B, dtype=torch.long, device="cuda"), torch.tensor([10], device="cuda")
+        for i in range(300):
+            if i == 44:  # warm by now
+                torch.cuda.synchronize()
+                start = time.perf_counter()
+            tokens = step(tokens, position, temperature, 50).clone()
+            position += 1
+        torch.cuda.synchronize()
+        rate = 256 * B / (time.perf_counter() - start)
+        print(f"pytorch decode, B = {B}, {'greedy' if temperature == 0 else 'top-k 50'}: {rate:.0f} tok/s", flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for names, default in OPTIONS.items():
         parser.add_argument(*names.split(), type=type(default), default=default)
+    parser.add_argument("--decode", action="store_true")
     o = parser.parse_args()
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     with torch.device("cuda"):
         model = GPT2(*MODELS[o.init])
     initialize(model)
+    if o.decode:
+        return decode(model, o)
     without_sync = contextlib.nullcontext
     if RANKS > 1:
         torch.distributed.init_process_group("nccl")
