@@ -123,7 +123,8 @@ internal sealed class Commands(GlobalOptions global) {
                 Require(id >= 0 && id < config.V, "--prompt-ids", $"ids from 0 to {config.V - 1}", id);
             using var device = Open();
             var batch = Math.Min(num, IDevice.MostSequences);
-            var model = new Model(config, device, batch, 1, Purpose.Generate);
+            var model = new Model(config, device, batch, 1, Purpose.Generate,
+                type: device is Cpu && file.Header[1] == 5 ? DataType.Bf16 : null);
             model.Load(file);
             var (steps, made) = (Enumerable.Empty<int[]>().GetEnumerator(), new List<int[]>());
             for (var i = 0; i < num; i++) {
