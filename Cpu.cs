@@ -80,10 +80,9 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
     }
 
     public void Read(Tensor from, Span<float> values) {
-        if (from.Type == DataType.Bf16)
-            BFloat16.Widen(new((ushort*)from.Address, (int)from.Count), values);
-        else
-            new Span<float>(Floats(from), (int)from.Count).CopyTo(values);
+        fixed (float* to = values)
+            for (int i = 0, n = (int)from.Count; n > 0; i += Lanes, n -= Lanes)
+                Store(to + i, n, Weights(from, i, n));
     }
 
     public void Clear(Tensor x) => NativeMemory.Clear(Floats(x), (nuint)x.Bytes);
@@ -176,7 +175,7 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
         Multiply(Matrix(x), Matrix(Widened(w)).Transposed, Matrix(y), b);
     }
 
-    Tensor widened; // fp32 numbers
+    Tensor widened; // a matrix in fp32
 
     /// <summary>A matrix in fp32: itself, or a copy that lasts until the next is made.</summary>
     Tensor Widened(Tensor w) {
@@ -184,12 +183,9 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
             return w;
         if (widened.Count < w.Count)
             widened = new(Allocate(w.Count * sizeof(float)), 1, w.AllRows, w.Columns);
-        var to = w with { Address = widened.Address, Type = DataType.Fp32 };
-        ForParts(w.Count, FlatPart, (w, to), static (s, i, n) => {
-            for (; n > 0; i += Lanes, n -= Lanes)
-                Store(Floats(s.to) + i, n, Weights(s.w, i, n));
-        });
-        return to;
+        ForParts(w.Count, FlatPart, (w, widened), static (s, i, n) => BFloat16.Widen(
+            new((ushort*)s.w.Address + i, n), new(Floats(s.widened) + i, n)));
+        return w with { Address = widened.Address, Type = DataType.Fp32 };
     }
 
     public void LinearResidual(Tensor x, Tensor w, Tensor b, Tensor residual, Tensor y) {
@@ -483,21 +479,19 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
             Profile == null ? "" : $"{nameof(Decode)} {x.AllRows} x {op.W.AllRows} x {op.W.Columns}");
     }
 
-    /// <summary>Rows of w that a thread takes at a time.</summary>
-    const int WeightRows = 16 * Product.DotColumns;
+    /// <summary>Rows of w that a thread takes at a time: their sums fill whole cache lines.</summary>
+    const int WeightRows = 48;
 
     /// <summary>One part of the columns of y. Its rows of w come from memory once, for all rows of x.</summary>
     static void MultiplyPart<T>(Operation op, int part) where T : unmanaged {
-        var (x, first) = (op.X, part * WeightRows);
-        var columns = Math.Min(WeightRows, op.W.AllRows - first);
-        var w = (T*)op.W.Address + (long)first * x.Columns;
-        var sums = stackalloc float[Product.DotRows * WeightRows];
+        const int block = 4;
+        var (x, first, columns) = (op.X, part * WeightRows, Math.Min(WeightRows, op.W.AllRows - part * WeightRows));
+        var sums = stackalloc float[block * WeightRows];
         for (var b = 0; b < x.AllRows; b++) {
-            var row = b % Product.DotRows;
-            for (var j = 0; row == 0 && j < columns; j += Product.DotColumns)
-                Product.Dots(x.Slice(b, Math.Min(Product.DotRows, x.AllRows - b)), w + (long)j * x.Columns, columns - j,
-                    sums + j, WeightRows);
-            float* from = sums + row * WeightRows, to = Floats(op.Y) + (long)b * op.Y.Rows * op.Y.Columns + first;
+            if (b % block == 0)
+                Product.Dots(x.Slice(b, Math.Min(block, x.AllRows - b)), (T*)op.W.Address + (long)first * x.Columns,
+                    columns, sums, WeightRows);
+            float* from = sums + b % block * WeightRows, to = Row(op.Y, b * op.Y.Rows) + first;
             for (int i = 0, n = columns; n > 0; i += Lanes, n -= Lanes) {
                 var sum = Load(from + i, n) + (op.B.Address == 0 ? default : Weights(op.B, first + i, n));
                 Store(to + i, n, op.Kind == OperationKind.Residual ? Load(to + i, n) + sum
@@ -625,7 +619,7 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
             var x = Load(logits + i, n, float.NegativeInfinity);
             if (Vector.LessThanAll(x, new(least)))
                 continue;
-            // Gumbel = −log(−log(u)) is at most −log(1 − u), and log2 of a float is at least what its bits, read as an
+            // Gumbel = −log(−log(u)) is at most −log(1 − u), and log2 of a float at least what its bits, read as an
             // integer, are in units of 2^-23, less 127. A hundredth makes up for rounding.
             var bits = RandomBits(i, seed) >> 9;
             var rest = new Vector<float>((1 << 23) - 0.5f) - Vector.ConvertToSingle(Vector.AsVectorInt32(bits));
@@ -786,74 +780,44 @@ static unsafe class Product {
             AddTo(c, b.Row(k), b.Columns, a[k]);
     }
 
-    /// <summary>Σ x·y.</summary>
-    public static float Dot(float* x, float* y, int count) {
-        Vector<float> sum = default;
-        for (int i = 0, n = count; n > 0; i += Lanes, n -= Lanes)
-            sum = Vector.FusedMultiplyAdd(Load(x + i, n), Load(y + i, n), sum);
-        return Vector.Sum(sum);
+    /// <summary>Σ x·w, of weights in fp32 or bf16 (ushort).</summary>
+    public static float Dot<T>(float* x, T* w, int count) where T : unmanaged {
+        var (sum, i) = (Vector<float>.Zero, 0);
+        for (; i + Lanes <= count; i += Lanes)
+            sum = Vector.FusedMultiplyAdd(*(Vector<float>*)(x + i), Weights(w + i), sum);
+        var result = Vector.Sum(sum);
+        for (; i < count; i++)
+            result += x[i] * Weights(w + i)[0];
+        return result;
     }
 
-    /// <summary>What <see cref="Dots"/> takes at once: rows of x, and rows of w, which are columns of y.</summary>
-    public const int DotRows = 4, DotColumns = 3;
-    static readonly int Ahead = int.Parse(Environment.GetEnvironmentVariable("AHEAD") ?? "16384");
-
-    /// <summary>y (up to 4, 3) = x·wᵀ, for weights that are read once. Every sum has the same order, whatever the
-    /// number of rows; columns beyond <paramref name="columns"/> are those of the last row of w.</summary>
+    /// <summary>y (rows of x, columns) = x·wᵀ: four rows by two columns at a time where there are so many, but each sum
+    /// is that of <see cref="Dot"/>.</summary>
     public static void Dots<T>(Tensor x, T* w, int columns, float* y, int stride) where T : unmanaged {
-        int K = x.Columns, whole = K / Lanes * Lanes, i = 0;
-        float* x0 = (float*)x.Address, x1 = x0 + (x.Rows > 1 ? K : 0), x2 = x1 + (x.Rows > 2 ? K : 0);
-        float* x3 = x2 + (x.Rows > 3 ? K : 0);
-        T* w1 = w + (columns > 1 ? K : 0), w2 = w1 + (columns > 2 ? K : 0);
-        Vector<float> y00 = default, y01 = default, y02 = default, y10 = default, y11 = default, y12 = default;
-        Vector<float> y20 = default, y21 = default, y22 = default, y30 = default, y31 = default, y32 = default;
-        for (; x.Rows == 1 && i < whole; i += Lanes) {
-            // Three streams that end after each row are more than the memory's own prefetching copes with.
-            if (Sse.IsSupported) {
-                Sse.Prefetch0((byte*)(w + i) + Ahead);
-                Sse.Prefetch0((byte*)(w1 + i) + Ahead);
-                Sse.Prefetch0((byte*)(w2 + i) + Ahead);
+        int K = x.Columns, column = 0;
+        float* x0 = (float*)x.Address, x1 = x0 + K, x2 = x1 + K, x3 = x2 + K;
+        for (; x.Rows == 4 && K % Lanes == 0 && column + 2 <= columns; column += 2, y += 2, w += 2 * (long)K) {
+            Vector<float> y00 = default, y01 = default, y10 = default, y11 = default;
+            Vector<float> y20 = default, y21 = default, y30 = default, y31 = default;
+            for (var i = 0; i < K; i += Lanes) {
+                Vector<float> w0 = Weights(w + i), w1 = Weights(w + K + i), u = *(Vector<float>*)(x0 + i);
+                (y00, y01) = (Vector.FusedMultiplyAdd(u, w0, y00), Vector.FusedMultiplyAdd(u, w1, y01));
+                u = *(Vector<float>*)(x1 + i);
+                (y10, y11) = (Vector.FusedMultiplyAdd(u, w0, y10), Vector.FusedMultiplyAdd(u, w1, y11));
+                u = *(Vector<float>*)(x2 + i);
+                (y20, y21) = (Vector.FusedMultiplyAdd(u, w0, y20), Vector.FusedMultiplyAdd(u, w1, y21));
+                u = *(Vector<float>*)(x3 + i);
+                (y30, y31) = (Vector.FusedMultiplyAdd(u, w0, y30), Vector.FusedMultiplyAdd(u, w1, y31));
             }
-            var u = *(Vector<float>*)(x0 + i);
-            y00 = Vector.FusedMultiplyAdd(u, Weights(w + i), y00);
-            y01 = Vector.FusedMultiplyAdd(u, Weights(w1 + i), y01);
-            y02 = Vector.FusedMultiplyAdd(u, Weights(w2 + i), y02);
+            (y[0], y[1]) = (Vector.Sum(y00), Vector.Sum(y01));
+            (y[stride], y[stride + 1]) = (Vector.Sum(y10), Vector.Sum(y11));
+            (y[2 * stride], y[2 * stride + 1]) = (Vector.Sum(y20), Vector.Sum(y21));
+            (y[3 * stride], y[3 * stride + 1]) = (Vector.Sum(y30), Vector.Sum(y31));
         }
-        for (; i < whole; i += Lanes) {
-            Vector<float> v0 = Weights(w + i), v1 = Weights(w1 + i), v2 = Weights(w2 + i);
-            var u = *(Vector<float>*)(x0 + i);
-            y00 = Vector.FusedMultiplyAdd(u, v0, y00);
-            y01 = Vector.FusedMultiplyAdd(u, v1, y01);
-            y02 = Vector.FusedMultiplyAdd(u, v2, y02);
-            u = *(Vector<float>*)(x1 + i);
-            y10 = Vector.FusedMultiplyAdd(u, v0, y10);
-            y11 = Vector.FusedMultiplyAdd(u, v1, y11);
-            y12 = Vector.FusedMultiplyAdd(u, v2, y12);
-            u = *(Vector<float>*)(x2 + i);
-            y20 = Vector.FusedMultiplyAdd(u, v0, y20);
-            y21 = Vector.FusedMultiplyAdd(u, v1, y21);
-            y22 = Vector.FusedMultiplyAdd(u, v2, y22);
-            u = *(Vector<float>*)(x3 + i);
-            y30 = Vector.FusedMultiplyAdd(u, v0, y30);
-            y31 = Vector.FusedMultiplyAdd(u, v1, y31);
-            y32 = Vector.FusedMultiplyAdd(u, v2, y32);
+        for (; column < columns; column++, y++, w += K) {
+            for (var row = 0; row < x.Rows; row++)
+                y[row * stride] = Dot(x0 + (long)row * K, w, K);
         }
-        Sum(y, y00, y01, y02);
-        if (x.Rows > 1) {
-            Sum(y + stride, y10, y11, y12);
-            Sum(y + 2 * stride, y20, y21, y22);
-            Sum(y + 3 * stride, y30, y31, y32);
-        }
-        for (; i < K; i++) { // columns of x that fill no vector
-            for (var row = 0; row < x.Rows; row++) {
-                for (var column = 0; column < Math.Min(DotColumns, columns); column++)
-                    y[row * stride + column] += x0[(long)row * K + i] * Weights(w + (long)column * K + i)[0];
-            }
-        }
-
-        [MethodImpl(MethodImplOptions.AggressiveInlining)]
-        static void Sum(float* y, Vector<float> first, Vector<float> second, Vector<float> third) =>
-            (y[0], y[1], y[2]) = (Vector.Sum(first), Vector.Sum(second), Vector.Sum(third));
     }
 
     /// <summary>c += a·b for one packed strip of b and one block of a. Contiguous rows of a that fill a tile are read
