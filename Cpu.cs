@@ -245,8 +245,7 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
                 for (int k = 0, n = c.Columns; n > 0; k += Lanes, n -= Lanes)
                     Store(c.Row(row) + k, n, Weights(s.bias, j + k, n));
             }
-            // The number of threads decides whether a tile has one row, but must not change its bits.
-            Product.Add(s.a.RowsFrom(i, c.Rows), s.b.Part(0, j, s.b.Rows, s.columns), c, asTiles: s.c.Rows > 1);
+            Product.Add(s.a.RowsFrom(i, c.Rows), s.b.Part(0, j, s.b.Rows, s.columns), c);
         }, 2.0 * c.Rows * c.Columns * a.Columns, name);
     }
 
@@ -752,13 +751,8 @@ static unsafe class Product {
 
     static int TileColumns => 2 * Lanes;
 
-    /// <summary>c += a·b, where c has contiguous columns. One row goes faster, and rounds differently, if not in
-    /// tiles.</summary>
-    public static void Add(Matrix a, Matrix b, Matrix c, bool asTiles = false) {
-        if (a.Rows == 1 && a.ColumnStride == 1 && !asTiles) {
-            AddRow(a.Address, b, c.Address);
-            return;
-        }
+    /// <summary>c += a·b, where c has contiguous columns.</summary>
+    public static void Add(Matrix a, Matrix b, Matrix c) {
         var buffer = stackalloc float[DepthBlock * (StripColumns + BlockRows) + WidestVector];
         var packedB = (float*)(((nint)buffer + 63) & ~63);
         var packedA = packedB + DepthBlock * StripColumns;
@@ -770,14 +764,6 @@ static unsafe class Product {
                         a.Part(i, k, BlockRows, DepthBlock), packedA, packedB, c.Part(i, j, BlockRows, StripColumns));
             }
         }
-    }
-
-    /// <summary>c += a·b for one row, as in decoding: packing b would cost more than reading it once.</summary>
-    static void AddRow(float* a, Matrix b, float* c) {
-        for (var j = 0; b.RowStride == 1 && j < b.Columns; j++)
-            c[j] += Dot(a, b.Address + j * b.ColumnStride, b.Rows);
-        for (var k = 0; b.RowStride != 1 && k < b.Rows; k++)
-            AddTo(c, b.Row(k), b.Columns, a[k]);
     }
 
     /// <summary>Σ x·w, of weights in fp32 or bf16 (ushort).</summary>

@@ -169,7 +169,8 @@ public sealed class CpuGenerationTests() : GenerationTests(DeviceUnderTest.Cpu) 
     static int Slowly(float[] logits, Choice choice) {
         var (T, max) = (choice.Temperature, logits.Max());
         var order = logits.Index().OrderByDescending(x => x.Item).ToArray();
-        var least = choice.TopK > 0 && choice.TopK < logits.Length ? order[choice.TopK - 1].Item : float.NegativeInfinity;
+        var selects = choice.TopK > 0 && choice.TopK < logits.Length;
+        var least = selects ? order[choice.TopK - 1].Item : float.NegativeInfinity;
         least = MathF.Max(least, choice.TopP < 1 ? max + T * MathF.Log((1 - choice.TopP) / logits.Length) : least);
         order = [.. order.TakeWhile(x => x.Item >= least)];
         if (choice.TopP < 1) {
@@ -201,8 +202,9 @@ public sealed class CpuGenerationTests() : GenerationTests(DeviceUnderTest.Cpu) 
             var logits = Floats(n, V, 0.1 * (1 << n % 7));
             if (step > 0)
                 logits = [.. logits.Select(x => (float)(Math.Round(x / step) * step))];
-            var choice = new Choice((float[])[1, 0.3f, 5] is var T ? T[n % 3] : 0,
-                ((int[])[0, 1, 50, V, V - 1, 10 * V])[n % 6], ((float[])[1, 0.9f, 1e-13f, 0.9999999f])[n / 6 % 4], 3, n, n);
+            var (topK, topP) = (((int[])[0, 1, 50, V, V - 1, 10 * V])[n % 6],
+                ((float[])[1, 0.9f, 1e-13f, 0.9999999f])[n / 6 % 4]);
+            var choice = new Choice(((float[])[1, 0.3f, 5])[n % 7 % 3], topK, topP, 3, n, n);
             await Assert.That(Cpu.Next(logits, choice)).IsEqualTo(Slowly(logits, choice)).Because($"{choice}");
         }
     }
