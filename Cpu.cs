@@ -1,4 +1,5 @@
 using System.Numerics;
+using System.Runtime.ExceptionServices;
 using System.Runtime.Intrinsics;
 using System.Runtime.Intrinsics.X86;
 using static Gpt2.Simd;
@@ -50,7 +51,8 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
         // Untouched pages cost nothing; huge ones spare the products' strided reads most TLB misses.
         const long hugePage = 2 << 20;
         const int adviseHugePages = 14;
-        allocations.Add((nint)NativeMemory.AllocZeroed((nuint)(bytes + hugePage)));
+        // Half a vector of bf16 numbers is loaded as a whole one, so there is room for one at the end.
+        allocations.Add((nint)NativeMemory.AllocZeroed((nuint)(bytes + hugePage + Vector<byte>.Count)));
         var address = (nint)((allocations[^1] + hugePage - 1) & -hugePage);
         _ = MemoryAdvise(address, (nuint)bytes, adviseHugePages);
         return address;
@@ -65,9 +67,18 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
         allocations.Clear();
     }
 
-    public void Write(Tensor to, ReadOnlySpan<float> values) => values.CopyTo(new(Floats(to), (int)to.Count));
+    public void Write(Tensor to, ReadOnlySpan<float> values) {
+        if (to.Type == DataType.Bf16)
+            BFloat16.Round(values, new((ushort*)to.Address, (int)to.Count));
+        else
+            values.CopyTo(new(Floats(to), (int)to.Count));
+    }
 
-    public void Read(Tensor from, Span<float> values) => new Span<float>(Floats(from), (int)from.Count).CopyTo(values);
+    public void Read(Tensor from, Span<float> values) {
+        fixed (float* to = values)
+            for (int i = 0, n = (int)from.Count; n > 0; i += Lanes, n -= Lanes)
+                Store(to + i, n, Weights(from, i, n));
+    }
 
     public void Clear(Tensor x) => NativeMemory.Clear(Floats(x), (nuint)x.Bytes);
 
@@ -76,9 +87,9 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
     public void Embed(ReadOnlySpan<int> tokens, Tensor wte, Tensor wpe, Tensor x) {
         fixed (int* ids = tokens)
             For(x.AllRows, (ids: (nint)ids, wte, wpe, x), static (s, row) => {
-                float* token = Row(s.wte, ((int*)s.ids)[row]), position = Row(s.wpe, row % s.x.Rows);
+                Tensor token = s.wte.Slice(((int*)s.ids)[row], 1), position = s.wpe.Slice(row % s.x.Rows, 1);
                 for (int i = 0, n = s.x.Columns; n > 0; i += Lanes, n -= Lanes)
-                    Store(Row(s.x, row) + i, n, Load(token + i, n) + Load(position + i, n));
+                    Store(Row(s.x, row) + i, n, Weights(token, i, n) + Weights(position, i, n));
             });
     }
 
@@ -96,7 +107,7 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
 
     public void LayerNorm(Tensor x, Tensor w, Tensor b, Tensor y, Tensor statistics) =>
         For(x.AllRows, (x, w, b, y, statistics), static (s, row) => {
-            float* x = Row(s.x, row), y = Row(s.y, row), w = Floats(s.w), b = Floats(s.b);
+            float* x = Row(s.x, row), y = Row(s.y, row);
             var count = s.x.Columns;
             Vector<float> sum = default, squares = default;
             for (int i = 0, n = count; n > 0; i += Lanes, n -= Lanes)
@@ -108,7 +119,8 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
             }
             var rstd = 1 / MathF.Sqrt(Vector.Sum(squares) / count + 1e-5f);
             for (int i = 0, n = count; n > 0; i += Lanes, n -= Lanes)
-                Store(y + i, n, (Load(x + i, n) - new Vector<float>(mean)) * rstd * Load(w + i, n) + Load(b + i, n));
+                Store(y + i, n, (Load(x + i, n) - new Vector<float>(mean)) * rstd * Weights(s.w, i, n) +
+                    Weights(s.b, i, n));
             (Row(s.statistics, row)[0], Row(s.statistics, row)[1]) = (mean, rstd);
         });
 
@@ -155,7 +167,20 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
     public void Linear(Tensor x, Tensor w, Tensor b, Tensor y) {
         if (b.Address == 0)
             Clear(y);
-        Multiply(Matrix(x), Matrix(w).Transposed, Matrix(y), b);
+        Multiply(Matrix(x), Matrix(Widened(w)).Transposed, Matrix(y), b);
+    }
+
+    Tensor widened; // a matrix in fp32
+
+    /// <summary>A matrix in fp32: itself, or a copy that lasts until the next is made.</summary>
+    Tensor Widened(Tensor w) {
+        if (w.Type == DataType.Fp32)
+            return w;
+        if (widened.Count < w.Count)
+            widened = new(Allocate(w.Count * sizeof(float)), 1, w.AllRows, w.Columns);
+        ForParts(w.Count, FlatPart, (w, widened), static (s, i, n) => BFloat16.Widen(
+            new((ushort*)s.w.Address + i, n), new(Floats(s.widened) + i, n)));
+        return w with { Address = widened.Address, Type = DataType.Fp32 };
     }
 
     public void LinearResidual(Tensor x, Tensor w, Tensor b, Tensor residual, Tensor y) {
@@ -211,10 +236,11 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
             var down = Tiles(s.c.Rows, s.rows);
             var (i, j) = (tile % down * s.rows, tile / down * s.columns);
             var c = s.c.Part(i, j, s.rows, s.columns);
-            for (var row = 0; s.bias.Address != 0 && row < c.Rows; row++)
-                new Span<float>(Floats(s.bias) + j, c.Columns).CopyTo(new Span<float>(c.Row(row), c.Columns));
-            // The number of threads decides whether a tile has one row, but must not change its bits.
-            Product.Add(s.a.RowsFrom(i, c.Rows), s.b.Part(0, j, s.b.Rows, s.columns), c, asTiles: s.c.Rows > 1);
+            for (var row = 0; s.bias.Address != 0 && row < c.Rows; row++) {
+                for (int k = 0, n = c.Columns; n > 0; k += Lanes, n -= Lanes)
+                    Store(c.Row(row) + k, n, Weights(s.bias, j + k, n));
+            }
+            Product.Add(s.a.RowsFrom(i, c.Rows), s.b.Part(0, j, s.b.Rows, s.columns), c);
         }, 2.0 * c.Rows * c.Columns * a.Columns, name);
     }
 
@@ -432,28 +458,40 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
         }
     }
 
-    /// <summary>One product of a program, y = f(x·wᵀ + b). Each row of w is read once, by one thread.</summary>
+    /// <summary>One product of a program, y = f(x·wᵀ + b).</summary>
     void MultiplyRows(Operation op, int position) {
-        const int part = 32;
         var (x, y) = (op.X, op.Y.Rows > 1 ? op.Y with { Address = (nint)Row(op.Y, position) } : op.Y);
         if (op.NormW.Address != 0) {
             if (normalized.Count < x.Count + 2 * x.AllRows)
-                normalized = new(Allocate((x.Count + 2 * x.AllRows) * sizeof(float)), 1, 1, (int)x.Count + 2 * x.AllRows);
+                normalized = new(Allocate(4 * (x.Count + 2 * x.AllRows)), 1, x.AllRows, x.Columns + 2);
             var to = x with { Address = normalized.Address };
             LayerNorm(x, op.NormW, op.NormB, to, to with { Address = to.Address + (nint)to.Bytes, Columns = 2 });
             x = to;
         }
-        For(Tiles(op.W.AllRows, part), (op.Kind, x, op.W, op.B, y), static (s, i) => {
-            for (var row = i * part; row < Math.Min((i + 1) * part, s.W.AllRows); row++) {
-                for (var b = 0; b < s.x.AllRows; b++) {
-                    var to = Floats(s.y) + (long)b * s.y.Rows * s.y.Columns + row;
-                    var sum = Product.Dot(Row(s.x, b), Row(s.W, row), s.x.Columns) +
-                        (s.B.Address != 0 ? Floats(s.B)[row] : 0);
-                    *to = s.Kind == OperationKind.Residual ? *to + sum
-                        : s.Kind == OperationKind.Gelu ? sum * Gate(new(sum))[0] : sum;
-                }
+        For(Tiles(op.W.AllRows, WeightRows), op with { X = x, Y = y },
+            op.W.Type == DataType.Bf16 ? MultiplyPart<ushort> : MultiplyPart<float>, 2.0 * op.W.Count * x.AllRows,
+            Profile == null ? "" : $"{nameof(Decode)} {x.AllRows} x {op.W.AllRows} x {op.W.Columns}");
+    }
+
+    /// <summary>Rows of w that a thread takes at a time: their sums fill whole cache lines.</summary>
+    const int WeightRows = 48;
+
+    /// <summary>One part of the columns of y. Its rows of w come from memory once, for all rows of x.</summary>
+    static void MultiplyPart<T>(Operation op, int part) where T : unmanaged {
+        const int block = 4;
+        var (x, first, columns) = (op.X, part * WeightRows, Math.Min(WeightRows, op.W.AllRows - part * WeightRows));
+        var sums = stackalloc float[block * WeightRows];
+        for (var b = 0; b < x.AllRows; b++) {
+            if (b % block == 0)
+                Product.Dots(x.Slice(b, Math.Min(block, x.AllRows - b)), (T*)op.W.Address + (long)first * x.Columns,
+                    columns, sums, WeightRows);
+            float* from = sums + b % block * WeightRows, to = Row(op.Y, b * op.Y.Rows) + first;
+            for (int i = 0, n = columns; n > 0; i += Lanes, n -= Lanes) {
+                var sum = Load(from + i, n) + (op.B.Address == 0 ? default : Weights(op.B, first + i, n));
+                Store(to + i, n, op.Kind == OperationKind.Residual ? Load(to + i, n) + sum
+                    : op.Kind == OperationKind.Gelu ? sum * Gate(sum) : sum);
             }
-        }, 2.0 * op.W.Count * x.AllRows, $"{nameof(Decode)} {op.W.AllRows} x {op.W.Columns}");
+        }
     }
 
     /// <summary>Attention of one query in each sequence.</summary>
@@ -461,10 +499,10 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
         For(op.X.Depth * op.Heads, (op, position, shared), static (s, head) => {
             var (b, own) = (head / s.op.Heads, Heads(s.op.X, s.op.Heads, head));
             var (first, y) = (Heads(s.op.X, s.op.Heads, head % s.op.Heads), Head(s.op.Y, 1, 0, s.op.Heads, head));
-            var scores = stackalloc float[ScoreCount];
-            for (var key = 0; key <= s.position; key++)
-                scores[key] = Product.Dot(own.Q.Row(s.position), (key < s.shared ? first : own).K.Row(key), y.Columns);
             var (count, scale) = (s.position + 1, 1 / MathF.Sqrt(y.Columns));
+            var scores = stackalloc float[count];
+            for (var key = 0; key < count; key++)
+                scores[key] = Product.Dot(own.Q.Row(s.position), (key < s.shared ? first : own).K.Row(key), y.Columns);
             var sum = Exponentials(scores, count, count, scale, Maximum(scores, count) * scale);
             y.Cleared();
             for (var key = 0; key < count; key++)
@@ -473,63 +511,130 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
 
     /// <summary>Chooses a token for each row of logits (B, 1, V), as the choice says.</summary>
     void Choose(Tensor logits, Choice choice, Span<int> next) {
-        if (Numbers.NotFinite(new(Floats(logits), (int)logits.Count)) is { } value)
-            throw new Gpt2Exception($"--init: expected finite logits, found {value}: the weights are too large");
         fixed (int* to = next)
-            For(logits.Depth, (logits, choice, to: (nint)to), static (s, row) => ((int*)s.to)[row] = Next(
-                new(Row(s.logits, row), s.logits.Columns), s.choice with { Sample = s.choice.Sample + row }));
+            For(logits.Depth, (logits, choice, to: (nint)to), static (s, row) => {
+                var logits = new ReadOnlySpan<float>(Row(s.logits, row), s.logits.Columns);
+                if (Numbers.NotFinite(logits) is { } value)
+                    throw new Gpt2Exception(
+                        $"--init: expected finite logits, found {value}: the weights are too large");
+                ((int*)s.to)[row] = Next(logits, s.choice with { Sample = s.choice.Sample + row });
+            });
     }
 
     /// <summary>The token to choose, given its logits (V). Top-k and top-p are thresholds: tokens as likely as the last
     /// one let through are let through, too. The largest logit/T + Gumbel is a draw from the softmax.</summary>
     internal static int Next(ReadOnlySpan<float> logits, Choice choice) {
-        var (T, max) = (choice.Temperature, Largest(logits));
-        if (T == 0)
-            return logits.IndexOf(max);
-        // Tokens of less than (1 − topP)/V of the likeliest one's probability are out, all together.
-        var least = choice.TopP < 1 ? max + T * MathF.Log((1 - choice.TopP) / logits.Length) : float.NegativeInfinity;
-        if (choice.TopK > 0 && choice.TopK < logits.Length) {
-            var largest = new PriorityQueue<int, float>(choice.TopK);
-            foreach (var logit in logits) {
-                if (largest.Count < choice.TopK)
-                    largest.Enqueue(0, logit);
-                else if (largest.TryPeek(out _, out var smallest) && logit > smallest)
-                    largest.EnqueueDequeue(0, logit);
+        var (T, topK, topP, V) = (choice.Temperature, choice.TopK, choice.TopP, logits.Length);
+        fixed (float* x = logits) {
+            var some = stackalloc float[V + Lanes];
+            // No token below the k-th largest of the maxima of 4·k groups is among the k largest.
+            var groups = Maxima(x, V, topK > 0 ? Math.Max(1, V / (4 * topK)) : V, some);
+            var max = Maximum(some, groups);
+            if (T == 0)
+                return logits.IndexOf(max);
+            // Tokens of less than (1 − topP)/V of the likeliest one's probability are out, all together.
+            var least = topP < 1 ? max + T * MathF.Log((1 - topP) / V) : float.NegativeInfinity;
+            if (choice.Selects(V)) {
+                if (topK > 0)
+                    least = MathF.Max(least, Threshold(new(some, groups), (ulong)topK, static _ => 1));
+                var candidates = AtLeast(x, V, least, some);
+                if (topK > 0)
+                    least = Threshold(new(some, candidates), (ulong)topK, static _ => 1);
+                if (topP < 1) {
+                    ulong Weight(float logit) => (ulong)(MathF.Exp((logit - max) / T) * (1L << 40));
+                    candidates = AtLeast(some, candidates, least, some);
+                    var all = 0ul;
+                    for (var i = 0; i < candidates; i++)
+                        all += Weight(some[i]);
+                    least = Threshold(new(some, candidates), Math.Max(1, (ulong)(topP * (double)all)), Weight);
+                }
             }
-            if (largest.TryPeek(out _, out var last))
-                least = MathF.Max(least, last);
+            return Draw(x, V, least, T, RandomBits(choice.Drawn, RandomBits(choice.Sample, choice.Seed)[0])[0]);
         }
-        var candidates = new List<(float Logit, int Token)>();
-        for (var i = 0; i < logits.Length; i++) {
-            if (logits[i] >= least)
-                candidates.Add((logits[i], i));
-        }
-        if (choice.TopP < 1) {
-            candidates.Sort((x, y) => y.Logit.CompareTo(x.Logit));
-            ulong Weight(float logit) => (ulong)(MathF.Exp((logit - max) / T) * (1L << 40));
-            var left = (ulong)(choice.TopP * (double)candidates.Aggregate(0ul, (sum, x) => sum + Weight(x.Logit)));
-            var kept = 0;
-            for (var sum = 0ul; kept == 0 || sum < left || candidates[kept].Logit == candidates[kept - 1].Logit; kept++) {
-                if (kept == candidates.Count)
-                    break;
-                sum += Weight(candidates[kept].Logit);
-            }
-            candidates.RemoveRange(kept, candidates.Count - kept);
-        }
-        var seed = RandomBits((uint)choice.Drawn, RandomBits((uint)choice.Sample, choice.Seed));
-        float Gumbel(int token) => -MathF.Log(-MathF.Log(((RandomBits((uint)token, seed) >> 9) + 0.5f) / (1 << 23)));
-        return candidates.MaxBy(x => (x.Logit / T + Gumbel(x.Token), -x.Token)).Token;
     }
 
-    static float Largest(ReadOnlySpan<float> x) {
-        fixed (float* values = x)
-            return Maximum(values, x.Length);
+    /// <summary>Writes the largest numbers of groups of at most so many; returns how many groups there are.</summary>
+    static int Maxima(float* x, int count, int most, float* to) {
+        var groups = 0;
+        for (var (first, part) = (0, most * (long)Lanes); first < count; first += (int)part, groups += Lanes) {
+            var max = new Vector<float>(float.NegativeInfinity); // each lane is a group
+            for (int i = first, n = (int)Math.Min(part, count - first); n > 0; i += Lanes, n -= Lanes)
+                max = Vector.Max(max, Load(x + i, n, float.NegativeInfinity));
+            Store(to + groups, Lanes, max);
+        }
+        return groups;
     }
 
-    /// <summary>32 random bits for each counter and seed: the finalizer of MurmurHash3, twice, as in Kernels.cu.</summary>
-    static uint RandomBits(uint counter, uint seed) {
+    /// <summary>Writes the numbers that are at least so large; returns how many those are.</summary>
+    static int AtLeast(float* x, int count, float least, float* to) {
+        var found = 0;
+        for (int i = 0, n = count; n > 0; i += Lanes, n -= Lanes) {
+            if (Vector.LessThanAll(Load(x + i, n, float.NegativeInfinity), new(least)))
+                continue;
+            for (var lane = 0; lane < Math.Min(n, Lanes); lane++) {
+                if (x[i + lane] >= least)
+                    to[found++] = x[i + lane];
+            }
+        }
+        return found;
+    }
+
+    /// <summary>The largest number that, with all larger ones, weighs at least the target; or else the smallest. Sorts
+    /// as little as it must (Hoare's quickselect).</summary>
+    static float Threshold(Span<float> x, ulong target, Func<float, ulong> weight) {
+        while (true) {
+            var (pivot, larger, smaller, over, equal) = (x[x.Length / 2], 0, x.Length, 0ul, 0ul);
+            for (var i = 0; i < smaller;) {
+                if (x[i] < pivot) {
+                    (x[i], x[smaller - 1]) = (x[--smaller], x[i]);
+                } else if (x[i] > pivot) {
+                    over += weight(x[i]);
+                    (x[i], x[larger]) = (x[larger++], x[i]);
+                    i++;
+                } else {
+                    equal += weight(x[i++]);
+                }
+            }
+            if (over >= target)
+                x = x[..larger];
+            else if (over + equal >= target || smaller == x.Length)
+                return pivot;
+            else {
+                target -= over + equal;
+                x = x[smaller..];
+            }
+        }
+    }
+
+    /// <summary>Of the tokens whose logits are at least so large, the one whose logit/T + Gumbel is largest.</summary>
+    static int Draw(float* logits, int V, float least, float T, uint seed) {
+        var (best, token) = (float.NegativeInfinity, 0);
+        for (int i = 0, n = V; n > 0; i += Lanes, n -= Lanes) {
+            var x = Load(logits + i, n, float.NegativeInfinity);
+            if (Vector.LessThanAll(x, new(least)))
+                continue;
+            // Gumbel = −log(−log(u)) is at most −log(1 − u), and log2 of a float at least what its bits, read as an
+            // integer, are in units of 2^-23, less 127. A hundredth makes up for rounding.
+            var bits = RandomBits(i, seed) >> 9;
+            var rest = new Vector<float>((1 << 23) - 0.5f) - Vector.ConvertToSingle(Vector.AsVectorInt32(bits));
+            var log2 = Vector.ConvertToSingle(Vector.AsVectorInt32(rest)) / (1 << 23) - new Vector<float>(127 + 23);
+            if (Vector.LessThanAll(x / T + new Vector<float>(0.01f) - log2 * 0.6931472f, new(best)))
+                continue;
+            for (var lane = 0; lane < Math.Min(n, Lanes); lane++) {
+                var gumbel = -MathF.Log(-MathF.Log((bits[lane] + 0.5f) / (1 << 23)));
+                if (x[lane] >= least && x[lane] / T + gumbel > best)
+                    (best, token) = (x[lane] / T + gumbel, i + lane);
+            }
+        }
+        return token;
+    }
+
+    /// <summary>32 random bits for a seed and each counter from the first on: the finalizer of MurmurHash3, twice, as
+    /// in Kernels.cu.</summary>
+    static Vector<uint> RandomBits(int first, uint seed) {
+        var counter = Vector<uint>.Indices + new Vector<uint>((uint)first);
         for (var round = 0; round < 2; round++) {
-            counter = (counter ^ seed) * 0x9e3779b9;
+            counter = (counter ^ new Vector<uint>(seed)) * 0x9e3779b9;
             counter = (counter ^ counter >> 16) * 0x85ebca6b;
             counter = (counter ^ counter >> 13) * 0xc2b2ae35;
             counter ^= counter >> 16;
@@ -577,6 +682,16 @@ static unsafe class Simd {
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
     public static Vector<float> Load(float* x, int n, float filler = 0) =>
         n >= Lanes ? *(Vector<float>*)x : LoadPart(x, n, filler);
+
+    /// <summary>Loads a vector of fp32, or of bf16 (ushort); of these, as many again are read.</summary>
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
+    public static Vector<float> Weights<T>(T* w) where T : unmanaged => typeof(T) == typeof(float)
+        ? *(Vector<float>*)w : Vector.AsVectorSingle(Vector.WidenLower(*(Vector<ushort>*)w) << 16);
+
+    /// <summary>Loads from weights of any type, with n left from i on.</summary>
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
+    public static Vector<float> Weights(Tensor w, long i, int n) => w.Type == DataType.Bf16
+        ? Weights((ushort*)w.Address + i) : Load((float*)w.Address + i, n);
 
     static Vector<float> LoadPart(float* x, int n, float filler) {
         var value = new Vector<float>(filler);
@@ -631,13 +746,8 @@ static unsafe class Product {
 
     static int TileColumns => 2 * Lanes;
 
-    /// <summary>c += a·b, where c has contiguous columns. One row goes faster, and rounds differently, if not in
-    /// tiles.</summary>
-    public static void Add(Matrix a, Matrix b, Matrix c, bool asTiles = false) {
-        if (a.Rows == 1 && a.ColumnStride == 1 && !asTiles) {
-            AddRow(a.Address, b, c.Address);
-            return;
-        }
+    /// <summary>c += a·b, where c has contiguous columns.</summary>
+    public static void Add(Matrix a, Matrix b, Matrix c) {
         var buffer = stackalloc float[DepthBlock * (StripColumns + BlockRows) + WidestVector];
         var packedB = (float*)(((nint)buffer + 63) & ~63);
         var packedA = packedB + DepthBlock * StripColumns;
@@ -651,20 +761,44 @@ static unsafe class Product {
         }
     }
 
-    /// <summary>c += a·b for one row, as in decoding: packing b would cost more than reading it once.</summary>
-    static void AddRow(float* a, Matrix b, float* c) {
-        for (var j = 0; b.RowStride == 1 && j < b.Columns; j++)
-            c[j] += Dot(a, b.Address + j * b.ColumnStride, b.Rows);
-        for (var k = 0; b.RowStride != 1 && k < b.Rows; k++)
-            AddTo(c, b.Row(k), b.Columns, a[k]);
+    /// <summary>Σ x·w, of weights in fp32 or bf16 (ushort).</summary>
+    public static float Dot<T>(float* x, T* w, int count) where T : unmanaged {
+        var (sum, i) = (Vector<float>.Zero, 0);
+        for (; i + Lanes <= count; i += Lanes)
+            sum = Vector.FusedMultiplyAdd(*(Vector<float>*)(x + i), Weights(w + i), sum);
+        var result = Vector.Sum(sum);
+        for (; i < count; i++)
+            result += x[i] * Weights(w + i)[0];
+        return result;
     }
 
-    /// <summary>Σ x·y.</summary>
-    public static float Dot(float* x, float* y, int count) {
-        Vector<float> sum = default;
-        for (int i = 0, n = count; n > 0; i += Lanes, n -= Lanes)
-            sum = Vector.FusedMultiplyAdd(Load(x + i, n), Load(y + i, n), sum);
-        return Vector.Sum(sum);
+    /// <summary>y (rows of x, columns) = x·wᵀ: four rows by two columns at a time where there are so many, but each sum
+    /// is that of <see cref="Dot"/>.</summary>
+    public static void Dots<T>(Tensor x, T* w, int columns, float* y, int stride) where T : unmanaged {
+        int K = x.Columns, column = 0;
+        float* x0 = (float*)x.Address, x1 = x0 + K, x2 = x1 + K, x3 = x2 + K;
+        for (; x.Rows == 4 && K % Lanes == 0 && column + 2 <= columns; column += 2, y += 2, w += 2 * (long)K) {
+            Vector<float> y00 = default, y01 = default, y10 = default, y11 = default;
+            Vector<float> y20 = default, y21 = default, y30 = default, y31 = default;
+            for (var i = 0; i < K; i += Lanes) {
+                Vector<float> w0 = Weights(w + i), w1 = Weights(w + K + i), u = *(Vector<float>*)(x0 + i);
+                (y00, y01) = (Vector.FusedMultiplyAdd(u, w0, y00), Vector.FusedMultiplyAdd(u, w1, y01));
+                u = *(Vector<float>*)(x1 + i);
+                (y10, y11) = (Vector.FusedMultiplyAdd(u, w0, y10), Vector.FusedMultiplyAdd(u, w1, y11));
+                u = *(Vector<float>*)(x2 + i);
+                (y20, y21) = (Vector.FusedMultiplyAdd(u, w0, y20), Vector.FusedMultiplyAdd(u, w1, y21));
+                u = *(Vector<float>*)(x3 + i);
+                (y30, y31) = (Vector.FusedMultiplyAdd(u, w0, y30), Vector.FusedMultiplyAdd(u, w1, y31));
+            }
+            (y[0], y[1]) = (Vector.Sum(y00), Vector.Sum(y01));
+            (y[stride], y[stride + 1]) = (Vector.Sum(y10), Vector.Sum(y11));
+            (y[2 * stride], y[2 * stride + 1]) = (Vector.Sum(y20), Vector.Sum(y21));
+            (y[3 * stride], y[3 * stride + 1]) = (Vector.Sum(y30), Vector.Sum(y31));
+        }
+        for (; column < columns; column++, y++, w += K) {
+            for (var row = 0; row < x.Rows; row++)
+                y[row * stride] = Dot(x0 + (long)row * K, w, K);
+        }
     }
 
     /// <summary>c += a·b for one packed strip of b and one block of a. Contiguous rows of a that fill a tile are read
@@ -763,6 +897,7 @@ sealed unsafe class Workers : IDisposable {
     delegate*<void*, int, void> invoke;
     void* job;
     int count, next;
+    Exception? failure;
 
     public Workers(int threads) {
         barrier = new Barrier(threads);
@@ -772,13 +907,20 @@ sealed unsafe class Workers : IDisposable {
 
     public int Threads => barrier.ParticipantCount;
 
-    /// <summary>Calls body(state, i) for each i below <paramref name="count"/>, on all threads, and waits.</summary>
+    /// <summary>Calls body(state, i) for each i below <paramref name="count"/>, on all threads, and waits. One of the
+    /// exceptions that it throws, if any, is thrown here, and some calls are left out then.</summary>
     public void Run<T>(int count, T state, Action<T, int> body) {
+        if (count == 1) {
+            body(state, 0);
+            return;
+        }
         var call = (state, body); // stays on this stack until all threads are done, so nothing is allocated
         job = Unsafe.AsPointer(ref call);
         invoke = &Invoke;
-        (this.count, next) = (count, 0);
+        (this.count, next, failure) = (count, 0, null);
         Share();
+        if (failure != null)
+            ExceptionDispatchInfo.Throw(failure);
 
         static void Invoke(void* job, int i) {
             ref var call = ref Unsafe.AsRef<(T State, Action<T, int> Body)>(job);
@@ -790,8 +932,12 @@ sealed unsafe class Workers : IDisposable {
         barrier.SignalAndWait();
         if (count < 0)
             return false;
-        for (var i = Interlocked.Increment(ref next) - 1; i < count; i = Interlocked.Increment(ref next) - 1)
-            invoke(job, i);
+        try {
+            for (var i = Interlocked.Increment(ref next) - 1; i < count; i = Interlocked.Increment(ref next) - 1)
+                invoke(job, i);
+        } catch (Exception e) {
+            (failure, next) = (e, count);
+        }
         barrier.SignalAndWait();
         return true;
     }

@@ -1,3 +1,4 @@
+using System.Numerics;
 using System.Buffers;
 using System.IO.Compression;
 using System.IO.Hashing;
@@ -113,7 +114,12 @@ public class BinaryFile : IDisposable {
 public static class Numbers {
     /// <summary>The first value that is infinite or NaN, or null.</summary>
     public static float? NotFinite(ReadOnlySpan<float> values) {
-        foreach (var value in values) {
+        // Infinity and NaN times zero are NaN, and stay it in a sum; if there is none, what is left needs a look.
+        var whole = MemoryMarshal.Cast<float, Vector<float>>(values);
+        var zeros = Vector<float>.Zero;
+        foreach (var value in whole)
+            zeros += value * 0;
+        foreach (var value in zeros == Vector<float>.Zero ? values[(whole.Length * Vector<float>.Count)..] : values) {
             if (!float.IsFinite(value))
                 return value;
         }

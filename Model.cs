@@ -193,22 +193,25 @@ public sealed class Model {
     readonly Activations activations;
     readonly nint cache; // memory of generation
     readonly Purpose purpose;
+    readonly DataType weightType;
     readonly int recompute;
     readonly Cut[] wholes, cuts; // all parameters, and those that this rank updates
 
     /// <summary>Allocates a model for batches of (B, T) tokens, with all weights zero.</summary>
     /// <param name="rank">Which of <paramref name="ranks"/> parts of the parameters this process updates.</param>
     /// <param name="optimizer">Decides how the parameters are cut, and which have second moments.</param>
+    /// <param name="type">Type of the weights, else the device's; a CPU generates from bf16, too.</param>
     /// <exception cref="Gpt2Exception">The device has too little memory.</exception>
     public Model(Config config, IDevice device, int B, int T, Purpose purpose, int recompute = 0, int rank = 0,
-        int ranks = 1, OptimizerKind optimizer = OptimizerKind.AdamW) {
+        int ranks = 1, OptimizerKind optimizer = OptimizerKind.AdamW, DataType? type = null) {
         (Config, Device, this.B, this.T, this.purpose, this.recompute) = (config, device, B, T, purpose, recompute);
         (IsCut, Optimizer) = (ranks > 1, optimizer);
         (wholes, cuts) = ([.. config.Cuts(0, 1, optimizer)], [.. config.Cuts(rank, ranks, optimizer)]);
+        weightType = type ?? device.Precision;
         Memory = Plan(B, recompute);
         CheckMemory();
-        Weights = Allocate(device.Precision, wholes);
-        WeightParts = IsCut ? new Parameters(config, device.Precision, 0, cuts, Weights) : Weights;
+        Weights = Allocate(weightType, wholes);
+        WeightParts = IsCut ? new Parameters(config, weightType, 0, cuts, Weights) : Weights;
         Master = purpose == Purpose.Train && device.Precision == DataType.Bf16 ? AllocateParts() : WeightParts;
         Gradients = purpose == Purpose.Train ? Allocate(DataType.Fp32, wholes) : null;
         GradientParts = IsCut ? AllocateParts() : Gradients;
@@ -258,7 +261,7 @@ public sealed class Model {
         var (type, training) = (Device.Precision, purpose == Purpose.Train ? 1 : 0);
         var (whole, part) = (Config.ParameterCount, new Parameters(Config, DataType.Fp32, 0, cuts).All.Bytes);
         (string Name, long Bytes)[] all = [
-            ("parameters", whole * Tensor.SizeOf(type)),
+            ("parameters", whole * Tensor.SizeOf(weightType)),
             ("master weights", training * (type == DataType.Fp32 ? 0 : part)),
             ("gradients", training * (whole * sizeof(float) + (IsCut ? part : 0))),
             ("moments", training * (part + new Parameters(Config, DataType.Fp32, 0, AdamWs(cuts)).All.Bytes)),

@@ -123,7 +123,8 @@ internal sealed class Commands(GlobalOptions global) {
             }
             using var device = Open();
             var batch = Math.Min(num, IDevice.MostSequences);
-            var model = new Model(config, device, batch, 1, Purpose.Generate);
+            var model = new Model(config, device, batch, 1, Purpose.Generate,
+                type: device is Cpu && file.Header[1] == 5 ? DataType.Bf16 : null);
             model.Load(file);
             var since = Process.GetCurrentProcess().StartTime;
             while (true) {

@@ -4,7 +4,7 @@ namespace Gpt2.Tests;
 
 /// <summary>Generation on a device, beside full forward passes and the choice of the CPU.</summary>
 public abstract class GenerationTests(DeviceUnderTest under) : IDisposable {
-    static readonly Config Small = new(80, 203, 208, 2, 3, 48);
+    protected static readonly Config Small = new(80, 203, 208, 2, 3, 48);
     readonly IDevice device = under.Open();
 
     public void Dispose() => device.Dispose();
@@ -148,7 +148,81 @@ public abstract class GenerationTests(DeviceUnderTest under) : IDisposable {
 }
 
 [InheritsTests]
-public sealed class CpuGenerationTests() : GenerationTests(DeviceUnderTest.Cpu);
+public sealed class CpuGenerationTests() : GenerationTests(DeviceUnderTest.Cpu) {
+    [Test, Arguments(0f, 3), Arguments(1.5f, 1)]
+    // The last have rows that fill no vector.
+    [Arguments(0f, 6, 7, 35), Arguments(1.5f, 2, 1, 9)]
+    public async Task WeightsInBf16GiveTheBitsOfTheirFp32(float temperature, int sequences, int heads = 3, int C = 48) {
+        var config = Small with { NH = heads, C = C };
+        using var cpu = new Cpu(2);
+        var halves = new Model(config, cpu, sequences, 1, Purpose.Generate, type: DataType.Bf16);
+        var whole = Models.Random(config, cpu, sequences, 1, Purpose.Generate);
+        foreach (var (from, to) in whole.Weights.Tensors.Zip(halves.Weights.Tensors))
+            cpu.Write(to, cpu.Values(from));
+        var (prompt, choice) = (Tokens(5, 6, config.V), new Choice(temperature, 0, 0.9f, 7));
+        await Same(halves.Generate(prompt, choice, 90).SelectMany(tokens => tokens),
+            whole.Generate(prompt, choice, 90).SelectMany(tokens => tokens));
+        await SameBits(cpu.Values(halves.Weights.Lnfb), cpu.Values(whole.Weights.Lnfb));
+    }
+
+    /// <summary>What Cpu.Next says, by sorting and with all the logarithms.</summary>
+    static int Slowly(float[] logits, Choice choice) {
+        var (T, max) = (choice.Temperature, logits.Max());
+        var order = logits.Index().OrderByDescending(x => x.Item).ToArray();
+        var selects = choice.TopK > 0 && choice.TopK < logits.Length;
+        var least = selects ? order[choice.TopK - 1].Item : float.NegativeInfinity;
+        least = MathF.Max(least, choice.TopP < 1 ? max + T * MathF.Log((1 - choice.TopP) / logits.Length) : least);
+        order = [.. order.TakeWhile(x => x.Item >= least)];
+        if (choice.TopP < 1) {
+            ulong Weight(float logit) => (ulong)(MathF.Exp((logit - max) / T) * (1L << 40));
+            var all = order.Aggregate(0ul, (sum, x) => sum + Weight(x.Item));
+            var (left, sum, i) = ((ulong)(choice.TopP * (double)all), 0ul, 0);
+            do
+                sum += Weight(order[i].Item);
+            while (sum < left && ++i < order.Length);
+            order = [.. order.TakeWhile(x => x.Item >= order[i].Item)];
+        }
+        static uint Bits(uint counter, uint seed) {
+            for (var round = 0; round < 2; round++) {
+                counter = (counter ^ seed) * 0x9e3779b9;
+                counter = (counter ^ counter >> 16) * 0x85ebca6b;
+                counter = (counter ^ counter >> 13) * 0xc2b2ae35;
+                counter ^= counter >> 16;
+            }
+            return counter;
+        }
+        var seed = Bits((uint)choice.Drawn, Bits((uint)choice.Sample, choice.Seed));
+        float Gumbel(int token) => -MathF.Log(-MathF.Log(((Bits((uint)token, seed) >> 9) + 0.5f) / (1 << 23)));
+        return order.MaxBy(x => (x.Item / T + Gumbel(x.Index), -x.Index)).Index;
+    }
+
+    [Test, Arguments(1, 0.0), Arguments(100, 0.0), Arguments(5000, 0.0), Arguments(5000, 0.5)]
+    public async Task ChoosesAsBySortingAndWithAllLogarithms(int V, double step) {
+        for (var n = 0; n < 400; n++) {
+            var logits = Floats(n, V, 0.1 * (1 << n % 7));
+            if (step > 0)
+                logits = [.. logits.Select(x => (float)(Math.Round(x / step) * step))];
+            var (topK, topP) = (((int[])[0, 1, 50, V, V - 1, 10 * V])[n % 6],
+                ((float[])[1, 0.9f, 1e-13f, 0.9999999f])[n / 6 % 4]);
+            var choice = new Choice(((float[])[1, 0.3f, 5])[n % 7 % 3], topK, topP, 3, n, n);
+            await Assert.That(Cpu.Next(logits, choice)).IsEqualTo(Slowly(logits, choice)).Because($"{choice}");
+        }
+    }
+
+    [Test, Arguments(1), Arguments(2), Arguments(100)]
+    public async Task AnExceptionOnAnyThreadReachesTheCaller(int count) {
+        using var workers = new Workers(3);
+        for (var thrower = 0; thrower < Math.Min(count, 10); thrower++) {
+            await Assert.That(() => workers.Run(count, thrower, static (thrower, i) => {
+                if (i == thrower)
+                    throw new Gpt2Exception("this");
+            })).Throws<Gpt2Exception>();
+            var calls = new int[count];
+            workers.Run(count, calls, static (calls, i) => calls[i]++);
+            await Same(calls, Enumerable.Repeat(1, count));
+        }
+    }
+}
 
 [Category("gpu"), RequiresGpu, NotInParallel("gpu"), InheritsTests]
 [MethodDataSource(typeof(DeviceUnderTest), nameof(DeviceUnderTest.Precisions))]
