@@ -142,8 +142,8 @@ internal sealed class Commands(GlobalOptions global) {
             void Write(string text, int[] ids) {
                 var room = config.MaxT + 1 - ids.Length;
                 if (tokens > room)
-                    Console.Error.WriteLine($"gpt2: {ids.Length} tokens and {tokens} more do not fit into the context of " +
-                        $"{config.MaxT}: {(stopAtContext ? "it ends there" : "it goes on from the newest half of them")}");
+                    Console.Error.WriteLine($"context {config.MaxT} tokens, fewer than {ids.Length} and {tokens} more: " +
+                        (stopAtContext ? "the text ends there" : "then it goes on from the newest half"));
                 var (steps, made) = (Enumerable.Empty<int[]>().GetEnumerator(), new List<int[]>());
                 var (first, more) = (TimeSpan.Zero, 0L);
                 for (var i = 0; i < num; i++) {

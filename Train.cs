@@ -414,7 +414,7 @@ public sealed class Checkpoints(string folder) {
 
     /// <summary>A run's settings as words of a command line; none if its folder has no checkpoint.</summary>
     public static IEnumerable<string> SettingsOf(string folder) =>
-        new Checkpoints(folder) is { Last: not null } run
+        new Checkpoints(folder) is var run && (run.Last != null || File.Exists(run.SettingsPath))
             ? run.ReadSettings().SelectMany(line => line.Split(' ', 2)) : [];
 
     /// <summary>The lines of settings.txt. Runs of llm.c and of earlier versions name no optimizer: AdamW.</summary>

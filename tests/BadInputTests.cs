@@ -478,8 +478,6 @@ public partial class BadInputTests {
         new("no prompt for another vocabulary", "sample -e model.bin", 1, "model.bin 50257 211 --prompt-ids"),
         new("id out of range", "sample -e model.bin --prompt-ids 1,211", 2, "--prompt-ids 210 found 211"),
         new("negative id", "sample -e model.bin --prompt-ids 1,-1", 2, "--prompt-ids 210 found -1"),
-        new("more ids than the context has", Sample + string.Concat(Enumerable.Repeat(",1", 32)), 2,
-            "gpt2: --prompt-ids: 32 33"),
         new("more memory than there is", "bench -e model.bin -b 60000000 -t 32 -x 1", 1, "memory expected found"),
     ];
 

@@ -7,14 +7,14 @@ sealed record Result(int ExitCode, string Output, string Error) {
     /// <summary>Standard output, line by line.</summary>
     public string[] Lines => Output.Split('\n', StringSplitOptions.RemoveEmptyEntries);
 
-    /// <summary>Standard error without the table that training begins with.</summary>
+    /// <summary>Standard error without the tables of training and sampling.</summary>
     public string[] Sentences =>
         [.. Error.Split('\n', StringSplitOptions.RemoveEmptyEntries).Where(line => !IsTable(line))];
 
     /// <summary>Everything, for the message of a test that fails.</summary>
     public override string ToString() => $"exit status {ExitCode}\n{Output}{Error}";
 
-    static bool IsTable(string line) => Regex.IsMatch(line, "^(model|data|batch|steps|device|memory|changed) ");
+    static bool IsTable(string line) => Regex.IsMatch(line, "^(model|data|batch|steps|device|memory|changed|speed|context) ");
 }
 
 /// <summary>The real binary at work: ./gpt2 in the repository's root, or what the environment's GPT2 names.</summary>
