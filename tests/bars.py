@@ -14,7 +14,7 @@ WIDTH, LEFT, BAR, GAP, HEAD = 800, 110, 20, 6, 30
 
 table = (Path(__file__).parent.parent / "docs/speed.md").read_text().split("\n\n| | ")[1].split("\n\n")[0].split("\n")
 cells = [[cell.strip(" *") for cell in line.strip("|").split("|")] for line in table[2:]]
-groups = [name.strip().split(",")[:2] for name in table[0].strip("| ").split("|")[::2]]  # every other column is memory
+groups = [name.strip().replace("B =", "batch").split(",")[:2] for name in table[0].strip("| ").split("|")[::2]]  # every other column is memory
 y, bars = 8, []
 for column, name in enumerate(groups):
     speeds = {row[0]: row[1 + 2 * column] for row in cells}

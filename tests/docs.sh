@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Runs the commands of README.md and docs/ as they stand there, line by line, with ./gpt2 on this CPU, in one folder
-# after another as a reader would: README first. Only sizes are smaller: each training is two steps of a tiny model, and
+# Runs the commands of README.md and docs/ as they stand there, line by line, with ./gpt2 on this CPU, in one folder: page
+# after page, as a reader would, README first. Only sizes are smaller: each training is two steps of a tiny model, and
 # downloads come from loopback. Commands that need more than that are listed. The last line is the count.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-root=$PWD work=$(mktemp -d) passed=0 failed=0
+root=$PWD work=$(mktemp -d) passed=0 failed=0 ran=0
 trap 'kill "$server"; rm -rf "$work"' EXIT
 unset MAKEFLAGS MAKELEVEL MFLAGS ARGS DATA MODEL SHARDS
 
@@ -88,6 +88,7 @@ for page in "${pages[@]}"; do
     while IFS= read -r line; do
         reason=$(needs "$line")
         [ -z "$reason" ] || { echo "not run, needs $reason: $line"; continue; }
+        ran=$((ran + 1))
         check "$page: $line" timeout 120 bash -c "cd '$work/clone' && $line" </dev/null
     done < <(sed -n '/^```sh$/,/^```$/ { /^```/d; /^ *\(#.*\)\?$/d; p }' "$page")
     for link in $(grep -o '](\(<[^>]*>\|[^)]*\))' "$page" | sed 's/^](//; s/)$//; s/#.*//' | grep -v '^http' | sort -u); do
@@ -103,6 +104,7 @@ same_numbers() { # the speeds that README has are those of docs/speed.md
     done
 }
 same_bars() { python3 tests/bars.py "$work/speed.svg" && cmp "$work/speed.svg" tests/speed.svg; }
+check "there are commands" [ "$ran" -ge 30 ]
 check "README has at most 120 lines and 1,300 words" short
 check "README's speeds are those of docs/speed.md" same_numbers
 check "tests/bars.py draws tests/speed.svg" same_bars
