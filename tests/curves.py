@@ -14,7 +14,12 @@ end in t:SECONDS, those count instead. Prints how far the first two runs are apa
 import re
 import sys
 
-COLORS = ["#2050a0", "#d05020", "#208050"]
+STYLE = """<style>
+rect { fill: #fff } text { fill: #222 } .grid { stroke: #ddd } .a { stroke: #2050a0 } .b { stroke: #d05020 } .c { stroke: #208050 }
+@media (prefers-color-scheme: dark) {
+rect { fill: #0d1117 } text { fill: #e6e6e6 } .grid { stroke: #333b45 }
+.a { stroke: #6ea8ff } .b { stroke: #ff8a5c } .c { stroke: #5fd08f } }
+</style>"""
 TOP, BOTTOM, TICKS, LAST = 20, 300, 6, 50
 
 
@@ -36,21 +41,21 @@ def main(out, kind, tokens, *runs):
     high = low + 3 if kind == "tel" else max(loss for _, points in curves for *_, loss in points)
     y = lambda loss: BOTTOM - (BOTTOM - TOP) * (min(loss, high) - low) / (high - low)
     lines = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 800 350" font-family="Arial" font-size="13">',
-             '<rect width="800" height="350" fill="white"/>']
+             STYLE, '<rect width="800" height="350"/>']
     for axis, label in enumerate(axes):
         left = 50 + 400 * axis
         end = max(point[axis] for _, points in curves for point in points)
         for tick in range(TICKS + 1):
             loss = low + (high - low) * tick / TICKS
-            lines += [f'<path d="M{left} {y(loss):.1f}h{width}" stroke="#ddd"/>',
+            lines += [f'<path d="M{left} {y(loss):.1f}h{width}" class="grid"/>',
                       f'<text x="{left - 6}" y="{y(loss) + 4:.1f}" text-anchor="end">{loss:.1f}</text>',
                       f'<text x="{left + width * tick / TICKS:.0f}" y="{BOTTOM + 18}" text-anchor="middle">'
                       f"{end * tick / TICKS:.0f}</text>"]
         lines.append(f'<text x="{left + width / 2}" y="{BOTTOM + 38}" text-anchor="middle">{label}</text>')
-        for i, ((name, points), color) in enumerate(zip(curves, COLORS)):
+        for i, ((name, points), color) in enumerate(zip(curves, "abc")):
             path = " ".join(f"{left + width * point[axis] / end:.1f},{y(point[2]):.1f}" for point in points)
-            lines += [f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="1.5"/>',
-                      f'<path d="M{left + 150} {TOP + 10 + 18 * i}h24" stroke="{color}" stroke-width="2"/>',
+            lines += [f'<polyline points="{path}" fill="none" class="{color}" stroke-width="1.5"/>',
+                      f'<path d="M{left + 150} {TOP + 10 + 18 * i}h24" class="{color}" stroke-width="2"/>',
                       f'<text x="{left + 180}" y="{TOP + 14 + 18 * i}">{name}: {points[-1][2]:.2f}</text>']
     open(out, "w").write("\n".join([*lines, "</svg>\n"]))
     first, second, *_ = [[loss for *_, loss in points] for _, points in curves]

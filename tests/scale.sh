@@ -3,7 +3,7 @@
 #     tests/scale.sh [d12 d48]
 # STEPS=12; TOTAL=524288 tokens a step; OPTIMIZER=adamw; GPUS="1 2 4 8"; RIVALS= leaves out PyTorch; LLMC names a program that takes a
 # number of GPUs and llm.c's options. SHARE=1 lets ranks share one GPU, which tries the script and says nothing of speed.
-# Prints the table that README has; speeds are those of the median step without the first three.
+# Prints the table that docs/speed.md has; speeds are those of the median step without the first three.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 export NCCL_NVLS_ENABLE=0 # no NVLink multicast

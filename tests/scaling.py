@@ -1,5 +1,5 @@
-"""How communication sits under the backward pass: the table in README, by a formula. Nothing of it but the rates of one
-GPU was measured.
+"""How communication sits under the backward pass: the table in docs/many-gpus.md, by a formula. Nothing of it but the
+rates of one GPU was measured.
 
     bytes   = 6·P·(N − 1)/N: fp32 gradients are reduce-scattered (4 bytes), bf16 weights gathered (2); all pass each node once
     reduce  = 4/6·bytes / rate of the link + (L + 1)·(N − 1)·hop;  gather = 2/6·bytes / rate + 4·(N − 1)·hop
