@@ -77,8 +77,10 @@ public class BinaryFile : IDisposable {
     }
 
     /// <summary>Closes the file, and returns the exception that says what is wrong with it.</summary>
+    /// <param name="found">May be any text from the file: its beginning becomes part of a line.</param>
     public Gpt2Exception Fail(string expected, string found) {
         Dispose();
+        found = Regex.Replace(found.Length <= 200 ? found : $"{found[..200]}...", @"[\s\p{C}]+", " ");
         return new Gpt2Exception($"{stream.Name}: expected {expected}, found {found}");
     }
 

@@ -10,22 +10,27 @@ public enum StoredType { Fp32, Bf16, Fp16 }
 public sealed class Safetensors : BinaryFile {
     const string FileName = "model.safetensors", Kind = "a model in safetensors";
 
-    static readonly string[] types = ["F32", "BF16", "F16"]; // by StoredType
+    static readonly string[] types = ["F32", "BF16", "F16"], dtypes = ["float32", "bfloat16", "float16"]; // StoredType's
     static readonly string[] names = ("wte wpe ln_1 ln_1 attn.c_attn attn.c_attn attn.c_proj attn.c_proj ln_2 ln_2 " +
         "mlp.c_fc mlp.c_fc mlp.c_proj mlp.c_proj ln_f ln_f").Split(' '); // of the parameter tensors
 
     readonly Dictionary<string, Entry> tensors = [];
-    readonly Queue<Part> parts; // that are still to be read, in llm.c's order
-    float[] stored = [], matrix = []; // the first of them, before and after its transposition
-    long done; // number of its weights that have been read
+    readonly IEnumerator<float[]> pieces; // of the weights, in llm.c's order
+    ReadOnlyMemory<float> piece; // what is left of the last one
 
     /// <summary>A tensor in a file, in bytes [First, End).</summary>
     sealed record Entry(string Path, string Name, string Type, long[] Shape, long First, long End);
 
     /// <summary>A layer (rows, columns) of a parameter tensor, and its name and shape here.</summary>
     sealed record Part(string Name, int Rows, int Columns, long[] Shape) {
-        public long Count => (long)Rows * Columns;
         public bool IsTransposed => Shape.Length == 2 && Name.StartsWith("h.");
+
+        /// <summary>What is read at once: a matrix to transpose, or a chunk.</summary>
+        public IEnumerable<(long First, int Count)> Pieces() {
+            var (count, most) = ((long)Rows * Columns, IsTransposed ? Rows * Columns : Tensor.ChunkSize);
+            for (var first = 0L; first < count; first += most)
+                yield return (first, (int)Math.Min(most, count - first));
+        }
     }
 
     static IEnumerable<Part> PartsOf(Config config) => config.Parameters.Zip(names).SelectMany(each => {
@@ -39,11 +44,17 @@ public sealed class Safetensors : BinaryFile {
 
     static long Product(long[] shape) => shape.Aggregate(1L, (product, n) => checked(product * n));
 
-    static string Text(long[] shape) => shape.Length == 0 ? "none" : $"[{string.Join(", ", shape.Take(8))}]";
+    static string Text(long[] shape) => shape.Length == 0 ? "none" : $"[{string.Join(", ", shape)}]";
 
-    /// <summary>A text that can stand in a sentence.</summary>
-    static string Short(string text) =>
-        Regex.Replace(text.Length <= 200 ? text : $"{text[..200]}...", @"[\s\p{C}]+", " ");
+    /// <summary>The transpose (columns, rows) of a matrix (rows, columns).</summary>
+    static float[] Transposed(float[] matrix, int rows, int columns) {
+        var transposed = new float[matrix.Length];
+        Parallel.For(0, columns, column => {
+            for (var row = 0; row < rows; row++)
+                transposed[column * rows + row] = matrix[row * columns + column];
+        });
+        return transposed;
+    }
 
     // ---- Reading. Any of the files may be malicious.
 
@@ -62,18 +73,19 @@ public sealed class Safetensors : BinaryFile {
         while (tensors.ContainsKey($"h.{L}.ln_1.weight"))
             L++;
         var (wte, wpe) = (ShapeOf("wte.weight"), ShapeOf("wpe.weight"));
-        Require(wte is [> 1 and <= 65536, > 0 and <= 65536] && wpe is [> 0 and <= IDevice.LongestT, _] && L <= 1000,
-            "a GPT-2: wte.weight [2 to 65536, 1 to 65536], wpe.weight [1 to 131072, ...], up to 1000 layers",
+        Require(wte is [> 1 and <= 65536, > 0 and <= 16384] && wpe is [> 0 and <= IDevice.LongestT, _] && L <= 1000,
+            "a GPT-2: wte.weight [2 to 65536, 1 to 16384], wpe.weight [1 to 131072, ...], up to 1000 layers",
             $"{Text(wte)}, {Text(wpe)}, {L} layers");
         Config = new((int)wpe[0], (int)wte[0], ((int)wte[0] + 127) / 128 * 128, L, 1, (int)wte[1]);
-        parts = new(PartsOf(Config));
-        foreach (var name in parts.Select(part => part.Name).Union(tensors.Keys)) {
-            var part = name == "lm_head.weight" ? parts.Peek() : parts.FirstOrDefault(part => part.Name == name);
-            Require(part != null, "GPT-2's tensors alone", name);
-            Require(ShapeOf(name).SequenceEqual(part!.Shape), $"{name} {Text(part.Shape)}", Text(ShapeOf(name)));
+        var shapes = PartsOf(Config).ToDictionary(part => part.Name, part => part.Shape);
+        foreach (var name in shapes.Keys.Union(tensors.Keys)) {
+            var shape = shapes.GetValueOrDefault(name == "lm_head.weight" ? "wte.weight" : name);
+            Require(shape != null, "GPT-2's tensors alone", name);
+            Require(ShapeOf(name).SequenceEqual(shape!), $"{name} {Text(shape!)}", Text(ShapeOf(name)));
             Require(types.Contains(tensors[name].Type), $"{name} in F32, F16 or BF16", tensors[name].Type);
         }
         Config = Config with { NH = ReadHeads(Path.Combine(folder, "config.json")) };
+        pieces = ReadPieces().GetEnumerator();
 
         long[] ShapeOf(string name) => tensors.GetValueOrDefault(name)?.Shape ?? [];
     }
@@ -90,15 +102,12 @@ public sealed class Safetensors : BinaryFile {
         if (exists) {
             using var file = new BinaryFile(path, "a configuration");
             using var right = JsonDocument.Parse($"{{{Fields(Config)}}}");
-            heads = 12; // unless it says otherwise
-            ReadJson(file, 0, file.Length, "a configuration in JSON", (name, value) => {
-                var text = value.GetRawText();
-                heads = name == "n_head" ? value.GetInt32() : heads;
-                var isSame = !right.RootElement.TryGetProperty(name, out var expected) || name == "n_head" ||
-                    JsonElement.DeepEquals(value, expected) || name == "n_inner" && text == $"{4 * Config.C}" ||
-                    name == "activation_function" && text == "\"gelu_pytorch_tanh\"";
-                return isSame ? 0 : throw file.Fail($"{name} {expected.GetRawText()}", Short(text));
-            });
+            heads = ReadJson<int>(file, 0, file.Length, "a configuration in JSON", (name, value) =>
+                name == "n_head" ? [value.GetInt32()]
+                : !right.RootElement.TryGetProperty(name, out var expected) || JsonElement.DeepEquals(value, expected) ||
+                name == "n_inner" && value.GetRawText() == $"{4 * Config.C}" ||
+                name == "activation_function" && value.ValueEquals("gelu_pytorch_tanh") ? []
+                : throw file.Fail($"{name} {expected.GetRawText()}", value.GetRawText())).FirstOrDefault(12);
         }
         return heads is > 0 and <= 1000 && Config.C % heads == 0 ? heads : throw new Gpt2Exception(
             $"{path}: expected n_head to divide {Config.C} channels, found {(exists ? heads : "no such file")}");
@@ -106,23 +115,21 @@ public sealed class Safetensors : BinaryFile {
 
     /// <summary>The paths of the files that an index names, which must be beside it.</summary>
     IEnumerable<string> ReadIndex(string folder) {
-        var files = ReadJson(this, 0, Length, "a weight_map in JSON", (name, value) => name != "weight_map" ? []
-            : value.EnumerateObject().Select(entry => $"{entry.Value.GetString()}").ToArray()).SelectMany(all => all);
+        var files = ReadJson<string>(this, 0, Length, "a weight_map in JSON", (name, value) => name != "weight_map" ? []
+            : value.EnumerateObject().Select(entry => $"{entry.Value.GetString()}")).Distinct().DefaultIfEmpty("none");
         var bad = files.FirstOrDefault(name => !Regex.IsMatch(name, @"^[\w.-]+\.safetensors\z"));
-        Require(bad == null && files.Any(), "a weight_map of .safetensors files beside it", Short(bad ?? "none"));
-        return files.Distinct().Select(name => Path.Combine(folder, name));
+        Require(bad == null, "a weight_map of .safetensors files beside it", $"{bad}");
+        return files.Select(name => Path.Combine(folder, name));
     }
 
     /// <summary>The tensors of a file, which must follow each other to its end.</summary>
     static Entry[] ReadHeader(string path) {
         using var file = new BinaryFile(path, Kind);
         var size = new long[1];
-        file.Require(file.Length >= 8, Kind, $"{file.Length} bytes");
         file.Read(size.AsSpan());
-        var end = 8 + size[0];
-        file.Require(size[0] >= 0 && end <= file.Length, "its header in it", $"a header of {size[0]} bytes");
         Entry[] entries = [.. ReadJson(file, 8, size[0], "dtype, shape and data_offsets of each tensor in JSON", Read)
-            .OfType<Entry>().OrderBy(entry => entry.First).ThenBy(entry => entry.End)];
+            .OrderBy(entry => entry.First).ThenBy(entry => entry.End)];
+        var end = 8 + size[0];
         foreach (var entry in entries) {
             file.Require(entry.First == end, $"a tensor at byte {end}", $"{entry.Name} at byte {entry.First}");
             end = entry.End;
@@ -130,89 +137,79 @@ public sealed class Safetensors : BinaryFile {
         file.CheckSize(end);
         return entries;
 
-        Entry? Read(string name, JsonElement value) {
+        IEnumerable<Entry> Read(string name, JsonElement value) {
             if (name == "__metadata__")
-                return null;
+                return [];
             long[] Numbers(string of) => [.. value.GetProperty(of).EnumerateArray().Select(n => n.GetInt64())];
-            var (type, shape) = ($"{value.GetProperty("dtype").GetString()}", Numbers("shape"));
-            var bits = type == "BOOL" ? 8 : int.Parse(Regex.Match(type, @"\d+").Value);
-            return Numbers("data_offsets") is [>= 0 and var first, >= 0 and var last] && shape.All(n => n >= 0) &&
-                last <= file.Length && last - first == Product([.. shape, bits]) / 8
-                ? new(path, Short(Regex.Replace(name, @"^transformer\.", "")), Short(type), shape,
-                    8 + size[0] + first, 8 + size[0] + last) : throw new FormatException();
+            var (type, shape, offsets) =
+                ($"{value.GetProperty("dtype").GetString()}", Numbers("shape"), Numbers("data_offsets"));
+            var width = type == "F32" ? 4 : type is "F16" or "BF16" ? 2 : 0; // 0 is a type that no weights have
+            return offsets is [>= 0 and var first, >= 0 and var last] && last >= first && last <= file.Length &&
+                (width == 0 || shape.All(n => n >= 0) && last - first == Product([.. shape, width]))
+                ? [new(path, Regex.Replace(name, @"^transformer\.", ""), type, shape, 8 + size[0] + first,
+                    8 + size[0] + last)] : throw new FormatException();
         }
     }
 
     /// <summary>Reads each property of a JSON object in some bytes of a file.</summary>
     /// <exception cref="Gpt2Exception">It is not JSON, or not what <paramref name="read"/> takes.</exception>
-    static List<T> ReadJson<T>(
-        BinaryFile file, long at, long size, string expected, Func<string, JsonElement, T> read) {
+    static T[] ReadJson<T>(
+        BinaryFile file, long at, long size, string expected, Func<string, JsonElement, IEnumerable<T>> read) {
         const int most = 10_000_000; // several times what 1000 layers take
-        file.Require(size <= most, $"at most {most} bytes of JSON", $"{size}");
-        var (text, result, last) = (new byte[size], new List<T>(), default(JsonProperty?));
+        file.Require(size >= 0 && size <= Math.Min(most, file.Length - at), $"JSON of up to {most} bytes", $"{size}");
+        var (text, found) = (new byte[size], "");
         file.Read(text.AsSpan(), at);
         try {
-            var json = JsonDocument.Parse(text, new JsonDocumentOptions { AllowDuplicateProperties = false });
-            foreach (var property in json.RootElement.EnumerateObject())
-                result.Add(read(property.Name, (last = property).Value.Value));
-            return result;
+            using var json = JsonDocument.Parse(text, new JsonDocumentOptions { AllowDuplicateProperties = false });
+            return [.. json.RootElement.EnumerateObject().SelectMany(property => {
+                found = $"{property.Name} {property.Value.GetRawText()}";
+                return read(property.Name, property.Value);
+            })];
         } catch (Exception e) when (e is JsonException or InvalidOperationException or FormatException
             or OverflowException or KeyNotFoundException) {
-            throw file.Fail(expected, last is not { } bad ? Short(e.Message) : Short(Encoding.UTF8.GetString(
-                [.. JsonMarshal.GetRawUtf8PropertyName(bad), (byte)' ', .. JsonMarshal.GetRawUtf8Value(bad.Value)])));
+            throw file.Fail(expected, found == "" ? e.Message : found);
         }
-    }
-
-    /// <summary>Reads weights of a tensor from one on; there are zeros after the last.</summary>
-    static void Read(Entry entry, long first, Span<float> values) {
-        using var file = new BinaryFile(entry.Path, Kind);
-        var count = (int)Math.Clamp(Product(entry.Shape) - first, 0, values.Length);
-        values[count..].Clear();
-        var halves = new ushort[entry.Type == "F32" ? 0 : count];
-        if (entry.Type == "F32")
-            file.Read(values[..count], entry.First + first * sizeof(float));
-        else
-            file.Read(halves.AsSpan(), entry.First + first * sizeof(ushort));
-        for (var i = 0; i < halves.Length; i++)
-            values[i] = entry.Type == "F16" ? (float)BitConverter.UInt16BitsToHalf(halves[i])
-                : BitConverter.UInt32BitsToSingle((uint)halves[i] << 16);
     }
 
     /// <inheritdoc/>
     public override void ReadWeights(Span<float> values) {
         for (int count; values.Length > 0; values = values[count..]) {
-            var (part, entry) = (parts.Peek(), tensors[parts.Peek().Name]);
-            count = (int)Math.Min(values.Length, part.Count - done);
-            if (part.IsTransposed && done == 0) {
-                if (matrix.Length != part.Count)
-                    (stored, matrix) = (new float[part.Count], new float[part.Count]);
-                Read(entry, 0, stored);
-                Transpose(stored, part.Columns, part.Rows, matrix);
-            }
-            if (part.IsTransposed)
-                matrix.AsSpan((int)done, count).CopyTo(values);
-            else
-                Read(entry, done, values[..count]);
-            if (part.Name == "wte.weight" && tensors.TryGetValue("lm_head.weight", out var head)) {
-                var same = new float[count];
-                Read(head, done, same);
-                Require(values[..count].SequenceEqual(same), "lm_head.weight to be wte.weight", "another");
-            }
-            done += count;
-            if (done == part.Count)
-                (done, _) = (0, parts.Dequeue());
+            if (piece.IsEmpty && pieces.MoveNext())
+                piece = pieces.Current;
+            count = Math.Min(values.Length, piece.Length);
+            piece.Span[..count].CopyTo(values);
+            piece = piece[count..];
         }
     }
 
-    /// <summary>Writes the transpose (columns, rows) of a matrix (rows, columns), a cache line's columns at a time.
-    /// </summary>
-    static void Transpose(float[] from, int rows, int columns, float[] to) =>
-        Parallel.ForEach(Enumerable.Range(0, columns).Chunk(16), band => {
-            for (var row = 0; row < rows; row++) {
-                foreach (var column in band)
-                    to[column * rows + row] = from[row * columns + column];
+    IEnumerable<float[]> ReadPieces() {
+        foreach (var part in PartsOf(Config)) {
+            foreach (var (first, count) in part.Pieces()) {
+                var values = Read(part.Name, first, count);
+                Require(part.Name != "wte.weight" || !tensors.ContainsKey("lm_head.weight") ||
+                    values.AsSpan().SequenceEqual(Read("lm_head.weight", first, count)),
+                    "lm_head.weight to be wte.weight", "another");
+                yield return part.IsTransposed ? Transposed(values, part.Columns, part.Rows) : values;
             }
-        });
+        }
+    }
+
+    /// <summary>Reads weights of a tensor from one on; there are zeros after the last.</summary>
+    float[] Read(string name, long first, int count) {
+        var (entry, values) = (tensors[name], new float[count]);
+        using var file = new BinaryFile(entry.Path, Kind);
+        var there = values.AsSpan(0, (int)Math.Clamp(Product(entry.Shape) - first, 0, count));
+        var halves = new ushort[entry.Type == "F32" ? 0 : there.Length];
+        if (entry.Type == "F32")
+            file.Read(there, entry.First + first * sizeof(float));
+        else
+            file.Read(halves.AsSpan(), entry.First + first * sizeof(ushort));
+        if (entry.Type == "BF16")
+            BFloat16.Widen(halves, there);
+        for (var i = 0; entry.Type == "F16" && i < halves.Length; i++)
+            there[i] = (float)BitConverter.UInt16BitsToHalf(halves[i]);
+        return values;
+    }
 
     // ---- Writing
 
@@ -228,27 +225,21 @@ public sealed class Safetensors : BinaryFile {
     public static void ExportFile(string path, BinaryFile file, Config config, DataType type) =>
         Files.Write(path, to => {
             to.Write(MemoryMarshal.AsBytes(config.Header(type).AsSpan()));
-            foreach (var part in PartsOf(config))
-                Write(to, file, part with { Shape = [part.Count] }, (StoredType)type);
+            foreach (var part in PartsOf(config)) // as it is: neither transposed nor cut
+                Write(to, file, part with { Shape = [(long)part.Rows * part.Columns] }, (StoredType)type);
         });
 
-    /// <summary>Writes a model as a new folder of transformers, with a tokenizer where the vocabulary is GPT-2's.
-    /// </summary>
+    /// <summary>Writes a model as a new folder of transformers, with a tokenizer where the vocabulary is GPT-2's. The
+    /// model's file comes last.</summary>
     public static void ExportFolder(string folder, BinaryFile file, Config config, StoredType type) {
-        folder = Path.TrimEndingDirectorySeparator(folder);
-        var temporary = $"{folder}.tmp";
-        if (((string[])[folder, temporary]).FirstOrDefault(Path.Exists) is { } old)
-            throw new Gpt2Exception($"{old}: expected the name of a new folder, found one that is there");
-        void Write(string name, string fields) => Files.Write(
-            Path.Combine(temporary, name), to => to.Write(Encoding.UTF8.GetBytes($"{{\n  {fields}\n}}\n")));
+        if (Path.Exists(folder))
+            throw new Gpt2Exception($"{folder}: expected the name of a new folder, found one that is there");
+        var isText = config.V == Tokenizer.EndOfTextId + 1;
+        var ends = string.Format("\"bos_token_id\": {0}, \"eos_token_id\": {0}", isText ? config.V - 1 : "null");
         try {
-            Files.Write(Path.Combine(temporary, FileName), to => WriteTensors(to, file, config, type));
-            var isText = config.V == Tokenizer.EndOfTextId + 1;
-            var ends = string.Format("\"bos_token_id\": {0}, \"eos_token_id\": {0}", isText ? config.V - 1 : "null");
-            var dtype = type switch { StoredType.Bf16 => "bfloat16", StoredType.Fp16 => "float16", _ => "float32" };
             Write("generation_config.json", ends);
             Write("config.json", $"""
-                "architectures": ["GPT2LMHeadModel"], "torch_dtype": "{dtype}", {ends},
+                "architectures": ["GPT2LMHeadModel"], "torch_dtype": "{dtypes[(int)type]}", {ends},
                   {Fields(config)}
                 """);
             if (isText) {
@@ -258,11 +249,14 @@ public sealed class Safetensors : BinaryFile {
                       "add_prefix_space": false, "bos_token": "{0}", "eos_token": "{0}", "unk_token": "{0}"
                     """, Tokenizer.EndOfText, config.MaxT));
             }
-            Directory.Move(temporary, folder);
-        } catch when (Directory.Exists(temporary)) {
-            Directory.Delete(temporary, recursive: true);
+            Files.Write(Path.Combine(folder, FileName), to => WriteTensors(to, file, config, type));
+        } catch when (Directory.Exists(folder)) {
+            Directory.Delete(folder, recursive: true);
             throw;
         }
+
+        void Write(string name, string fields) => Files.Write(
+            Path.Combine(folder, name), to => to.Write(Encoding.UTF8.GetBytes($"{{\n  {fields}\n}}\n")));
     }
 
     static void WriteTensors(Stream to, BinaryFile file, Config config, StoredType type) {
@@ -279,24 +273,20 @@ public sealed class Safetensors : BinaryFile {
 
     /// <summary>Copies a layer without its padding, which is beyond its shape.</summary>
     static void Write(Stream to, BinaryFile file, Part part, StoredType type) {
-        var buffer = new float[part.IsTransposed ? part.Count : Math.Min(part.Count, Tensor.ChunkSize)];
-        for (var i = 0L; i < part.Count; i += buffer.Length) {
-            var values = buffer.AsSpan(0, (int)Math.Min(buffer.Length, part.Count - i));
+        foreach (var (first, count) in part.Pieces()) {
+            var values = new float[count];
             file.ReadWeights(values);
-            if (part.IsTransposed) {
-                var turned = new float[buffer.Length];
-                Transpose(buffer, part.Rows, part.Columns, turned);
-                values = turned;
-            }
-            values = values[..(int)Math.Clamp(Product(part.Shape) - i, 0, values.Length)];
+            values = part.IsTransposed ? Transposed(values, part.Rows, part.Columns)
+                : values[..(int)Math.Clamp(Product(part.Shape) - first, 0, count)];
             var halves = new ushort[type == StoredType.Fp32 ? 0 : values.Length];
             if (type == StoredType.Bf16)
                 BFloat16.Round(values, halves);
-            for (var j = 0; type == StoredType.Fp16 && j < halves.Length; j++)
-                halves[j] = BitConverter.HalfToUInt16Bits((Half)(values[j] = (float)(Half)values[j]));
+            for (var i = 0; type == StoredType.Fp16 && i < halves.Length; i++)
+                halves[i] = BitConverter.HalfToUInt16Bits((Half)(values[i] = (float)(Half)values[i]));
             if (Numbers.NotFinite(values) is { } value)
                 throw file.Fail("finite weights (in fp16, up to 65504)", $"{value} in {part.Name}");
-            to.Write(type == StoredType.Fp32 ? MemoryMarshal.AsBytes(values) : MemoryMarshal.AsBytes(halves.AsSpan()));
+            to.Write(type == StoredType.Fp32 ? MemoryMarshal.AsBytes(values.AsSpan())
+                : MemoryMarshal.AsBytes(halves.AsSpan()));
         }
     }
 
