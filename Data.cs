@@ -784,7 +784,8 @@ public sealed class Tokenizer {
         // The text's length, its place in the file, and how many of its bytes are encoded already.
         var (length, position, encoded) = (Mark.Length, -(long)Mark.Length, 0);
         for (var goesOn = true; goesOn;) {
-            var read = Documents.Fill(text.AsSpan(length), stream, path);
+            var read = Documents.Whole(path, () =>
+                stream.ReadAtLeast(text.AsSpan(length), BlockBytes - length, throwOnEndOfStream: false));
             (length, goesOn) = (length + read, length + read == BlockBytes);
             if (position < 0 && text.AsSpan(Mark.Length, read).StartsWith(Encoding.UTF8.Preamble))
                 (text, length, position) = ([.. Mark, .. text[(Mark.Length + 3)..], 0, 0, 0], length - 3, position + 3);
