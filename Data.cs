@@ -767,12 +767,12 @@ public sealed class Tokenizer {
         // .NET opens this where standard input is closed.
         if (path == "-" && new FileInfo("/proc/self/fd/0").LinkTarget == "/dev/urandom")
             throw new Gpt2Exception("standard input: expected text, found it closed");
-        if (Documents.Read(path, field, lossy, Progress) is { } documents) {
-            foreach (var (bytes, read) in documents) {
-                yield return (bytes, Task.Run(() => {
-                    var text = read();
-                    var tokens = Encode(text.AsSpan());
-                    Documents.Pool.Return(text.Array!);
+        if (Documents.Read(path, field, lossy, Progress) is { } blocks) {
+            foreach (var some in blocks) {
+                yield return (some.Bytes, Task.Run(() => {
+                    var documents = Documents.Text(path, some);
+                    var tokens = Encode(documents);
+                    Documents.Pool.Return(documents.Array!);
                     return tokens;
                 }));
             }

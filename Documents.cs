@@ -10,9 +10,9 @@ using Fields = System.Collections.Generic.Dictionary<int, object>;
 
 namespace Gpt2;
 
-/// <summary>Documents that a worker reads apart from others. <paramref name="Text"/> returns them as UTF-8 in a pooled
-/// array, a mark before each; <paramref name="Bytes"/> is the memory that they take until then.</summary>
-public readonly record struct Block(int Bytes, Func<ArraySegment<byte>> Text);
+/// <summary>Documents in UTF-8 that a worker reads apart from others. They take <paramref name="Bytes"/> of memory until
+/// then.</summary>
+public readonly record struct Block(int Bytes, Func<IEnumerable<ReadOnlyMemory<byte>>> Documents);
 
 /// <summary>Files of documents by kind: JSON lines (.jsonl), Parquet (.parquet), and everything else is text. Text and
 /// JSON lines may be compressed by gzip (.gz) or Zstandard (.zst).</summary>
@@ -70,12 +70,24 @@ public static class Documents {
 
         IEnumerable<Block> Checked(IEnumerable<Block> blocks) {
             using var each = blocks.GetEnumerator();
-            while (Whole(path, each.MoveNext)) {
-                var (bytes, text) = each.Current;
-                yield return new(bytes, () => Whole(path, text));
-            }
+            while (Whole(path, each.MoveNext))
+                yield return each.Current;
         }
     }
+
+    /// <summary>A block's documents in a pooled array, a mark before each.</summary>
+    public static ArraySegment<byte> Text(string path, Block block) => Whole<ArraySegment<byte>>(path, () => {
+        var documents = block.Documents();
+        var (bytes, length) = (documents.Sum(document => (long)Tokenizer.Mark.Length + document.Length), 0);
+        var text = Pool.Rent(bytes <= 2L * Largest ? (int)bytes : throw new InvalidDataException($"{bytes} bytes a page"));
+        foreach (var document in documents) {
+            Tokenizer.Mark.CopyTo(text.AsSpan(length));
+            document.Span.CopyTo(text.AsSpan(length + Tokenizer.Mark.Length));
+            length += Tokenizer.Mark.Length + document.Length;
+        }
+        return Utf8.IsValid(text.AsSpan(0, length)) ? new(text, 0, length)
+            : throw new InvalidDataException("text that is not UTF-8");
+    });
 
     /// <summary>Reads from a file, whose damage ends in all kinds of exceptions.</summary>
     public static T Whole<T>(string path, Func<T> read) {
@@ -90,8 +102,8 @@ public static class Documents {
     static IEnumerable<Block> Lines(string path, string field, bool lossy, Action<int> progress) {
         using var stream = Open(path, lossy, progress);
         byte[] rest = []; // the beginning of a line
-        for (var (line, goesOn) = (1L, true); goesOn;) {
-            var (bytes, first) = (Pool.Rent(Math.Max(1 << 18, 2 * rest.Length)), line);
+        for (var (number, goesOn) = (0L, true); goesOn;) {
+            var (bytes, before) = (Pool.Rent(Math.Max(1 << 18, 2 * rest.Length)), number);
             rest.CopyTo(bytes, 0);
             var length = rest.Length + stream.ReadAtLeast(
                 bytes.AsSpan(rest.Length), bytes.Length - rest.Length, throwOnEndOfStream: false);
@@ -99,38 +111,37 @@ public static class Documents {
             var end = goesOn ? bytes.AsSpan().LastIndexOf((byte)'\n') + 1 : length;
             rest = bytes[end..length];
             if (rest.Length >= Largest)
-                throw new Gpt2Exception($"{path}: line {line}: expected less than {Largest} bytes, found more");
-            line += bytes.AsSpan(0, end).Count((byte)'\n');
-            yield return new(end, () => Parse(path, bytes, end, first, field));
+                throw new Gpt2Exception($"{path}: line {number + 1}: expected less than {Largest} bytes, found more");
+            number += bytes.AsSpan(0, end).Count((byte)'\n');
+            yield return new(end, () => {
+                var documents = Parse(path, bytes.AsMemory(0, end), before, field);
+                Pool.Return(bytes);
+                return documents;
+            });
         }
     }
 
-    /// <summary>The text of a block's lines, the first of which has a number. None is longer than its JSON.</summary>
-    static ArraySegment<byte> Parse(string path, byte[] block, int end, long number, string field) {
-        var (lines, length) = (block.AsMemory(0, end), 0);
-        var text = Pool.Rent(end + (lines.Span.Count((byte)'\n') + 1) * Tokenizer.Mark.Length);
+    /// <summary>The documents of some lines, before which there are others.</summary>
+    static List<ReadOnlyMemory<byte>> Parse(string path, ReadOnlyMemory<byte> lines, long number, string field) {
+        var documents = new List<ReadOnlyMemory<byte>>();
         foreach (var range in lines.Span.Split((byte)'\n')) {
             var line = lines[range].TrimStart("\ufeff \t\r"u8);
+            number++;
+            if (line.IsEmpty)
+                continue;
             try {
-                length += line.IsEmpty ? 0 : Parse(line, field, text.AsSpan(length));
+                using var json = JsonDocument.Parse(line);
+                if (!json.RootElement.TryGetProperty(field, out var value))
+                    throw new InvalidOperationException("no such field");
+                if (value.GetString() is { } text)
+                    documents.Add(Encoding.UTF8.GetBytes(text));
             } catch (Exception e) when (e is JsonException or InvalidOperationException) {
                 throw new Gpt2Exception($"{path}: line {number}: expected " + (!Utf8.IsValid(line.Span) ? NotUtf8
                     : $"an object of JSON with a string '{field}' (or another --field), found: " +
                     e.Message.Replace("LineNumber: 0 | BytePositionInLine:", "At byte").TrimEnd('.')));
             }
-            number++;
         }
-        Pool.Return(block);
-        return new(text, 0, length);
-    }
-
-    /// <summary>Writes a mark and the text of a line's field, or nothing if that is null.</summary>
-    static int Parse(ReadOnlyMemory<byte> line, string field, Span<byte> to) {
-        using var json = JsonDocument.Parse(line);
-        var text = json.RootElement.TryGetProperty(field, out var value) ? value.GetString()
-            : throw new InvalidOperationException("no such field");
-        Tokenizer.Mark.CopyTo(to);
-        return text == null ? 0 : Tokenizer.Mark.Length + Encoding.UTF8.GetBytes(text, to[Tokenizer.Mark.Length..]);
+        return documents;
     }
 }
 
@@ -157,7 +168,7 @@ static class Parquet {
                 file.ReadExactly(page);
                 progress((int)(share * page.Length));
                 if (type == DictionaryPage)
-                    dictionary = [.. Plain(Decompress(page, codec, whole), Size((Fields)header[7], 1))];
+                    dictionary = [.. Plain(Decompress(page, codec, whole), 0, Size((Fields)header[7], 1))];
                 if (type is not (DataPage or DataPageV2))
                     continue;
                 var (values, known) = ((Fields)header[type == DataPage ? 5 : 8], dictionary);
@@ -165,10 +176,10 @@ static class Parquet {
                 yield return new(whole, () => {
                     var count = Size(values, 1);
                     if (type == DataPage)
-                        return Text(Decompress(page, codec, whole), optional, count, Number(values, 2), known);
+                        return Values(Decompress(page, codec, whole), optional, count, Number(values, 2), known);
                     var levels = Size(values, 5) + Size(values, 6); // which are not compressed
-                    var data = Decompress(page[levels..], Number(values, 7, 1) == 0 ? 0 : codec, whole - levels);
-                    return Text(data, false, count - Size(values, 2), Number(values, 4), known);
+                    var data = Decompress(page.AsSpan(levels), Number(values, 7, 1) * codec, whole - levels);
+                    return Values(data, false, count - Size(values, 2), Number(values, 4), known);
                 });
             }
         }
@@ -204,69 +215,54 @@ static class Parquet {
     static int Size(Fields fields, int id) => Number(fields, id) is >= 0 and <= Documents.Largest and var size
         ? (int)size : throw new InvalidDataException($"a page of {Number(fields, id)} bytes or values");
 
-    static byte[] Decompress(byte[] page, long codec, int whole) {
+    static byte[] Decompress(ReadOnlySpan<byte> page, long codec, int whole) {
         var data = new byte[whole];
         using var zstd = new Decompressor();
         var length = codec switch {
-            0 => page.AsSpan().TryCopyTo(data) ? page.Length : -1,
+            0 => page.TryCopyTo(data) ? page.Length : -1,
             1 => Snappy.Decompress(page, data),
-            2 => new GZipStream(new MemoryStream(page), CompressionMode.Decompress).ReadAtLeast(data, whole, false),
+            2 => new GZipStream(new MemoryStream(page.ToArray()), CompressionMode.Decompress).ReadAtLeast(data, whole, false),
             6 => zstd.Unwrap(page, data),
             _ => throw new InvalidDataException($"compression {codec} (none, Snappy, gzip and Zstandard are read)"),
         };
         return length == whole ? data : throw new InvalidDataException($"a page of {length} bytes, not {whole}");
     }
 
-    /// <summary>The text of a page's values; their number counts nulls if they are optional.</summary>
-    static ArraySegment<byte> Text(
+    /// <summary>A page's values; their number counts nulls if they are optional.</summary>
+    static IEnumerable<ReadOnlyMemory<byte>> Values(
         byte[] page, bool optional, int count, long encoding, ReadOnlyMemory<byte>[] dictionary) {
-        if (optional) { // a number for each value first: 1, or 0 for null
-            var levels = BitConverter.ToInt32(page);
-            count = (int)Runs(page[4..], 1, count).Sum(run => run.Value * run.Count);
-            page = page[(4 + levels)..];
-        }
-        var values = encoding switch {
-            0 => Plain(page, count),
-            2 or 8 => Runs(page[1..], page[0], count).SelectMany(run => Enumerable.Repeat(dictionary[run.Value], run.Count)),
+        var at = optional ? 4 + BitConverter.ToInt32(page) : 0;
+        count = optional ? Runs(page, 4, 1, count).Sum() : count; // of 1 for each value, and 0 for null
+        return encoding switch {
+            0 => Plain(page, at, count),
+            2 or 8 => Runs(page, at + 1, page[at], count).Select(entry => dictionary[entry]),
             _ => throw new InvalidDataException($"encoding {encoding} (plain and dictionary are read)"),
         };
-        var bytes = values.Sum(value => (long)Tokenizer.Mark.Length + value.Length);
-        if (bytes > 2L * Documents.Largest)
-            throw new InvalidDataException($"{bytes} bytes of text in a page");
-        var (text, length) = (Documents.Pool.Rent((int)bytes), 0);
-        foreach (var value in values) {
-            Tokenizer.Mark.CopyTo(text.AsSpan(length));
-            value.Span.CopyTo(text.AsSpan(length + Tokenizer.Mark.Length));
-            length += Tokenizer.Mark.Length + value.Length;
-        }
-        return Utf8.IsValid(text.AsSpan(0, length)) ? new(text, 0, length)
-            : throw new InvalidDataException("bytes that are not UTF-8");
     }
 
     /// <summary>Strings that follow each other, each after its length.</summary>
-    static IEnumerable<ReadOnlyMemory<byte>> Plain(byte[] data, int count) {
-        for (var at = 0; count > 0; count--) {
+    static IEnumerable<ReadOnlyMemory<byte>> Plain(byte[] data, int at, int count) {
+        for (; count > 0; count--) {
             var length = BitConverter.ToInt32(data, at);
             yield return data.AsMemory(at + 4, length);
             at += 4 + length;
         }
     }
 
-    /// <summary>So many numbers of a width in bits: a run of one number, or packed numbers one by one.</summary>
-    static IEnumerable<(int Value, int Count)> Runs(byte[] data, int width, int count) {
-        var from = new BinaryReader(new MemoryStream(data));
+    /// <summary>So many numbers of a width in bits, in runs: one number many times, or packed numbers.</summary>
+    static IEnumerable<int> Runs(byte[] data, int at, int width, int count) {
+        var from = new BinaryReader(new MemoryStream(data, at, data.Length - at));
         while (count > 0) {
-            var head = from.Read7BitEncodedInt64();
+            var (head, bits, held) = (from.Read7BitEncodedInt64(), 0UL, 0);
             var isPacked = (head & 1) == 1;
             var run = (int)Math.Clamp(isPacked ? head >> 1 << 3 : head >> 1, 0, count);
-            var (bits, held) = (0UL, 0);
-            for (var i = 0; i < (isPacked ? run : 1); i++) {
+            for (count -= run; run > 0; run--) {
                 for (; held < width; held += 8)
                     bits |= (ulong)from.ReadByte() << held;
-                yield return ((int)(bits & (1UL << width) - 1), isPacked ? 1 : run);
-                (bits, held) = (bits >> width, held - width);
+                yield return (int)(bits & (1UL << width) - 1);
+                if (isPacked)
+                    (bits, held) = (bits >> width, held - width);
             }
-            count -= run;
         }
     }
 }

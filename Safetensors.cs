@@ -10,13 +10,17 @@ public enum StoredType { Fp32, Bf16, Fp16 }
 public sealed class Safetensors : BinaryFile {
     const string FileName = "model.safetensors", Kind = "a model in safetensors";
 
-    static readonly string[] types = ["F32", "BF16", "F16"], dtypes = ["float32", "bfloat16", "float16"]; // StoredType's
-    static readonly string[] names = ("wte wpe ln_1 ln_1 attn.c_attn attn.c_attn attn.c_proj attn.c_proj ln_2 ln_2 " +
-        "mlp.c_fc mlp.c_fc mlp.c_proj mlp.c_proj ln_f ln_f").Split(' '); // of the parameter tensors
+    // By StoredType; and the parameter tensors, # being the layer.
+    static readonly string[] types = ["F32", "BF16", "F16"], dtypes = ["float32", "bfloat16", "float16"];
+    static readonly string[] names = [
+        "wte.weight", "wpe.weight", "h.#.ln_1.weight", "h.#.ln_1.bias", "h.#.attn.c_attn.weight",
+        "h.#.attn.c_attn.bias", "h.#.attn.c_proj.weight", "h.#.attn.c_proj.bias", "h.#.ln_2.weight", "h.#.ln_2.bias",
+        "h.#.mlp.c_fc.weight", "h.#.mlp.c_fc.bias", "h.#.mlp.c_proj.weight", "h.#.mlp.c_proj.bias",
+        "ln_f.weight", "ln_f.bias"];
 
     readonly Dictionary<string, Entry> tensors = [];
-    readonly IEnumerator<float[]> pieces; // of the weights, in llm.c's order
-    ReadOnlyMemory<float> piece; // what is left of the last one
+    readonly Queue<Part> parts; // that are still to be read, in llm.c's order
+    ReadOnlyMemory<float> weights; // that are left of the last one
 
     /// <summary>A tensor in a file, in bytes [First, End).</summary>
     sealed record Entry(string Path, string Name, string Type, long[] Shape, long First, long End);
@@ -24,22 +28,14 @@ public sealed class Safetensors : BinaryFile {
     /// <summary>A layer (rows, columns) of a parameter tensor, and its name and shape here.</summary>
     sealed record Part(string Name, int Rows, int Columns, long[] Shape) {
         public bool IsTransposed => Shape.Length == 2 && Name.StartsWith("h.");
-
-        /// <summary>What is read at once: a matrix to transpose, or a chunk.</summary>
-        public IEnumerable<(long First, int Count)> Pieces() {
-            var (count, most) = ((long)Rows * Columns, IsTransposed ? Rows * Columns : Tensor.ChunkSize);
-            for (var first = 0L; first < count; first += most)
-                yield return (first, (int)Math.Min(most, count - first));
-        }
+        public int Count => checked(Rows * Columns);
     }
 
     static IEnumerable<Part> PartsOf(Config config) => config.Parameters.Zip(names).SelectMany(each => {
         var ((tensor, layers, rows, columns), name) = each;
         long[] shape = tensor == "wte" ? [config.V, columns] : tensor == "wpe" ? [rows, columns]
             : tensor.StartsWith("ln") || tensor.EndsWith('b') ? [columns] : [columns, rows];
-        name += tensor.EndsWith('b') ? ".bias" : ".weight";
-        return Enumerable.Range(0, layers).Select(l =>
-            new Part(tensor is "wte" or "wpe" or "lnfw" or "lnfb" ? name : $"h.{l}.{name}", rows, columns, shape));
+        return Enumerable.Range(0, layers).Select(l => new Part(name.Replace("#", $"{l}"), rows, columns, shape));
     });
 
     static long Product(long[] shape) => shape.Aggregate(1L, (product, n) => checked(product * n));
@@ -77,7 +73,8 @@ public sealed class Safetensors : BinaryFile {
             "a GPT-2: wte.weight [2 to 65536, 1 to 16384], wpe.weight [1 to 131072, ...], up to 1000 layers",
             $"{Text(wte)}, {Text(wpe)}, {L} layers");
         Config = new((int)wpe[0], (int)wte[0], ((int)wte[0] + 127) / 128 * 128, L, 1, (int)wte[1]);
-        var shapes = PartsOf(Config).ToDictionary(part => part.Name, part => part.Shape);
+        parts = new(PartsOf(Config));
+        var shapes = parts.ToDictionary(part => part.Name, part => part.Shape);
         foreach (var name in shapes.Keys.Union(tensors.Keys)) {
             var shape = shapes.GetValueOrDefault(name == "lm_head.weight" ? "wte.weight" : name);
             Require(shape != null, "GPT-2's tensors alone", name);
@@ -85,7 +82,6 @@ public sealed class Safetensors : BinaryFile {
             Require(types.Contains(tensors[name].Type), $"{name} in F32, F16 or BF16", tensors[name].Type);
         }
         Config = Config with { NH = ReadHeads(Path.Combine(folder, "config.json")) };
-        pieces = ReadPieces().GetEnumerator();
 
         long[] ShapeOf(string name) => tensors.GetValueOrDefault(name)?.Shape ?? [];
     }
@@ -174,41 +170,37 @@ public sealed class Safetensors : BinaryFile {
     /// <inheritdoc/>
     public override void ReadWeights(Span<float> values) {
         for (int count; values.Length > 0; values = values[count..]) {
-            if (piece.IsEmpty && pieces.MoveNext())
-                piece = pieces.Current;
-            count = Math.Min(values.Length, piece.Length);
-            piece.Span[..count].CopyTo(values);
-            piece = piece[count..];
+            if (weights.IsEmpty)
+                weights = Read(parts.Dequeue());
+            count = Math.Min(values.Length, weights.Length);
+            weights.Span[..count].CopyTo(values);
+            weights = weights[count..];
         }
     }
 
-    IEnumerable<float[]> ReadPieces() {
-        foreach (var part in PartsOf(Config)) {
-            foreach (var (first, count) in part.Pieces()) {
-                var values = Read(part.Name, first, count);
-                Require(part.Name != "wte.weight" || !tensors.ContainsKey("lm_head.weight") ||
-                    values.AsSpan().SequenceEqual(Read("lm_head.weight", first, count)),
-                    "lm_head.weight to be wte.weight", "another");
-                yield return part.IsTransposed ? Transposed(values, part.Columns, part.Rows) : values;
-            }
+    /// <summary>Reads a layer of a parameter tensor; its padding is zeros.</summary>
+    float[] Read(Part part) {
+        var values = new float[part.Count];
+        Read(tensors[part.Name], values);
+        if (part.Name == "wte.weight" && tensors.TryGetValue("lm_head.weight", out var head)) {
+            var same = new float[part.Count];
+            Read(head, same);
+            Require(values.AsSpan().SequenceEqual(same), "lm_head.weight to be wte.weight", "another");
         }
+        return part.IsTransposed ? Transposed(values, part.Columns, part.Rows) : values;
     }
 
-    /// <summary>Reads weights of a tensor from one on; there are zeros after the last.</summary>
-    float[] Read(string name, long first, int count) {
-        var (entry, values) = (tensors[name], new float[count]);
+    static void Read(Entry entry, float[] values) {
         using var file = new BinaryFile(entry.Path, Kind);
-        var there = values.AsSpan(0, (int)Math.Clamp(Product(entry.Shape) - first, 0, count));
-        var halves = new ushort[entry.Type == "F32" ? 0 : there.Length];
+        var count = (int)Product(entry.Shape);
+        var halves = new ushort[entry.Type == "F32" ? 0 : count];
         if (entry.Type == "F32")
-            file.Read(there, entry.First + first * sizeof(float));
+            file.Read(values.AsSpan(0, count), entry.First);
         else
-            file.Read(halves.AsSpan(), entry.First + first * sizeof(ushort));
-        if (entry.Type == "BF16")
-            BFloat16.Widen(halves, there);
-        for (var i = 0; entry.Type == "F16" && i < halves.Length; i++)
-            there[i] = (float)BitConverter.UInt16BitsToHalf(halves[i]);
-        return values;
+            file.Read(halves.AsSpan(), entry.First);
+        for (var i = 0; i < halves.Length; i++)
+            values[i] = entry.Type == "F16" ? (float)BitConverter.UInt16BitsToHalf(halves[i])
+                : BitConverter.Int32BitsToSingle(halves[i] << 16);
     }
 
     // ---- Writing
@@ -225,8 +217,7 @@ public sealed class Safetensors : BinaryFile {
     public static void ExportFile(string path, BinaryFile file, Config config, DataType type) =>
         Files.Write(path, to => {
             to.Write(MemoryMarshal.AsBytes(config.Header(type).AsSpan()));
-            foreach (var part in PartsOf(config)) // as it is: neither transposed nor cut
-                Write(to, file, part with { Shape = [(long)part.Rows * part.Columns] }, (StoredType)type);
+            Write(to, file, PartsOf(config).Select(part => part with { Shape = [part.Count] }), (StoredType)type);
         });
 
     /// <summary>Writes a model as a new folder of transformers, with a tokenizer where the vocabulary is GPT-2's. The
@@ -244,10 +235,9 @@ public sealed class Safetensors : BinaryFile {
                 """);
             if (isText) {
                 Write("tokenizer.json", TokenizerFields());
-                Write("tokenizer_config.json", string.Format("""
-                    "tokenizer_class": "GPT2Tokenizer", "model_max_length": {1}, "clean_up_tokenization_spaces": false,
-                      "add_prefix_space": false, "bos_token": "{0}", "eos_token": "{0}", "unk_token": "{0}"
-                    """, Tokenizer.EndOfText, config.MaxT));
+                Write("tokenizer_config.json", $"""
+                    "tokenizer_class": "GPT2Tokenizer", "model_max_length": {config.MaxT}
+                    """);
             }
             Files.Write(Path.Combine(folder, FileName), to => WriteTensors(to, file, config, type));
         } catch when (Directory.Exists(folder)) {
@@ -267,26 +257,24 @@ public sealed class Safetensors : BinaryFile {
         var header = $"{{\"__metadata__\":{{\"format\":\"pt\"}},{string.Join(',', entries)}}}";
         header = header.PadRight((header.Length + 7) / 8 * 8);
         to.Write([.. BitConverter.GetBytes((long)header.Length), .. Encoding.UTF8.GetBytes(header)]);
-        foreach (var part in PartsOf(config))
-            Write(to, file, part, type);
+        Write(to, file, PartsOf(config), type);
     }
 
-    /// <summary>Copies a layer without its padding, which is beyond its shape.</summary>
-    static void Write(Stream to, BinaryFile file, Part part, StoredType type) {
-        foreach (var (first, count) in part.Pieces()) {
-            var values = new float[count];
+    /// <summary>Copies layers without the padding, which is beyond their shape.</summary>
+    static void Write(Stream to, BinaryFile file, IEnumerable<Part> parts, StoredType type) {
+        foreach (var part in parts) {
+            var values = new float[part.Count];
             file.ReadWeights(values);
-            values = part.IsTransposed ? Transposed(values, part.Rows, part.Columns)
-                : values[..(int)Math.Clamp(Product(part.Shape) - first, 0, count)];
-            var halves = new ushort[type == StoredType.Fp32 ? 0 : values.Length];
+            var turned = part.IsTransposed ? Transposed(values, part.Rows, part.Columns) : values;
+            var kept = turned.AsSpan(0, (int)Product(part.Shape));
+            var halves = new ushort[type == StoredType.Fp32 ? 0 : kept.Length];
             if (type == StoredType.Bf16)
-                BFloat16.Round(values, halves);
+                BFloat16.Round(kept, halves);
             for (var i = 0; type == StoredType.Fp16 && i < halves.Length; i++)
-                halves[i] = BitConverter.HalfToUInt16Bits((Half)(values[i] = (float)(Half)values[i]));
-            if (Numbers.NotFinite(values) is { } value)
+                halves[i] = BitConverter.HalfToUInt16Bits((Half)(kept[i] = (float)(Half)kept[i]));
+            if (Numbers.NotFinite(kept) is { } value)
                 throw file.Fail("finite weights (in fp16, up to 65504)", $"{value} in {part.Name}");
-            to.Write(type == StoredType.Fp32 ? MemoryMarshal.AsBytes(values.AsSpan())
-                : MemoryMarshal.AsBytes(halves.AsSpan()));
+            to.Write(type == StoredType.Fp32 ? MemoryMarshal.AsBytes(kept) : MemoryMarshal.AsBytes(halves.AsSpan()));
         }
     }
 

@@ -1,3 +1,4 @@
+using System.Buffers;
 using System.Text.Json;
 using static Gpt2.Tests.Support;
 
@@ -112,7 +113,7 @@ public class DocumentTests {
         var at = bytes.AsSpan().IndexOf("three"u8);
         bytes[at] = 0xff;
         File.WriteAllBytes(folder["a.parquet"], bytes);
-        await Assert.That(Refusal(folder, folder["a.parquet"])).EndsWith("found: bytes that are not UTF-8");
+        await Assert.That(Refusal(folder, folder["a.parquet"])).EndsWith("found: text that is not UTF-8");
     }
 
     /// <summary>A file that is cut off is never taken for a whole one.</summary>
@@ -165,7 +166,7 @@ public class DocumentTests {
         static void Read(string path) {
             if (Documents.Read(path, "text", lossy: false, _ => { }) is { } blocks) {
                 foreach (var block in blocks)
-                    _ = block.Text();
+                    ArrayPool<byte>.Shared.Return(Documents.Text(path, block).Array!);
                 return;
             }
             using var stream = Documents.Open(path, lossy: false, _ => { });
