@@ -315,14 +315,13 @@ public sealed class TokenShards : IDisposable {
     /// <summary>Number of tokens in all shards together.</summary>
     public long Tokens => Counts.Sum(count => (long)count);
 
-    /// <summary>A hash of each shard's length and first tokens, and never 0; names do not count.</summary>
+    /// <summary>A hash of each shard's header and first tokens, and never 0; names do not count.</summary>
     public ulong Fingerprint() {
-        var (hash, beginning) = (new XxHash3(), new ushort[1024]);
-        foreach (var (shard, count) in Counts.Index()) {
-            var some = beginning.AsSpan(0, Math.Min(count, beginning.Length));
-            Open(shard).Read(some, BinaryFile.HeaderBytes);
-            hash.Append(BitConverter.GetBytes(count));
-            hash.Append(MemoryMarshal.AsBytes(some));
+        var hash = new XxHash3();
+        for (var shard = 0; shard < paths.Length; shard++) {
+            var beginning = new byte[Math.Min(Open(shard).Length, BinaryFile.HeaderBytes + 2048)];
+            file!.Read(beginning.AsSpan(), 0);
+            hash.Append(beginning);
         }
         return Math.Max(1, hash.GetCurrentHashAsUInt64());
     }
@@ -768,7 +767,9 @@ public sealed class Tokenizer {
         if (path == "-" && new FileInfo("/proc/self/fd/0").LinkTarget == "/dev/urandom")
             throw new Gpt2Exception("standard input: expected text, found it closed");
         if (Documents.Read(path, field, lossy, Progress) is { } blocks) {
-            foreach (var some in blocks) {
+            using var each = blocks.GetEnumerator();
+            while (Documents.Whole(path, each.MoveNext)) {
+                var some = each.Current;
                 yield return (some.Bytes, Task.Run(() => {
                     var documents = Documents.Text(path, some);
                     var tokens = Encode(documents);

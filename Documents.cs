@@ -10,15 +10,14 @@ using Fields = System.Collections.Generic.Dictionary<int, object>;
 
 namespace Gpt2;
 
-/// <summary>Documents in UTF-8 that a worker reads apart from others. They take <paramref name="Bytes"/> of memory until
-/// then.</summary>
+/// <summary>Documents in UTF-8 that a worker reads apart from others, from so many bytes in memory.</summary>
 public readonly record struct Block(int Bytes, Func<IEnumerable<ReadOnlyMemory<byte>>> Documents);
 
 /// <summary>Files of documents by kind: JSON lines (.jsonl), Parquet (.parquet), and everything else is text. Text and
 /// JSON lines may be compressed by gzip (.gz) or Zstandard (.zst).</summary>
 public static class Documents {
     /// <summary>Largest line of JSON, and page of Parquet, in bytes.</summary>
-    internal const int Largest = 1 << 28;
+    internal const long Largest = 1 << 28;
 
     internal const string NotUtf8 = "text in UTF-8, found something else; --lossy puts U+FFFD in its place";
 
@@ -60,26 +59,19 @@ public static class Documents {
         }
     }
 
-    /// <summary>The blocks of a file in order, or null if it is text.</summary>
+    /// <summary>The blocks of a file in order, read within <see cref="Whole"/>; or null if it is text.</summary>
     /// <param name="field">The field or column that has a document's text; null is no document.</param>
-    /// <param name="lossy">Whether U+FFFD replaces what is not UTF-8 in JSON; otherwise that is an error.</param>
+    /// <param name="lossy">Whether U+FFFD replaces what is not UTF-8 in JSON lines.</param>
     /// <param name="progress">Takes how many more bytes of the file were read.</param>
-    public static IEnumerable<Block>? Read(string path, string field, bool lossy, Action<int> progress) {
-        return path.EndsWith(".parquet") ? Checked(Parquet.Read(path, field, progress))
-            : Regex.IsMatch(path, @"\.jsonl(\.gz|\.zst)?$") ? Checked(Lines(path, field, lossy, progress)) : null;
-
-        IEnumerable<Block> Checked(IEnumerable<Block> blocks) {
-            using var each = blocks.GetEnumerator();
-            while (Whole(path, each.MoveNext))
-                yield return each.Current;
-        }
-    }
+    public static IEnumerable<Block>? Read(string path, string field, bool lossy, Action<int> progress) =>
+        path.EndsWith(".parquet") ? Parquet.Read(path, field, progress)
+        : Regex.IsMatch(path, @"\.jsonl(\.gz|\.zst)?$") ? Lines(path, field, lossy, progress) : null;
 
     /// <summary>A block's documents in a pooled array, a mark before each.</summary>
     public static ArraySegment<byte> Text(string path, Block block) => Whole<ArraySegment<byte>>(path, () => {
         var documents = block.Documents();
         var (bytes, length) = (documents.Sum(document => (long)Tokenizer.Mark.Length + document.Length), 0);
-        var text = Pool.Rent(bytes <= 2L * Largest ? (int)bytes : throw new InvalidDataException($"{bytes} bytes a page"));
+        var text = Pool.Rent(bytes <= 2 * Largest ? (int)bytes : throw new InvalidDataException($"a page of {bytes}"));
         foreach (var document in documents) {
             Tokenizer.Mark.CopyTo(text.AsSpan(length));
             document.Span.CopyTo(text.AsSpan(length + Tokenizer.Mark.Length));
@@ -90,6 +82,7 @@ public static class Documents {
     });
 
     /// <summary>Reads from a file, whose damage ends in all kinds of exceptions.</summary>
+    /// <exception cref="Gpt2Exception">It did.</exception>
     public static T Whole<T>(string path, Func<T> read) {
         try {
             return read();
@@ -110,9 +103,9 @@ public static class Documents {
             goesOn = length == bytes.Length;
             var end = goesOn ? bytes.AsSpan().LastIndexOf((byte)'\n') + 1 : length;
             rest = bytes[end..length];
+            number += bytes.AsSpan(0, end).Count((byte)'\n');
             if (rest.Length >= Largest)
                 throw new Gpt2Exception($"{path}: line {number + 1}: expected less than {Largest} bytes, found more");
-            number += bytes.AsSpan(0, end).Count((byte)'\n');
             yield return new(end, () => {
                 var documents = Parse(path, bytes.AsMemory(0, end), before, field);
                 Pool.Return(bytes);
@@ -156,8 +149,7 @@ static class Parquet {
     public static IEnumerable<Block> Read(string path, string column, Action<int> progress) {
         using var file = new FileStream(path, FileMode.Open, FileAccess.Read, FileShare.Read, 1 << 16);
         var (optional, chunks) = ReadFooter(path, file, column);
-        // The other columns' bytes count in proportion.
-        var share = file.Length / Math.Max(1, chunks.Sum(chunk => (double)Number(chunk, 7)));
+        var done = 0L; // with the other columns, that are skipped
         foreach (var chunk in chunks) {
             var (codec, first, entries) = (Number(chunk, 4), Number(chunk, 9), Number(chunk, 11));
             file.Position = entries > 0 ? Math.Min(first, entries) : first;
@@ -166,21 +158,20 @@ static class Parquet {
                 var header = new CompactReader(file).Struct();
                 var (type, whole, page) = (Number(header, 1), Size(header, 2), new byte[Size(header, 3)]);
                 file.ReadExactly(page);
-                progress((int)(share * page.Length));
+                progress((int)Math.Clamp(file.Position - done, 0, int.MaxValue));
+                done = Math.Max(done, file.Position);
                 if (type == DictionaryPage)
                     dictionary = [.. Plain(Decompress(page, codec, whole), 0, Size((Fields)header[7], 1))];
                 if (type is not (DataPage or DataPageV2))
                     continue;
                 var (values, known) = ((Fields)header[type == DataPage ? 5 : 8], dictionary);
-                left -= Number(values, 1);
-                yield return new(whole, () => {
-                    var count = Size(values, 1);
-                    if (type == DataPage)
-                        return Values(Decompress(page, codec, whole), optional, count, Number(values, 2), known);
-                    var levels = Size(values, 5) + Size(values, 6); // which are not compressed
-                    var data = Decompress(page.AsSpan(levels), Number(values, 7, 1) * codec, whole - levels);
-                    return Values(data, false, count - Size(values, 2), Number(values, 4), known);
-                });
+                var (count, levels) = (Size(values, 1), type == DataPage ? 0 : Size(values, 5) + Size(values, 6));
+                left -= count;
+                // Version 2 has levels first, which are not compressed, and the number of nulls.
+                yield return new(whole, () => type == DataPage
+                    ? Values(Decompress(page, codec, whole), optional, count, Number(values, 2), known)
+                    : Values(Decompress(page.AsSpan(levels), Number(values, 7, 1) * codec, whole - levels), false,
+                        count - Size(values, 2), Number(values, 4), known));
             }
         }
     }
@@ -199,11 +190,11 @@ static class Parquet {
         string[] names = [.. groups.Take(1).SelectMany(group => group).Select(data =>
             (List<object>)data[3] is [byte[] name] ? Encoding.UTF8.GetString(name) : "(nested)")];
         var at = Array.IndexOf(names, column);
-        return groups.Length == 0 ? (false, [])
-            : at >= 0 && Number(leaves[at], 1) == Strings && Number(leaves[at], 3) != Repeated
-            ? (Number(leaves[at], 3) == Optional, [.. groups.Select(group => group[at])])
-            : throw new Gpt2Exception($"{path}: expected a column of strings '{column}' (or another --field), " +
+        if (groups.Length > 0 && (at < 0 || Number(leaves[at], 1) != Strings || Number(leaves[at], 3) == Repeated))
+            throw new Gpt2Exception($"{path}: expected a column of strings '{column}' (or another --field), " +
                 $"found columns {string.Join(", ", names.Take(20))}");
+        return groups.Length == 0 ? (false, [])
+            : (Number(leaves[at], 3) == Optional, [.. groups.Select(group => group[at])]);
     }
 
     static IEnumerable<Fields> Structs(object list) => ((List<object>)list).Cast<Fields>();
@@ -221,7 +212,8 @@ static class Parquet {
         var length = codec switch {
             0 => page.TryCopyTo(data) ? page.Length : -1,
             1 => Snappy.Decompress(page, data),
-            2 => new GZipStream(new MemoryStream(page.ToArray()), CompressionMode.Decompress).ReadAtLeast(data, whole, false),
+            2 => new GZipStream(new MemoryStream([.. page]), CompressionMode.Decompress)
+                .ReadAtLeast(data, whole, throwOnEndOfStream: false),
             6 => zstd.Unwrap(page, data),
             _ => throw new InvalidDataException($"compression {codec} (none, Snappy, gzip and Zstandard are read)"),
         };
@@ -270,9 +262,7 @@ static class Parquet {
 /// <summary>Reads Thrift's compact protocol. It throws at the stream's end, and where there is more than any Parquet
 /// file needs.</summary>
 sealed class CompactReader(Stream from) : BinaryReader(from) {
-    const int Deepest = 32, Most = 1 << 22;
-
-    int count; // values so far
+    int left = 1 << 22; // values
 
     /// <summary>A struct's fields: a number is a long, a string a byte[], a list a List, a struct Fields.</summary>
     public Fields Struct(int depth = 0) {
@@ -284,20 +274,20 @@ sealed class CompactReader(Stream from) : BinaryReader(from) {
         return fields;
     }
 
-    object Value(int type, int depth) => ++count > Most ? throw new InvalidDataException($"{Most} values and more")
-        : type switch {
-            1 or 2 or 3 => (long)ReadByte(),
-            4 or 5 or 6 => Read7BitEncodedInt64() is var value ? (long)((ulong)value >> 1) ^ -(value & 1) : 0,
-            7 => ReadInt64(),
-            8 => ReadBytes(Math.Min(Read7BitEncodedInt(), Documents.Largest)),
-            9 or 10 when depth < Deepest => List(depth + 1),
-            12 when depth < Deepest => Struct(depth + 1),
-            _ => throw new InvalidDataException($"a value of type {type} at depth {depth}"),
-        };
+    object Value(int type, int depth) => type switch {
+        _ when depth > 32 || left-- == 0 => throw new InvalidDataException("more than 32 levels or 4194304 values"),
+        1 or 2 or 3 => (long)ReadByte(),
+        4 or 5 or 6 => Read7BitEncodedInt64() is var value ? (long)((ulong)value >> 1) ^ -(value & 1) : 0,
+        7 => ReadInt64(),
+        8 => ReadBytes(Math.Min(Read7BitEncodedInt(), (int)Documents.Largest)),
+        9 or 10 => List(depth + 1),
+        12 => Struct(depth + 1),
+        _ => throw new InvalidDataException($"a value of type {type}"),
+    };
 
     List<object> List(int depth) {
         var (list, head) = (new List<object>(), ReadByte());
-        for (var left = head >> 4 == 15 ? Read7BitEncodedInt() : head >> 4; left > 0; left--)
+        for (var count = head >> 4 == 15 ? Read7BitEncodedInt() : head >> 4; count > 0; count--)
             list.Add(Value(head & 15, depth));
         return list;
     }

@@ -22,8 +22,9 @@ public sealed class Safetensors : BinaryFile {
     readonly Queue<Part> parts; // that are still to be read, in llm.c's order
     ReadOnlyMemory<float> weights; // that are left of the last one
 
-    /// <summary>A tensor in a file, in bytes [First, End).</summary>
-    sealed record Entry(string Path, string Name, string Type, long[] Shape, long First, long End);
+    /// <summary>A tensor in bytes [First, End) of a file, and how many that should be; 0 if the type is no weights'.
+    /// </summary>
+    sealed record Entry(string Path, string Name, string Type, long[] Shape, long First, long End, long Bytes);
 
     /// <summary>A layer (rows, columns) of a parameter tensor, and its name and shape here.</summary>
     sealed record Part(string Name, int Rows, int Columns, long[] Shape) {
@@ -62,15 +63,15 @@ public sealed class Safetensors : BinaryFile {
     /// heads have 64 channels.</summary>
     /// <exception cref="Gpt2Exception">It is no GPT-2, or a file is not what its header says.</exception>
     public Safetensors(string path) : base(path, Kind) {
-        var (folder, L) = ($"{Path.GetDirectoryName(path)}", 1);
+        var folder = $"{Path.GetDirectoryName(path)}";
         foreach (var entry in (path.EndsWith(".json") ? ReadIndex(folder) : [path]).SelectMany(ReadHeader))
             Require(Regex.IsMatch(entry.Name, @"^h\.\d+\.attn\.(masked_)?bias\z") || tensors.TryAdd(entry.Name, entry),
                 "each tensor once", $"{entry.Name} again");
-        while (tensors.ContainsKey($"h.{L}.ln_1.weight"))
-            L++;
+        var L = tensors.Keys.Count(name => name.EndsWith(".ln_1.weight"));
         var (wte, wpe) = (ShapeOf("wte.weight"), ShapeOf("wpe.weight"));
-        Require(wte is [> 1 and <= 65536, > 0 and <= 16384] && wpe is [> 0 and <= IDevice.LongestT, _] && L <= 1000,
-            "a GPT-2: wte.weight [2 to 65536, 1 to 16384], wpe.weight [1 to 131072, ...], up to 1000 layers",
+        Require(wte is [> 1 and <= 65536, > 0 and <= 16384] &&
+            wpe is [> 0 and <= IDevice.LongestT, _] && L is > 0 and <= 1000,
+            "a GPT-2: wte.weight [2 to 65536, 1 to 16384], wpe.weight [1 to 131072, ...], 1 to 1000 layers",
             $"{Text(wte)}, {Text(wpe)}, {L} layers");
         Config = new((int)wpe[0], (int)wte[0], ((int)wte[0] + 127) / 128 * 128, L, 1, (int)wte[1]);
         parts = new(PartsOf(Config));
@@ -99,10 +100,9 @@ public sealed class Safetensors : BinaryFile {
             using var file = new BinaryFile(path, "a configuration");
             using var right = JsonDocument.Parse($"{{{Fields(Config)}}}");
             heads = ReadJson<int>(file, 0, file.Length, "a configuration in JSON", (name, value) =>
-                name == "n_head" ? [value.GetInt32()]
-                : !right.RootElement.TryGetProperty(name, out var expected) || JsonElement.DeepEquals(value, expected) ||
-                name == "n_inner" && value.GetRawText() == $"{4 * Config.C}" ||
-                name == "activation_function" && value.ValueEquals("gelu_pytorch_tanh") ? []
+                name == "n_head" ? [value.GetInt32()] : !right.RootElement.TryGetProperty(name, out var expected) ||
+                JsonElement.DeepEquals(value, expected) || name == "n_inner" && $"{value}" == $"{4 * Config.C}" ||
+                name == "activation_function" && $"{value}" == "gelu_pytorch_tanh" ? []
                 : throw file.Fail($"{name} {expected.GetRawText()}", value.GetRawText())).FirstOrDefault(12);
         }
         return heads is > 0 and <= 1000 && Config.C % heads == 0 ? heads : throw new Gpt2Exception(
@@ -123,11 +123,11 @@ public sealed class Safetensors : BinaryFile {
         using var file = new BinaryFile(path, Kind);
         var size = new long[1];
         file.Read(size.AsSpan());
-        Entry[] entries = [.. ReadJson(file, 8, size[0], "dtype, shape and data_offsets of each tensor in JSON", Read)
-            .OrderBy(entry => entry.First).ThenBy(entry => entry.End)];
-        var end = 8 + size[0];
-        foreach (var entry in entries) {
-            file.Require(entry.First == end, $"a tensor at byte {end}", $"{entry.Name} at byte {entry.First}");
+        var (end, entries) = (8 + size[0], ReadJson(
+            file, 8, size[0], "dtype, shape and data_offsets of each tensor in JSON", Read));
+        foreach (var entry in entries.OrderBy(entry => entry.First).ThenBy(entry => entry.End)) {
+            file.Require(entry.First == end && entry.End >= end && (entry.Bytes == 0 || entry.Bytes == entry.End - end),
+                $"{entry.Name} from byte {end} on, as many as its shape has", $"{entry.First} to {entry.End}");
             end = entry.End;
         }
         file.CheckSize(end);
@@ -137,13 +137,11 @@ public sealed class Safetensors : BinaryFile {
             if (name == "__metadata__")
                 return [];
             long[] Numbers(string of) => [.. value.GetProperty(of).EnumerateArray().Select(n => n.GetInt64())];
-            var (type, shape, offsets) =
-                ($"{value.GetProperty("dtype").GetString()}", Numbers("shape"), Numbers("data_offsets"));
-            var width = type == "F32" ? 4 : type is "F16" or "BF16" ? 2 : 0; // 0 is a type that no weights have
-            return offsets is [>= 0 and var first, >= 0 and var last] && last >= first && last <= file.Length &&
-                (width == 0 || shape.All(n => n >= 0) && last - first == Product([.. shape, width]))
-                ? [new(path, Regex.Replace(name, @"^transformer\.", ""), type, shape, 8 + size[0] + first,
-                    8 + size[0] + last)] : throw new FormatException();
+            var (type, shape) = (value.GetProperty("dtype").GetString(), Numbers("shape"));
+            var bytes = Product([.. shape, type == "F32" ? 4 : type is "F16" or "BF16" ? 2 : 0]);
+            return Numbers("data_offsets") is not [var first, var last] ? throw new FormatException()
+                : [new(path, Regex.Replace(name, @"^transformer\.", ""), $"{type}", shape, 8 + size[0] + first,
+                    8 + size[0] + last, bytes)];
         }
     }
 
@@ -180,19 +178,15 @@ public sealed class Safetensors : BinaryFile {
 
     /// <summary>Reads a layer of a parameter tensor; its padding is zeros.</summary>
     float[] Read(Part part) {
-        var values = new float[part.Count];
-        Read(tensors[part.Name], values);
-        if (part.Name == "wte.weight" && tensors.TryGetValue("lm_head.weight", out var head)) {
-            var same = new float[part.Count];
-            Read(head, same);
-            Require(values.AsSpan().SequenceEqual(same), "lm_head.weight to be wte.weight", "another");
-        }
+        var values = Read(tensors[part.Name], part.Count);
+        Require(part.Name != "wte.weight" || !tensors.TryGetValue("lm_head.weight", out var head) ||
+            values.AsSpan().SequenceEqual(Read(head, part.Count)), "lm_head.weight to be wte.weight", "another");
         return part.IsTransposed ? Transposed(values, part.Columns, part.Rows) : values;
     }
 
-    static void Read(Entry entry, float[] values) {
+    static float[] Read(Entry entry, int size) {
         using var file = new BinaryFile(entry.Path, Kind);
-        var count = (int)Product(entry.Shape);
+        var (values, count) = (new float[size], (int)Product(entry.Shape));
         var halves = new ushort[entry.Type == "F32" ? 0 : count];
         if (entry.Type == "F32")
             file.Read(values.AsSpan(0, count), entry.First);
@@ -201,6 +195,7 @@ public sealed class Safetensors : BinaryFile {
         for (var i = 0; i < halves.Length; i++)
             values[i] = entry.Type == "F16" ? (float)BitConverter.UInt16BitsToHalf(halves[i])
                 : BitConverter.Int32BitsToSingle(halves[i] << 16);
+        return values;
     }
 
     // ---- Writing
@@ -281,7 +276,7 @@ public sealed class Safetensors : BinaryFile {
     /// <summary>The tokenizer in the format of Hugging Face's tokenizers.</summary>
     static string TokenizerFields() {
         var tokenizer = new Tokenizer();
-        string Quoted(string text) => $"\"{text.Replace("\\", "\\\\").Replace("\"", "\\\"")}\"";
+        string Quoted(string text) => $"\"{Regex.Replace(text, @"[\\""]", @"\$0")}\"";
         string[] tokens = [.. Enumerable.Range(0, Tokenizer.EndOfTextId + 1).Select(tokenizer.Letters)];
         var vocabulary = tokens.Select((token, id) => $"{Quoted(token)}: {id}");
         var merges = tokenizer.Merges.Select(two => Quoted($"{tokens[two.Left]} {tokens[two.Right]}"));
@@ -292,8 +287,7 @@ public sealed class Safetensors : BinaryFile {
               "pre_tokenizer": {{bytes}}, "post_processor": {{bytes}}, "decoder": {{bytes}},
               "added_tokens": [{"id": {{Tokenizer.EndOfTextId}}, "content": "{{Tokenizer.EndOfText}}", "special": true,
               "single_word": false, "lstrip": false, "rstrip": false, "normalized": false}],
-              "model": {"type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": "",
-              "end_of_word_suffix": "", "fuse_unk": false, "byte_fallback": false,
+              "model": {"type": "BPE", "continuing_subword_prefix": "", "end_of_word_suffix": "",
               "vocab": {{{string.Join(",\n", vocabulary)}}}, "merges": [{{string.Join(",\n", merges)}}]}
             """;
     }

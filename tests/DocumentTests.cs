@@ -80,7 +80,7 @@ public class DocumentTests {
     [Arguments("""{"text": ["a"]}""", "element of type 'String', but the target element has type 'Array'")]
     [Arguments("""{"text": 1}""", "element of type 'String', but the target element has type 'Number'")]
     [Arguments("""{"text": "\ud83d x"}""", "Cannot read incomplete UTF-16 JSON text")]
-    [Arguments("{\"text\": \"a\u0001\"}", "'0x01' is invalid within a JSON string. The string should be correctly escaped. At byte 11")]
+    [Arguments("{\"text\": \"a\u0001\"}", "The string should be correctly escaped. At byte 11")]
     [Arguments("{\"text\": \"a\u00ff\"}", "text in UTF-8, found something else; --lossy")] // as Latin-1
     [Arguments("{\"text\": \"a\\n\u00ff\"}", "text in UTF-8, found something else; --lossy")]
     public async Task ABadLineIsNamed(string line, string words) {
@@ -90,17 +90,23 @@ public class DocumentTests {
             File.WriteAllBytes(folder["a.jsonl"], Encoding.Latin1.GetBytes($"{good}{line}\n{{\"text\": 1}}\n"));
             var sentence = Refusal(folder, folder["a.jsonl"]);
             await Assert.That(sentence).StartsWith($"{folder["a.jsonl"]}: line {before + 1}: expected ")
-                .And.Contains(words).And.Contains(words.Contains("UTF-8,") ? "" : "an object of JSON with a string 'text'");
+                .And.Contains(words);
+            await Assert.That(words.Contains("UTF-8,") || sentence.Contains("an object of JSON with a string 'text'"))
+                .IsTrue();
         }
         await Assert.That(Directory.GetFiles(folder.Path).Length).IsEqualTo(1);
     }
 
     [Test]
-    [Arguments("arrow_none.parquet", "body", "expected a column of strings 'body' (or another --field), found columns (nested), text, score")]
-    [Arguments("arrow_none.parquet", "tags", "expected a column of strings 'tags' (or another --field), found columns (nested), text, score")]
-    [Arguments("arrow_none.parquet", "score", "expected a column of strings 'score' (or another --field), found columns (nested), text, score")]
-    [Arguments("arrow.jsonl", "id", "line 1: expected an object of JSON with a string 'id' (or another --field), found: The " +
-        "requested operation requires an element of type 'String', but the target element has type 'Number'")]
+    [Arguments("arrow_none.parquet", "body",
+        "expected a column of strings 'body' (or another --field), found columns (nested), text, score")]
+    [Arguments("arrow_none.parquet", "tags",
+        "expected a column of strings 'tags' (or another --field), found columns (nested), text, score")]
+    [Arguments("arrow_none.parquet", "score",
+        "expected a column of strings 'score' (or another --field), found columns (nested), text, score")]
+    [Arguments("arrow.jsonl", "id", "line 1: expected an object of JSON with a string 'id' (or another --field), " +
+        "found: The requested operation requires an element of type 'String', but the target element has type " +
+        "'Number'")]
     public async Task AFieldWithoutTextIsNamed(string name, string field, string words) {
         using var folder = new TemporaryFolder();
         await Assert.That(Refusal(folder, Row(name), field)).IsEqualTo($"{Row(name)}: {words}");
@@ -165,8 +171,9 @@ public class DocumentTests {
 
         static void Read(string path) {
             if (Documents.Read(path, "text", lossy: false, _ => { }) is { } blocks) {
-                foreach (var block in blocks)
-                    ArrayPool<byte>.Shared.Return(Documents.Text(path, block).Array!);
+                using var each = blocks.GetEnumerator();
+                while (Documents.Whole(path, each.MoveNext))
+                    ArrayPool<byte>.Shared.Return(Documents.Text(path, each.Current).Array!);
                 return;
             }
             using var stream = Documents.Open(path, lossy: false, _ => { });
