@@ -231,7 +231,8 @@ public sealed class Safetensors : BinaryFile {
             if (isText) {
                 Write("tokenizer.json", TokenizerFields());
                 Write("tokenizer_config.json", $"""
-                    "tokenizer_class": "GPT2Tokenizer", "model_max_length": {config.MaxT}
+                    "tokenizer_class": "GPT2Tokenizer", "model_max_length": {config.MaxT},
+                      "clean_up_tokenization_spaces": false
                     """);
             }
             Files.Write(Path.Combine(folder, FileName), to => WriteTensors(to, file, config, type));
