@@ -78,8 +78,10 @@ public class BinaryFile : IDisposable {
     }
 
     /// <summary>Closes the file, and returns the exception that says what is wrong with it.</summary>
+    /// <param name="found">May be any text from the file: its beginning becomes part of a line.</param>
     public Gpt2Exception Fail(string expected, string found) {
         Dispose();
+        found = Regex.Replace(found.Length <= 200 ? found : $"{found[..200]}...", @"[\s\p{C}]+", " ");
         return new Gpt2Exception($"{stream.Name}: expected {expected}, found {found}");
     }
 
@@ -319,14 +321,13 @@ public sealed class TokenShards : IDisposable {
     /// <summary>Number of tokens in all shards together.</summary>
     public long Tokens => Counts.Sum(count => (long)count);
 
-    /// <summary>A hash of each shard's length and first tokens, and never 0; names do not count.</summary>
+    /// <summary>A hash of each shard's header and first tokens, and never 0; names do not count.</summary>
     public ulong Fingerprint() {
-        var (hash, beginning) = (new XxHash3(), new ushort[1024]);
-        foreach (var (shard, count) in Counts.Index()) {
-            var some = beginning.AsSpan(0, Math.Min(count, beginning.Length));
-            Open(shard).Read(some, BinaryFile.HeaderBytes);
-            hash.Append(BitConverter.GetBytes(count));
-            hash.Append(MemoryMarshal.AsBytes(some));
+        var hash = new XxHash3();
+        for (var shard = 0; shard < paths.Length; shard++) {
+            var beginning = new byte[Math.Min(Open(shard).Length, BinaryFile.HeaderBytes + 2048)];
+            file!.Read(beginning.AsSpan(), 0);
+            hash.Append(beginning);
         }
         return Math.Max(1, hash.GetCurrentHashAsUInt64());
     }
@@ -771,12 +772,14 @@ public sealed class Tokenizer {
         // .NET opens this where standard input is closed.
         if (path == "-" && new FileInfo("/proc/self/fd/0").LinkTarget == "/dev/urandom")
             throw new Gpt2Exception("standard input: expected text, found it closed");
-        if (Documents.Read(path, field, lossy, Progress) is { } documents) {
-            foreach (var (bytes, read) in documents) {
-                yield return (bytes, Task.Run(() => {
-                    var text = read();
-                    var tokens = Encode(text.AsSpan());
-                    Documents.Pool.Return(text.Array!);
+        if (Documents.Read(path, field, lossy, Progress) is { } blocks) {
+            using var each = blocks.GetEnumerator();
+            while (Documents.Whole(path, each.MoveNext)) {
+                var some = each.Current;
+                yield return (some.Bytes, Task.Run(() => {
+                    var documents = Documents.Text(path, some);
+                    var tokens = Encode(documents);
+                    Documents.Pool.Return(documents.Array!);
                     return tokens;
                 }));
             }
@@ -788,7 +791,8 @@ public sealed class Tokenizer {
         // The text's length, its place in the file, and how many of its bytes are encoded already.
         var (length, position, encoded) = (Mark.Length, -(long)Mark.Length, 0);
         for (var goesOn = true; goesOn;) {
-            var read = Documents.Fill(text.AsSpan(length), stream, path);
+            var read = Documents.Whole(path, () =>
+                stream.ReadAtLeast(text.AsSpan(length), BlockBytes - length, throwOnEndOfStream: false));
             (length, goesOn) = (length + read, length + read == BlockBytes);
             if (position < 0 && text.AsSpan(Mark.Length, read).StartsWith(Encoding.UTF8.Preamble))
                 (text, length, position) = ([.. Mark, .. text[(Mark.Length + 3)..], 0, 0, 0], length - 3, position + 3);

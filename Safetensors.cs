@@ -10,40 +10,48 @@ public enum StoredType { Fp32, Bf16, Fp16 }
 public sealed class Safetensors : BinaryFile {
     const string FileName = "model.safetensors", Kind = "a model in safetensors";
 
-    static readonly string[] types = ["F32", "BF16", "F16"]; // by StoredType
-    static readonly string[] names = ("wte wpe ln_1 ln_1 attn.c_attn attn.c_attn attn.c_proj attn.c_proj ln_2 ln_2 " +
-        "mlp.c_fc mlp.c_fc mlp.c_proj mlp.c_proj ln_f ln_f").Split(' '); // of the parameter tensors
+    // By StoredType; and the parameter tensors, # being the layer.
+    static readonly string[] types = ["F32", "BF16", "F16"], dtypes = ["float32", "bfloat16", "float16"];
+    static readonly string[] names = [
+        "wte.weight", "wpe.weight", "h.#.ln_1.weight", "h.#.ln_1.bias", "h.#.attn.c_attn.weight",
+        "h.#.attn.c_attn.bias", "h.#.attn.c_proj.weight", "h.#.attn.c_proj.bias", "h.#.ln_2.weight", "h.#.ln_2.bias",
+        "h.#.mlp.c_fc.weight", "h.#.mlp.c_fc.bias", "h.#.mlp.c_proj.weight", "h.#.mlp.c_proj.bias",
+        "ln_f.weight", "ln_f.bias"];
 
     readonly Dictionary<string, Entry> tensors = [];
     readonly Queue<Part> parts; // that are still to be read, in llm.c's order
-    float[] stored = [], matrix = []; // the first of them, before and after its transposition
-    long done; // number of its weights that have been read
+    ReadOnlyMemory<float> weights; // that are left of the last one
 
-    /// <summary>A tensor in a file, in bytes [First, End).</summary>
-    sealed record Entry(string Path, string Name, string Type, long[] Shape, long First, long End);
+    /// <summary>A tensor in bytes [First, End) of a file, and how many that should be; 0 if the type is no weights'.
+    /// </summary>
+    sealed record Entry(string Path, string Name, string Type, long[] Shape, long First, long End, long Bytes);
 
     /// <summary>A layer (rows, columns) of a parameter tensor, and its name and shape here.</summary>
     sealed record Part(string Name, int Rows, int Columns, long[] Shape) {
-        public long Count => (long)Rows * Columns;
         public bool IsTransposed => Shape.Length == 2 && Name.StartsWith("h.");
+        public int Count => checked(Rows * Columns);
     }
 
     static IEnumerable<Part> PartsOf(Config config) => config.Parameters.Zip(names).SelectMany(each => {
         var ((tensor, layers, rows, columns), name) = each;
         long[] shape = tensor == "wte" ? [config.V, columns] : tensor == "wpe" ? [rows, columns]
             : tensor.StartsWith("ln") || tensor.EndsWith('b') ? [columns] : [columns, rows];
-        name += tensor.EndsWith('b') ? ".bias" : ".weight";
-        return Enumerable.Range(0, layers).Select(l =>
-            new Part(tensor is "wte" or "wpe" or "lnfw" or "lnfb" ? name : $"h.{l}.{name}", rows, columns, shape));
+        return Enumerable.Range(0, layers).Select(l => new Part(name.Replace("#", $"{l}"), rows, columns, shape));
     });
 
     static long Product(long[] shape) => shape.Aggregate(1L, (product, n) => checked(product * n));
 
-    static string Text(long[] shape) => shape.Length == 0 ? "none" : $"[{string.Join(", ", shape.Take(8))}]";
+    static string Text(long[] shape) => shape.Length == 0 ? "none" : $"[{string.Join(", ", shape)}]";
 
-    /// <summary>A text that can stand in a sentence.</summary>
-    static string Short(string text) =>
-        Regex.Replace(text.Length <= 200 ? text : $"{text[..200]}...", @"[\s\p{C}]+", " ");
+    /// <summary>The transpose (columns, rows) of a matrix (rows, columns).</summary>
+    static float[] Transposed(float[] matrix, int rows, int columns) {
+        var transposed = new float[matrix.Length];
+        Parallel.For(0, columns, column => {
+            for (var row = 0; row < rows; row++)
+                transposed[column * rows + row] = matrix[row * columns + column];
+        });
+        return transposed;
+    }
 
     // ---- Reading. Any of the files may be malicious.
 
@@ -55,22 +63,23 @@ public sealed class Safetensors : BinaryFile {
     /// heads have 64 channels.</summary>
     /// <exception cref="Gpt2Exception">It is no GPT-2, or a file is not what its header says.</exception>
     public Safetensors(string path) : base(path, Kind) {
-        var (folder, L) = ($"{Path.GetDirectoryName(path)}", 1);
+        var folder = $"{Path.GetDirectoryName(path)}";
         foreach (var entry in (path.EndsWith(".json") ? ReadIndex(folder) : [path]).SelectMany(ReadHeader))
             Require(Regex.IsMatch(entry.Name, @"^h\.\d+\.attn\.(masked_)?bias\z") || tensors.TryAdd(entry.Name, entry),
                 "each tensor once", $"{entry.Name} again");
-        while (tensors.ContainsKey($"h.{L}.ln_1.weight"))
-            L++;
+        var L = tensors.Keys.Count(name => name.EndsWith(".ln_1.weight"));
         var (wte, wpe) = (ShapeOf("wte.weight"), ShapeOf("wpe.weight"));
-        Require(wte is [> 1 and <= 65536, > 0 and <= 65536] && wpe is [> 0 and <= IDevice.LongestT, _] && L <= 1000,
-            "a GPT-2: wte.weight [2 to 65536, 1 to 65536], wpe.weight [1 to 131072, ...], up to 1000 layers",
+        Require(wte is [> 1 and <= 65536, > 0 and <= 16384] &&
+            wpe is [> 0 and <= IDevice.LongestT, _] && L is > 0 and <= 1000,
+            "a GPT-2: wte.weight [2 to 65536, 1 to 16384], wpe.weight [1 to 131072, ...], 1 to 1000 layers",
             $"{Text(wte)}, {Text(wpe)}, {L} layers");
         Config = new((int)wpe[0], (int)wte[0], ((int)wte[0] + 127) / 128 * 128, L, 1, (int)wte[1]);
         parts = new(PartsOf(Config));
-        foreach (var name in parts.Select(part => part.Name).Union(tensors.Keys)) {
-            var part = name == "lm_head.weight" ? parts.Peek() : parts.FirstOrDefault(part => part.Name == name);
-            Require(part != null, "GPT-2's tensors alone", name);
-            Require(ShapeOf(name).SequenceEqual(part!.Shape), $"{name} {Text(part.Shape)}", Text(ShapeOf(name)));
+        var shapes = parts.ToDictionary(part => part.Name, part => part.Shape);
+        foreach (var name in shapes.Keys.Union(tensors.Keys)) {
+            var shape = shapes.GetValueOrDefault(name == "lm_head.weight" ? "wte.weight" : name);
+            Require(shape != null, "GPT-2's tensors alone", name);
+            Require(ShapeOf(name).SequenceEqual(shape!), $"{name} {Text(shape!)}", Text(ShapeOf(name)));
             Require(types.Contains(tensors[name].Type), $"{name} in F32, F16 or BF16", tensors[name].Type);
         }
         Config = Config with { NH = ReadHeads(Path.Combine(folder, "config.json")) };
@@ -90,15 +99,11 @@ public sealed class Safetensors : BinaryFile {
         if (exists) {
             using var file = new BinaryFile(path, "a configuration");
             using var right = JsonDocument.Parse($"{{{Fields(Config)}}}");
-            heads = 12; // unless it says otherwise
-            ReadJson(file, 0, file.Length, "a configuration in JSON", (name, value) => {
-                var text = value.GetRawText();
-                heads = name == "n_head" ? value.GetInt32() : heads;
-                var isSame = !right.RootElement.TryGetProperty(name, out var expected) || name == "n_head" ||
-                    JsonElement.DeepEquals(value, expected) || name == "n_inner" && text == $"{4 * Config.C}" ||
-                    name == "activation_function" && text == "\"gelu_pytorch_tanh\"";
-                return isSame ? 0 : throw file.Fail($"{name} {expected.GetRawText()}", Short(text));
-            });
+            heads = ReadJson<int>(file, 0, file.Length, "a configuration in JSON", (name, value) =>
+                name == "n_head" ? [value.GetInt32()] : !right.RootElement.TryGetProperty(name, out var expected) ||
+                JsonElement.DeepEquals(value, expected) || name == "n_inner" && $"{value}" == $"{4 * Config.C}" ||
+                name == "activation_function" && $"{value}" == "gelu_pytorch_tanh" ? []
+                : throw file.Fail($"{name} {expected.GetRawText()}", value.GetRawText())).FirstOrDefault(12);
         }
         return heads is > 0 and <= 1000 && Config.C % heads == 0 ? heads : throw new Gpt2Exception(
             $"{path}: expected n_head to divide {Config.C} channels, found {(exists ? heads : "no such file")}");
@@ -106,113 +111,92 @@ public sealed class Safetensors : BinaryFile {
 
     /// <summary>The paths of the files that an index names, which must be beside it.</summary>
     IEnumerable<string> ReadIndex(string folder) {
-        var files = ReadJson(this, 0, Length, "a weight_map in JSON", (name, value) => name != "weight_map" ? []
-            : value.EnumerateObject().Select(entry => $"{entry.Value.GetString()}").ToArray()).SelectMany(all => all);
+        var files = ReadJson<string>(this, 0, Length, "a weight_map in JSON", (name, value) => name != "weight_map" ? []
+            : value.EnumerateObject().Select(entry => $"{entry.Value.GetString()}")).Distinct().DefaultIfEmpty("none");
         var bad = files.FirstOrDefault(name => !Regex.IsMatch(name, @"^[\w.-]+\.safetensors\z"));
-        Require(bad == null && files.Any(), "a weight_map of .safetensors files beside it", Short(bad ?? "none"));
-        return files.Distinct().Select(name => Path.Combine(folder, name));
+        Require(bad == null, "a weight_map of .safetensors files beside it", $"{bad}");
+        return files.Select(name => Path.Combine(folder, name));
     }
 
     /// <summary>The tensors of a file, which must follow each other to its end.</summary>
     static Entry[] ReadHeader(string path) {
         using var file = new BinaryFile(path, Kind);
         var size = new long[1];
-        file.Require(file.Length >= 8, Kind, $"{file.Length} bytes");
         file.Read(size.AsSpan());
-        var end = 8 + size[0];
-        file.Require(size[0] >= 0 && end <= file.Length, "its header in it", $"a header of {size[0]} bytes");
-        Entry[] entries = [.. ReadJson(file, 8, size[0], "dtype, shape and data_offsets of each tensor in JSON", Read)
-            .OfType<Entry>().OrderBy(entry => entry.First).ThenBy(entry => entry.End)];
-        foreach (var entry in entries) {
-            file.Require(entry.First == end, $"a tensor at byte {end}", $"{entry.Name} at byte {entry.First}");
+        var (end, entries) = (8 + size[0], ReadJson(
+            file, 8, size[0], "dtype, shape and data_offsets of each tensor in JSON", Read));
+        foreach (var entry in entries.OrderBy(entry => entry.First).ThenBy(entry => entry.End)) {
+            file.Require(entry.First == end && entry.End >= end && (entry.Bytes == 0 || entry.Bytes == entry.End - end),
+                $"{entry.Name} from byte {end} on, as many as its shape has", $"{entry.First} to {entry.End}");
             end = entry.End;
         }
         file.CheckSize(end);
         return entries;
 
-        Entry? Read(string name, JsonElement value) {
+        IEnumerable<Entry> Read(string name, JsonElement value) {
             if (name == "__metadata__")
-                return null;
+                return [];
             long[] Numbers(string of) => [.. value.GetProperty(of).EnumerateArray().Select(n => n.GetInt64())];
-            var (type, shape) = ($"{value.GetProperty("dtype").GetString()}", Numbers("shape"));
-            var bits = type == "BOOL" ? 8 : int.Parse(Regex.Match(type, @"\d+").Value);
-            return Numbers("data_offsets") is [>= 0 and var first, >= 0 and var last] && shape.All(n => n >= 0) &&
-                last <= file.Length && last - first == Product([.. shape, bits]) / 8
-                ? new(path, Short(Regex.Replace(name, @"^transformer\.", "")), Short(type), shape,
-                    8 + size[0] + first, 8 + size[0] + last) : throw new FormatException();
+            var (type, shape) = (value.GetProperty("dtype").GetString(), Numbers("shape"));
+            var bytes = Product([.. shape, type == "F32" ? 4 : type is "F16" or "BF16" ? 2 : 0]);
+            return Numbers("data_offsets") is not [var first, var last] ? throw new FormatException()
+                : [new(path, Regex.Replace(name, @"^transformer\.", ""), $"{type}", shape, 8 + size[0] + first,
+                    8 + size[0] + last, bytes)];
         }
     }
 
     /// <summary>Reads each property of a JSON object in some bytes of a file.</summary>
     /// <exception cref="Gpt2Exception">It is not JSON, or not what <paramref name="read"/> takes.</exception>
-    static List<T> ReadJson<T>(
-        BinaryFile file, long at, long size, string expected, Func<string, JsonElement, T> read) {
+    static T[] ReadJson<T>(
+        BinaryFile file, long at, long size, string expected, Func<string, JsonElement, IEnumerable<T>> read) {
         const int most = 10_000_000; // several times what 1000 layers take
-        file.Require(size <= most, $"at most {most} bytes of JSON", $"{size}");
-        var (text, result, last) = (new byte[size], new List<T>(), default(JsonProperty?));
+        file.Require(size >= 0 && size <= Math.Min(most, file.Length - at), $"JSON of up to {most} bytes", $"{size}");
+        var (text, found) = (new byte[size], "");
         file.Read(text.AsSpan(), at);
         try {
-            var json = JsonDocument.Parse(text, new JsonDocumentOptions { AllowDuplicateProperties = false });
-            foreach (var property in json.RootElement.EnumerateObject())
-                result.Add(read(property.Name, (last = property).Value.Value));
-            return result;
+            using var json = JsonDocument.Parse(text, new JsonDocumentOptions { AllowDuplicateProperties = false });
+            return [.. json.RootElement.EnumerateObject().SelectMany(property => {
+                found = $"{property.Name} {property.Value.GetRawText()}";
+                return read(property.Name, property.Value);
+            })];
         } catch (Exception e) when (e is JsonException or InvalidOperationException or FormatException
             or OverflowException or KeyNotFoundException) {
-            throw file.Fail(expected, last is not { } bad ? Short(e.Message) : Short(Encoding.UTF8.GetString(
-                [.. JsonMarshal.GetRawUtf8PropertyName(bad), (byte)' ', .. JsonMarshal.GetRawUtf8Value(bad.Value)])));
+            throw file.Fail(expected, found == "" ? e.Message : found);
         }
-    }
-
-    /// <summary>Reads weights of a tensor from one on; there are zeros after the last.</summary>
-    static void Read(Entry entry, long first, Span<float> values) {
-        using var file = new BinaryFile(entry.Path, Kind);
-        var count = (int)Math.Clamp(Product(entry.Shape) - first, 0, values.Length);
-        values[count..].Clear();
-        var halves = new ushort[entry.Type == "F32" ? 0 : count];
-        if (entry.Type == "F32")
-            file.Read(values[..count], entry.First + first * sizeof(float));
-        else
-            file.Read(halves.AsSpan(), entry.First + first * sizeof(ushort));
-        for (var i = 0; i < halves.Length; i++)
-            values[i] = entry.Type == "F16" ? (float)BitConverter.UInt16BitsToHalf(halves[i])
-                : BitConverter.UInt32BitsToSingle((uint)halves[i] << 16);
     }
 
     /// <inheritdoc/>
     public override void ReadWeights(Span<float> values) {
         for (int count; values.Length > 0; values = values[count..]) {
-            var (part, entry) = (parts.Peek(), tensors[parts.Peek().Name]);
-            count = (int)Math.Min(values.Length, part.Count - done);
-            if (part.IsTransposed && done == 0) {
-                if (matrix.Length != part.Count)
-                    (stored, matrix) = (new float[part.Count], new float[part.Count]);
-                Read(entry, 0, stored);
-                Transpose(stored, part.Columns, part.Rows, matrix);
-            }
-            if (part.IsTransposed)
-                matrix.AsSpan((int)done, count).CopyTo(values);
-            else
-                Read(entry, done, values[..count]);
-            if (part.Name == "wte.weight" && tensors.TryGetValue("lm_head.weight", out var head)) {
-                var same = new float[count];
-                Read(head, done, same);
-                Require(values[..count].SequenceEqual(same), "lm_head.weight to be wte.weight", "another");
-            }
-            done += count;
-            if (done == part.Count)
-                (done, _) = (0, parts.Dequeue());
+            if (weights.IsEmpty)
+                weights = Read(parts.Dequeue());
+            count = Math.Min(values.Length, weights.Length);
+            weights.Span[..count].CopyTo(values);
+            weights = weights[count..];
         }
     }
 
-    /// <summary>Writes the transpose (columns, rows) of a matrix (rows, columns), a cache line's columns at a time.
-    /// </summary>
-    static void Transpose(float[] from, int rows, int columns, float[] to) =>
-        Parallel.ForEach(Enumerable.Range(0, columns).Chunk(16), band => {
-            for (var row = 0; row < rows; row++) {
-                foreach (var column in band)
-                    to[column * rows + row] = from[row * columns + column];
-            }
-        });
+    /// <summary>Reads a layer of a parameter tensor; its padding is zeros.</summary>
+    float[] Read(Part part) {
+        var values = Read(tensors[part.Name], part.Count);
+        Require(part.Name != "wte.weight" || !tensors.TryGetValue("lm_head.weight", out var head) ||
+            values.AsSpan().SequenceEqual(Read(head, part.Count)), "lm_head.weight to be wte.weight", "another");
+        return part.IsTransposed ? Transposed(values, part.Columns, part.Rows) : values;
+    }
+
+    static float[] Read(Entry entry, int size) {
+        using var file = new BinaryFile(entry.Path, Kind);
+        var (values, count) = (new float[size], (int)Product(entry.Shape));
+        var halves = new ushort[entry.Type == "F32" ? 0 : count];
+        if (entry.Type == "F32")
+            file.Read(values.AsSpan(0, count), entry.First);
+        else
+            file.Read(halves.AsSpan(), entry.First);
+        for (var i = 0; i < halves.Length; i++)
+            values[i] = entry.Type == "F16" ? (float)BitConverter.UInt16BitsToHalf(halves[i])
+                : BitConverter.Int32BitsToSingle(halves[i] << 16);
+        return values;
+    }
 
     // ---- Writing
 
@@ -228,41 +212,37 @@ public sealed class Safetensors : BinaryFile {
     public static void ExportFile(string path, BinaryFile file, Config config, DataType type) =>
         Files.Write(path, to => {
             to.Write(MemoryMarshal.AsBytes(config.Header(type).AsSpan()));
-            foreach (var part in PartsOf(config))
-                Write(to, file, part with { Shape = [part.Count] }, (StoredType)type);
+            Write(to, file, PartsOf(config).Select(part => part with { Shape = [part.Count] }), (StoredType)type);
         });
 
-    /// <summary>Writes a model as a new folder of transformers, with a tokenizer where the vocabulary is GPT-2's.
-    /// </summary>
+    /// <summary>Writes a model as a new folder of transformers, with a tokenizer where the vocabulary is GPT-2's. The
+    /// model's file comes last.</summary>
     public static void ExportFolder(string folder, BinaryFile file, Config config, StoredType type) {
-        folder = Path.TrimEndingDirectorySeparator(folder);
-        var temporary = $"{folder}.tmp";
-        if (((string[])[folder, temporary]).FirstOrDefault(Path.Exists) is { } old)
-            throw new Gpt2Exception($"{old}: expected the name of a new folder, found one that is there");
-        void Write(string name, string fields) => Files.Write(
-            Path.Combine(temporary, name), to => to.Write(Encoding.UTF8.GetBytes($"{{\n  {fields}\n}}\n")));
+        if (Path.Exists(folder))
+            throw new Gpt2Exception($"{folder}: expected the name of a new folder, found one that is there");
+        var isText = config.V == Tokenizer.EndOfTextId + 1;
+        var ends = string.Format("\"bos_token_id\": {0}, \"eos_token_id\": {0}", isText ? config.V - 1 : "null");
         try {
-            Files.Write(Path.Combine(temporary, FileName), to => WriteTensors(to, file, config, type));
-            var isText = config.V == Tokenizer.EndOfTextId + 1;
-            var ends = string.Format("\"bos_token_id\": {0}, \"eos_token_id\": {0}", isText ? config.V - 1 : "null");
-            var dtype = type switch { StoredType.Bf16 => "bfloat16", StoredType.Fp16 => "float16", _ => "float32" };
             Write("generation_config.json", ends);
             Write("config.json", $"""
-                "architectures": ["GPT2LMHeadModel"], "torch_dtype": "{dtype}", {ends},
+                "architectures": ["GPT2LMHeadModel"], "torch_dtype": "{dtypes[(int)type]}", {ends},
                   {Fields(config)}
                 """);
             if (isText) {
                 Write("tokenizer.json", TokenizerFields());
-                Write("tokenizer_config.json", string.Format("""
-                    "tokenizer_class": "GPT2Tokenizer", "model_max_length": {1}, "clean_up_tokenization_spaces": false,
-                      "add_prefix_space": false, "bos_token": "{0}", "eos_token": "{0}", "unk_token": "{0}"
-                    """, Tokenizer.EndOfText, config.MaxT));
+                Write("tokenizer_config.json", $"""
+                    "tokenizer_class": "GPT2Tokenizer", "model_max_length": {config.MaxT},
+                      "clean_up_tokenization_spaces": false
+                    """);
             }
-            Directory.Move(temporary, folder);
-        } catch when (Directory.Exists(temporary)) {
-            Directory.Delete(temporary, recursive: true);
+            Files.Write(Path.Combine(folder, FileName), to => WriteTensors(to, file, config, type));
+        } catch when (Directory.Exists(folder)) {
+            Directory.Delete(folder, recursive: true);
             throw;
         }
+
+        void Write(string name, string fields) => Files.Write(
+            Path.Combine(folder, name), to => to.Write(Encoding.UTF8.GetBytes($"{{\n  {fields}\n}}\n")));
     }
 
     static void WriteTensors(Stream to, BinaryFile file, Config config, StoredType type) {
@@ -273,37 +253,31 @@ public sealed class Safetensors : BinaryFile {
         var header = $"{{\"__metadata__\":{{\"format\":\"pt\"}},{string.Join(',', entries)}}}";
         header = header.PadRight((header.Length + 7) / 8 * 8);
         to.Write([.. BitConverter.GetBytes((long)header.Length), .. Encoding.UTF8.GetBytes(header)]);
-        foreach (var part in PartsOf(config))
-            Write(to, file, part, type);
+        Write(to, file, PartsOf(config), type);
     }
 
-    /// <summary>Copies a layer without its padding, which is beyond its shape.</summary>
-    static void Write(Stream to, BinaryFile file, Part part, StoredType type) {
-        var buffer = new float[part.IsTransposed ? part.Count : Math.Min(part.Count, Tensor.ChunkSize)];
-        for (var i = 0L; i < part.Count; i += buffer.Length) {
-            var values = buffer.AsSpan(0, (int)Math.Min(buffer.Length, part.Count - i));
+    /// <summary>Copies layers without the padding, which is beyond their shape.</summary>
+    static void Write(Stream to, BinaryFile file, IEnumerable<Part> parts, StoredType type) {
+        foreach (var part in parts) {
+            var values = new float[part.Count];
             file.ReadWeights(values);
-            if (part.IsTransposed) {
-                var turned = new float[buffer.Length];
-                Transpose(buffer, part.Rows, part.Columns, turned);
-                values = turned;
-            }
-            values = values[..(int)Math.Clamp(Product(part.Shape) - i, 0, values.Length)];
-            var halves = new ushort[type == StoredType.Fp32 ? 0 : values.Length];
+            var turned = part.IsTransposed ? Transposed(values, part.Rows, part.Columns) : values;
+            var kept = turned.AsSpan(0, (int)Product(part.Shape));
+            var halves = new ushort[type == StoredType.Fp32 ? 0 : kept.Length];
             if (type == StoredType.Bf16)
-                BFloat16.Round(values, halves);
-            for (var j = 0; type == StoredType.Fp16 && j < halves.Length; j++)
-                halves[j] = BitConverter.HalfToUInt16Bits((Half)(values[j] = (float)(Half)values[j]));
-            if (Numbers.NotFinite(values) is { } value)
+                BFloat16.Round(kept, halves);
+            for (var i = 0; type == StoredType.Fp16 && i < halves.Length; i++)
+                halves[i] = BitConverter.HalfToUInt16Bits((Half)(kept[i] = (float)(Half)kept[i]));
+            if (Numbers.NotFinite(kept) is { } value)
                 throw file.Fail("finite weights (in fp16, up to 65504)", $"{value} in {part.Name}");
-            to.Write(type == StoredType.Fp32 ? MemoryMarshal.AsBytes(values) : MemoryMarshal.AsBytes(halves.AsSpan()));
+            to.Write(type == StoredType.Fp32 ? MemoryMarshal.AsBytes(kept) : MemoryMarshal.AsBytes(halves.AsSpan()));
         }
     }
 
     /// <summary>The tokenizer in the format of Hugging Face's tokenizers.</summary>
     static string TokenizerFields() {
         var tokenizer = new Tokenizer();
-        string Quoted(string text) => $"\"{text.Replace("\\", "\\\\").Replace("\"", "\\\"")}\"";
+        string Quoted(string text) => $"\"{Regex.Replace(text, @"[\\""]", @"\$0")}\"";
         string[] tokens = [.. Enumerable.Range(0, Tokenizer.EndOfTextId + 1).Select(tokenizer.Letters)];
         var vocabulary = tokens.Select((token, id) => $"{Quoted(token)}: {id}");
         var merges = tokenizer.Merges.Select(two => Quoted($"{tokens[two.Left]} {tokens[two.Right]}"));
@@ -314,8 +288,7 @@ public sealed class Safetensors : BinaryFile {
               "pre_tokenizer": {{bytes}}, "post_processor": {{bytes}}, "decoder": {{bytes}},
               "added_tokens": [{"id": {{Tokenizer.EndOfTextId}}, "content": "{{Tokenizer.EndOfText}}", "special": true,
               "single_word": false, "lstrip": false, "rstrip": false, "normalized": false}],
-              "model": {"type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": "",
-              "end_of_word_suffix": "", "fuse_unk": false, "byte_fallback": false,
+              "model": {"type": "BPE", "continuing_subword_prefix": "", "end_of_word_suffix": "",
               "vocab": {{{string.Join(",\n", vocabulary)}}}, "merges": [{{string.Join(",\n", merges)}}]}
             """;
     }

@@ -256,9 +256,9 @@ public class SafetensorsTests {
     /// <summary>What is wrong, and words of the sentence about it; a change of the tiny model's folder.</summary>
     static readonly Dictionary<string, (string Words, Action<string> Change)> faults = new() {
         ["empty"] = ("model.safetensors 0", folder => File.WriteAllBytes(Model(folder), [])),
-        ["header of 2^63 bytes"] = ("header bytes", Header(long.MinValue)),
-        ["header of 2^62 bytes"] = ("header 4611686018427387904", Header(1L << 62)),
-        ["header past the end"] = ("header 1000000", Header(1_000_000)),
+        ["header of 2^63 bytes"] = ("JSON bytes", Header(long.MinValue)),
+        ["header of 2^62 bytes"] = ("JSON 4611686018427387904", Header(1L << 62)),
+        ["header past the end"] = ("JSON 1000000", Header(1_000_000)),
         ["header of 11 MB"] = ("10000000 11000000", Text(new string(' ', 11_000_000))),
         ["header of 0 bytes"] = ("JSON", Header(0)),
         ["header cut off"] = ("JSON", Header(50)),
@@ -269,7 +269,9 @@ public class SafetensorsTests {
         ["header without tensors"] = ("wte.weight", Text("{}")),
         ["name twice"] = ("JSON h.0.ln_1.bias", Replaced("h.0.ln_2.bias", "h.0.ln_1.bias")),
         ["name with and without prefix"] = ("ln_f.bias again", Tensor("transformer.ln_f.bias", "F32", 2)),
-        ["type unknown"] = ("ln_f.bias Q77", Tensor("more.ln_f.bias", "Q77", 2)),
+        ["type unknown"] = ("ln_f.bias F32 Q77",
+            Replaced("ln_f.bias\":{\"dtype\":\"F32", "ln_f.bias\":{\"dtype\":\"Q77")),
+        ["type unknown of another tensor"] = ("more.ln_f.bias", Tensor("more.ln_f.bias", "Q77", 2)),
         ["type that is no string"] = ("wpe.weight",
             Replaced("wpe.weight\":{\"dtype\":\"F32\"", "wpe.weight\":{\"dtype\":32")),
         ["weights of integers"] = ("ln_f.bias F32 I32",
@@ -282,7 +284,7 @@ public class SafetensorsTests {
         ["shape of too many channels"] = ("wpe.weight [2, 3]", Replaced("[3,2]", "[2,3]")),
         ["offsets that overlap"] = ("byte wpe.weight", Offsets("[40,64]", "[36,60]")),
         ["offsets with a gap"] = ("byte wpe.weight", Offsets("[40,64]", "[44,68]")),
-        ["offsets beyond the end"] = ("wpe.weight", Offsets("[40,64]", "[4000,4024]")),
+        ["offsets beyond the end"] = ("h.0.ln_1.weight byte", Offsets("[40,64]", "[4000,4024]")),
         ["offsets that overflow"] = ("wpe.weight", Offsets("[40,64]", "[9223372036854775800,9223372036854775807]")),
         ["offsets below 0"] = ("wpe.weight", Offsets("[40,64]", "[-24,0]")),
         ["offsets reversed"] = ("wpe.weight", Offsets("[40,64]", "[64,40]")),
@@ -506,7 +508,7 @@ public class SafetensorsCommandTests {
     [Arguments("export -e nan.bin -o new", 1, "ln_f.bias finite NaN")]
     [Arguments("export -e nan.bin -o new.bin", 1, "ln_f.bias finite NaN")]
     [Arguments("export -e nan.bin -o new --device cpu", 2, "--device")]
-    [Arguments("sample -e bad.safetensors --prompt-ids 1", 1, "bad.safetensors header")]
+    [Arguments("sample -e bad.safetensors --prompt-ids 1", 1, "bad.safetensors JSON")]
     public async Task Bad_words_are_refused_and_leave_nothing(string command, int status, string words) {
         using var folder = Folders.Goldens();
         Directory.CreateDirectory(folder["old"]);
