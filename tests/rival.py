@@ -159,7 +159,7 @@ class Decoder(nn.Module):
     def forward(self, tokens, position, temperature, top_k):
         residual = self.model.wte(tokens) + self.model.wpe(position)
         B, C = residual.shape
-        visible = torch.arange(MAX_T, device="cuda") <= position
+        visible = (torch.arange(MAX_T, device="cuda") <= position)[None, None, None]  # for (B, NH, 1, MAX_T)
         for i, block in enumerate(self.model.blocks):
             qkv = block.qkv(block.ln1(residual)).view(B, 3, self.NH, 1, C // self.NH)
             cache = getattr(self, f"cache{i}")
