@@ -87,8 +87,8 @@ public enum OperationKind { Embed, Linear, Gelu, Residual, Logits, Attention, Ch
 /// <summary>One operation of the program that makes the next token of B sequences, in <see cref="IDevice.Decode"/>.
 /// Its arrays have one row for each sequence; a y of Linear may have one for each position, of which one is written.
 /// Embed: y (B, 1, C) = x (Vp, C) at the sequence's last token + b (MaxT, C) at its position.
-/// Linear: y = x·wᵀ + b, with x (B, 1, K), w (N, K), b (N) or default, y (B, 1, N) or (B, MaxT, N). With normW and normB
-/// (K), x, which Embed or Residual wrote last, goes through layer norm first.
+/// Linear: y = x·wᵀ + b, with x (B, 1, K), w (N, K), b (N) or default, y (B, 1, N) or (B, MaxT, N). With normW and
+/// normB (K), x, which Embed or Residual wrote last, goes through layer norm first.
 /// Gelu: y = GELU(x·wᵀ + b). Residual: y += x·wᵀ + b. Logits: Linear with y (B, 1, V) in fp32.
 /// Attention: y (B, 1, C) = attention of the query at the position, for x (B, MaxT, 3C), as in IDevice.Attention.
 /// Choose: the next token, from logits x (B, 1, V).</summary>
@@ -99,7 +99,8 @@ public readonly record struct Operation(OperationKind Kind, Tensor X, Tensor W, 
 /// all) and, of these, of the likeliest with probability topP together (Holtzman et al., 2020); tokens as likely as the
 /// last of them count as well. What is drawn depends on the seed, the number of the sample (of the first sequence here)
 /// and how many tokens of it were drawn before, on nothing else.</summary>
-public readonly record struct Choice(float Temperature, int TopK, float TopP, uint Seed, int Sample = 0, int Drawn = 0) {
+public readonly record struct Choice(
+    float Temperature, int TopK, float TopP, uint Seed, int Sample = 0, int Drawn = 0) {
     /// <summary>True if some tokens are out of the question.</summary>
     public bool Selects(int vocabulary) => Temperature > 0 && (TopP < 1 || TopK > 0 && TopK < vocabulary);
 }
@@ -171,8 +172,8 @@ public interface IDevice : IDisposable {
     void LinearGeluBackward(Tensor dy, Tensor x, Tensor input, Tensor w, Tensor dx, Tensor dw, Tensor dbias);
     /// <summary>y = x/2·(1 + tanh(√(2/π)·(x + 0.044715·x³))), with x and y of any one shape.</summary>
     void Gelu(Tensor x, Tensor y);
-    /// <summary>y (B, T, NH·HS) = causal attention. qkv (B, T, 3·NH·HS) packs queries, keys and values; lse (B, NH, T) =
-    /// the log-sum-exp of each query's scaled scores.</summary>
+    /// <summary>y (B, T, NH·HS) = causal attention. qkv (B, T, 3·NH·HS) packs queries, keys and values; lse
+    /// (B, NH, T) = the log-sum-exp of each query's scaled scores.</summary>
     void Attention(Tensor qkv, int heads, Tensor y, Tensor lse);
     /// <summary>dqkv (B, T, 3·NH·HS) from dy (B, T, NH·HS), with the other arrays as Attention left them;
     /// dbias (3·NH·HS) += Σ dqkv over rows.</summary>

@@ -478,8 +478,8 @@ __device__ void combine(const Head& own, float factor, floatX* to, int HS) {
     }
 }
 
-// y (B, T, NH·HS) and lse (B, NH, T) from qkv (B, T, 3, NH·HS). One block per query (x), head (y) and sequence (z), whose
-// warps divide the keys.
+// y (B, T, NH·HS) and lse (B, NH, T) from qkv (B, T, 3, NH·HS). One block per query (x), head (y) and sequence (z),
+// whose warps divide the keys.
 KERNEL attention_any(const floatX* qkv, floatX* y, float* lse, int T, int NH, int HS) {
     __shared__ float maxima[HeadWarps], sums[HeadWarps];
     int warp = threadIdx.x / Warp, C = NH * HS, row = blockIdx.x;
@@ -1771,8 +1771,8 @@ constexpr int ScratchBytes = MostRows * Channels * DecodeWarps * 4, MostCandidat
 
 enum Kind { EmbedNext, LinearNext, GeluNext, ResidualNext, LogitsNext, AttentionNext, ChooseNext };
 
-// y (rows, T, N), of which the row at the position is written, from x (rows, K). An embedding has wte for x and wpe for b,
-// attention x (rows, T, 3K), and a choice logits (rows, K) in fp32.
+// y (rows, T, N), of which the row at the position is written, from x (rows, K). An embedding has wte for x and wpe for
+// b, attention x (rows, T, 3K), and a choice logits (rows, K) in fp32.
 struct Operation {
     int kind, N, K, T, heads;
     const floatX *x, *norm_w, *norm_b, *b, *w; // norm_w and norm_b (K), or null; b (N), or null; w (N, K), or null
@@ -1936,12 +1936,12 @@ __device__ void row_statistics(const Decode& run, int C, float2* statistics) {
     __syncthreads();
 }
 
-// One product: y = x·wᵀ + b, with the rows of x normalized first if there are weights for that. Each warp multiplies its
-// part of the depth, of a group of tiles; then their sums, in scratch, are added up. Tiles is that of 16 rows.
+// One product: y = x·wᵀ + b, with the rows of x normalized first if there are weights for that. Each warp multiplies
+// its part of the depth, of a group of tiles; then their sums, in scratch, are added up. Tiles is that of 16 rows.
 template <int Tiles>
 __device__ void multiply_rows(const Operation& op, const Decode& run, int n, Weights& weights, float* scratch) {
     constexpr int Rows = Tiles * 16, Group = MostRows / Rows;
-    constexpr int Results = (MostRows * Channels + DecodeThreads - 1) / DecodeThreads; // of a thread in a group of tiles
+    constexpr int Results = (MostRows * Channels + DecodeThreads - 1) / DecodeThreads; // a thread's, of a group
     __shared__ float2 statistics[MostRows]; // of rows that there are not: any
     int warp = threadIdx.x / Warp, lane = threadIdx.x % Warp, kind = op.kind, N = op.N, K = op.K;
     int slices = (K + Slice - 1) / Slice, own = Weights::part() + lane % 4 * Width; // this lane's first column
@@ -2073,7 +2073,8 @@ __device__ void multiply_rows(const Operation& op, const Decode& run, int n, Wei
         __syncthreads();
 #pragma unroll
         for (int j = 0; j < Results; j++) {
-            int i = threadIdx.x + j * DecodeThreads, tile = i / (Rows * Channels), row = i % (Rows * Channels) / Channels;
+            int i = threadIdx.x + j * DecodeThreads, tile = i / (Rows * Channels);
+            int row = i % (Rows * Channels) / Channels;
             bool inside = places[j] >= 0;
             if (!__any_sync(~0u, inside))
                 continue;
@@ -2120,8 +2121,8 @@ __device__ Raw load_channels(const floatX* from, int count) {
     return x;
 }
 
-// y (rows, C) = attention of the query at the position, for x (rows, T, 3C). A block takes a head of a row; as many lanes
-// as a key needs take it, eight channels each, and keep sums of their own until the end.
+// y (rows, C) = attention of the query at the position, for x (rows, T, 3C). A block takes a head of a row; as many
+// lanes as a key needs take it, eight channels each, and keep sums of their own until the end.
 template <bool Whole>
 __device__ void attend(const Operation& op, const Decode& run, int position, float* scratch) {
     constexpr int Batch = 8; // keys of a lane that are loaded together
@@ -2211,17 +2212,18 @@ __device__ uint32_t threshold(uint32_t low, uint32_t high, uint64_t target, Weig
     return low;
 }
 
-// The next token of a row from its logits (V), of which maxima has the largest of every eight; V if they are not finite.
-// Top-k and top-p are thresholds: a token as likely as the last one let through is let through, too. Probabilities are
+// The next token of a row from its logits (V), of which maxima has the largest of every eight; V if they are not
+// finite. Top-k and top-p are thresholds: a token as likely as the last one let through is let through, too. Probabilities are
 // summed as integers, whose order does not matter.
-__device__ int choose(const Decode& run, const float* logits, const float* maxima, int V, uint32_t seed, void* scratch) {
+__device__ int choose(
+    const Decode& run, const float* logits, const float* maxima, int V, uint32_t seed, void* scratch) {
     constexpr int Batch = 8; // loaded together
     __shared__ int found;
     __shared__ uint64_t sums[2][DecodeWarps];
     uint64_t* weights = (uint64_t*)scratch;
     float* values = (float*)(weights + MostCandidates);
     int *tokens = (int*)(values + MostCandidates), tiles = (V + Channels - 1) / Channels;
-    auto entry = [](float x, int i) { return (uint64_t)ordered(x) << 32 | (uint32_t)~i; }; // of two alike the first wins
+    auto entry = [](float x, int i) { return (uint64_t)ordered(x) << 32 | (uint32_t)~i; }; // of equals the first wins
     uint64_t own = 0;
     for (int first = threadIdx.x; first < tiles; first += Batch * DecodeThreads) {
         float largest_ones[Batch];

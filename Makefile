@@ -9,6 +9,7 @@
 # make test-bin, make toolkit, make clean: said where they stand
 
 export DOTNET_NOLOGO := 1
+export DOTNET_SYSTEM_GLOBALIZATION_INVARIANT := 1
 export DOTNET_CLI_TELEMETRY_OPTOUT := 1
 
 # $(call need,TOOL,HOW TO GET IT) stops with one line.

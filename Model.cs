@@ -558,7 +558,7 @@ public sealed class Generation {
     /// <summary>Each layer's queries, keys and values: (B, MaxT, 3C).</summary>
     public Tensor[] Qkv { get; }
 
-    /// <summary>Activations of the last position: (B, 1, C), (B, 1, C), (B, 1, 4C), and logits (B, 1, V) in fp32.</summary>
+    /// <summary>Of the last position: (B, 1, C), (B, 1, C), (B, 1, 4C), and logits (B, 1, V) in fp32.</summary>
     public Tensor X { get; }
     public Tensor Atty { get; }
     public Tensor FchGelu { get; }

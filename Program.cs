@@ -131,8 +131,10 @@ internal sealed class Commands(GlobalOptions global) {
                 if (types)
                     Console.Error.Write("> ");
                 var text = types ? Console.In.ReadLine() : prompt?.TrimStart('\0') ?? "";
-                if (text == null)
+                if (text == null) {
+                    Console.Error.WriteLine();
                     return 0;
+                }
                 since = types ? DateTime.Now : since;
                 Write(text, promptIds ?? [Tokenizer.EndOfTextId, .. tokenizer!.Encode(text)]);
                 if (!types)
@@ -142,15 +144,16 @@ internal sealed class Commands(GlobalOptions global) {
             void Write(string text, int[] ids) {
                 var room = config.MaxT + 1 - ids.Length;
                 if (tokens > room)
-                    Console.Error.WriteLine($"context {config.MaxT} tokens, fewer than {ids.Length} and {tokens} more: " +
-                        (stopAtContext ? "the text ends there" : "then it goes on from the newest half"));
+                    Console.Error.WriteLine($"context {config.MaxT} tokens, fewer than {ids.Length} and {tokens} " +
+                        "more: " + (stopAtContext ? "the text ends there" : "then it goes on from the newest half"));
                 var (steps, made) = (Enumerable.Empty<int[]>().GetEnumerator(), new List<int[]>());
                 var (first, more) = (TimeSpan.Zero, 0L);
                 for (var i = 0; i < num; i++) {
                     if (i % batch == 0) {
                         var choice = new Choice(temperature, topK, topP, seed, i);
                         var count = stopAtContext ? Math.Min(tokens, Math.Max(room, 0)) : tokens;
-                        (steps, made) = (model.Generate(ids, choice, count, Math.Min(batch, num - i)).GetEnumerator(), []);
+                        steps = model.Generate(ids, choice, count, Math.Min(batch, num - i)).GetEnumerator();
+                        made = [];
                     }
                     var sample = Sample(i % batch);
                     Console.Out.Write((i > 0 ? "---\n" : "") + (tokenizer != null ? text : string.Join(' ', ids)));
@@ -169,7 +172,8 @@ internal sealed class Commands(GlobalOptions global) {
                     for (var n = 0; n < made.Count || steps.MoveNext(); n++) {
                         if (n == made.Count) {
                             made.Add(steps.Current);
-                            (first, more) = first == default ? (DateTime.Now - since, 0) : (first, more + steps.Current.Length);
+                            (first, more) = first == default ? (DateTime.Now - since, 0)
+                                : (first, more + steps.Current.Length);
                         }
                         yield return made[n][j];
                     }

@@ -16,7 +16,7 @@ public sealed record TrainOptions(
     OptimizerKind Optimizer = OptimizerKind.AdamW) {
     /// <summary>The options that a run's folder keeps, and --resume takes up unless they are given again.</summary>
     public IEnumerable<(string Option, object? Value)> Settings => [
-        ("--train-data", TrainData), ("--val-data", ValData), ("--batch", B), ("--seq", T),
+        ("--init", Init), ("--train-data", TrainData), ("--val-data", ValData), ("--batch", B), ("--seq", T),
         ("--total-batch", TotalBatch), ("--max-steps", MaxSteps), ("--lr", LearningRate), ("--warmup", Warmup),
         ("--final-lr-frac", FinalFraction), ("--weight-decay", WeightDecay), ("--schedule", Schedule),
         ("--val-every", ValEvery), ("--val-batches", ValBatches), ("--sample-every", SampleEvery),
@@ -405,6 +405,7 @@ public sealed class Checkpoints(string folder) {
         var lines = settings.Where(setting => setting.Value is not (null or false))
             .Select(setting => setting.Value is true ? setting.Option : $"{setting.Option} {setting.Value}").ToArray();
         var before = File.Exists(SettingsPath) ? ReadSettings() : [];
+        lines = [.. lines.Any(IsInit) ? [] : before.Where(IsInit), .. lines];
         Files.Write(SettingsPath, to => to.Write(Encoding.UTF8.GetBytes(string.Join('\n', lines) + "\n")));
         return before.Length == 0 || before.SequenceEqual(lines) ? ""
             : $"{string.Join(", ", before.Except(lines))} to {string.Join(", ", lines.Except(before))}";
@@ -415,7 +416,11 @@ public sealed class Checkpoints(string folder) {
     /// <summary>A run's settings as words of a command line; none if its folder has no checkpoint.</summary>
     public static IEnumerable<string> SettingsOf(string folder) =>
         new Checkpoints(folder) is var run && (run.Last != null || File.Exists(run.SettingsPath))
-            ? run.ReadSettings().SelectMany(line => line.Split(' ', 2)) : [];
+            // What a run began with counts until it has a checkpoint; later the file may be gone.
+            ? run.ReadSettings().Where(line => run.Last == null || !IsInit(line)).SelectMany(line => line.Split(' ', 2))
+            : [];
+
+    static bool IsInit(string line) => line.StartsWith("--init ");
 
     /// <summary>The lines of settings.txt. Runs of llm.c and of earlier versions name no optimizer: AdamW.</summary>
     string[] ReadSettings() {
@@ -771,21 +776,22 @@ public static class Benchmark {
         output.WriteLine($"{"together",-46}{total * 1e3,10:F3}");
     }
 
-    /// <summary>Prints how many tokens generation makes a second, and how many it would if it only read each weight once
-    /// a token.</summary>
+    /// <summary>Prints how many tokens generation makes a second, and how many it would if it only read each weight
+    /// once a token.</summary>
     public static void Decode(string init, IDevice device, TextWriter output) {
         var (file, config) = Trainer.Open(init);
         var (most, bytes) = (device is Cpu ? 8 : IDevice.MostSequences, device.MeasureCeilings().Bytes);
         var model = new Model(config, device, most, 1, Purpose.Generate);
         model.Load(file, 42);
         var limit = bytes / ((double)config.ParameterCount * Tensor.SizeOf(model.Weights.All.Type));
-        output.WriteLine($"{device.Name}, {device.Precision}; {config.Summary}; large copy {bytes / 1e9:F0} GB/s, which " +
-            $"reads the weights {limit:F0} times a second");
+        output.WriteLine($"{device.Name}, {device.Precision}; {config.Summary}; large copy {bytes / 1e9:F0} GB/s, " +
+            $"which reads the weights {limit:F0} times a second");
         Choice greedy = new(0, 0, 1, 42), usual = new(0.8f, 50, 0.9f, 42);
         foreach (var (name, B, prompt, choice) in ((string, int, int, Choice)[])[
             ("1 sample, greedy", 1, 10, greedy), ("1 sample, top-k 50, top-p 0.9, temperature 0.8", 1, 10, usual),
             ("1 sample, temperature 1", 1, 10, new(1, 0, 1, 42)), ("1 sample, top-p 0.9", 1, 10, new(1, 0, 0.9f, 42)),
-            ("1 sample, greedy, after 700 tokens", 1, 700, greedy), ($"{most} samples, top-k 50, top-p 0.9", most, 10, usual),
+            ("1 sample, greedy, after 700 tokens", 1, 700, greedy),
+            ($"{most} samples, top-k 50, top-p 0.9", most, 10, usual),
         ]) {
             int[] ids = [.. Enumerable.Range(0, Math.Min(prompt, config.MaxT)).Select(i => i * 31 % config.V)];
             _ = model.Generate(ids, choice, 17, B).Count(); // warms up
@@ -795,7 +801,8 @@ public static class Benchmark {
             var first = Stopwatch.GetElapsedTime(start).TotalSeconds;
             while (steps.MoveNext()) { }
             var rate = 256 * B / (Stopwatch.GetElapsedTime(start).TotalSeconds - first);
-            output.WriteLine($"{name,-50}{rate,9:F0} tok/s{rate / B / limit,6:0%} of the limit; first token {first * 1e3:F1} ms");
+            output.WriteLine($"{name,-50}{rate,9:F0} tok/s{rate / B / limit,6:0%} of the limit; first token " +
+                $"{first * 1e3:F1} ms");
         }
     }
 

@@ -307,7 +307,8 @@ public partial class BadInputTests {
             "resuming with another sequence length", $"{Resume} -t 20", 2, "--seq 20 --total-batch 42", CopyRun);
         yield return new("resuming with --no-shuffle", $"{Resume} --no-shuffle", 1, $"{State} shuffle", CopyRun);
         yield return new("resuming with --overfit", $"{Resume} --overfit", 1, $"{State} shuffle", CopyRun);
-        yield return new("resuming with more shards", $"{Resume} -i *a*n.bin", 1, $"{State} shards --out others", folder => {
+        const string others = $"{State} shards --out others";
+        yield return new("resuming with more shards", $"{Resume} -i *a*n.bin", 1, others, folder => {
             CopyRun(folder);
             File.Copy(folder["train.bin"], folder["again.bin"]);
         });

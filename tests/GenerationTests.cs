@@ -26,7 +26,8 @@ public abstract class GenerationTests(DeviceUnderTest under) : IDisposable {
         var rows = whole.ForwardLogits()[(promptLength - 1)..];
         foreach (var (n, row) in rows.Index()) {
             if (device.Precision == DataType.Fp32)
-                await Assert.That(generated[n]).IsEqualTo(Cpu.Next(row, choice with { Drawn = n })).Because($"token {n}");
+                await Assert.That(generated[n]).IsEqualTo(Cpu.Next(row, choice with { Drawn = n }))
+                    .Because($"token {n}");
             else if (temperature == 0) // other kernels may swap two tokens whose logits are this close
                 await Assert.That(row[generated[n]])
                     .IsGreaterThan((1 - (float)Verification.Tolerance(device.Precision)) * row.Max());
@@ -41,7 +42,7 @@ public abstract class GenerationTests(DeviceUnderTest under) : IDisposable {
         foreach (var sample in (int[])[0, 1, sequences - 1])
             await Same(Generate(single, prompt, choice with { Sample = sample }, 20).Select(tokens => tokens[0]),
                 together.Select(tokens => tokens[sample]));
-        await Assert.That(together.Select(tokens => (tokens[0], tokens[1])).All(pair => pair.Item1 == pair.Item2)).IsFalse();
+        await Assert.That(together.All(tokens => tokens[0] == tokens[1])).IsFalse();
     }
 
     [Test, Arguments(1), Arguments(3)]
@@ -78,7 +79,8 @@ public abstract class GenerationTests(DeviceUnderTest under) : IDisposable {
 
     int[] Draw(float[] logits, Choice choice, int count) {
         // The head's product, of one input 1, gives the logits; eight channels are the fewest.
-        var (w, x) = (new float[logits.Length * 8], device.Upload([1, 0, 0, 0, 0, 0, 0, 0], [1, 1, 8], device.Precision));
+        var w = new float[logits.Length * 8];
+        var x = device.Upload([1, 0, 0, 0, 0, 0, 0, 0], [1, 1, 8], device.Precision);
         for (var i = 0; i < logits.Length; i++)
             w[8 * i] = logits[i];
         var head = new Operation(OperationKind.Logits, x, device.Upload(w, [1, logits.Length, 8], device.Precision),

@@ -14,7 +14,8 @@ sealed record Result(int ExitCode, string Output, string Error) {
     /// <summary>Everything, for the message of a test that fails.</summary>
     public override string ToString() => $"exit status {ExitCode}\n{Output}{Error}";
 
-    static bool IsTable(string line) => Regex.IsMatch(line, "^(model|data|batch|steps|device|memory|changed|speed|context) ");
+    static bool IsTable(string line) =>
+        Regex.IsMatch(line, "^(model|data|batch|steps|device|memory|changed|speed|context) ");
 }
 
 /// <summary>The real binary at work: ./gpt2 in the repository's root, or what the environment's GPT2 names.</summary>
