@@ -624,7 +624,7 @@ public sealed unsafe class Cuda : IDevice {
 
     public void Decode(ReadOnlySpan<Operation> program, in Choice choice, int position, int shared,
         ReadOnlySpan<int> tokens, Span<int> next) {
-        const int threads = 384, channels = 8, ring = 8 * 2 * threads * channels, fewest = 16, sums = ScratchBytes / 2;
+        const int threads = 384, channels = 8, ring = 8 * 2 * threads * channels, fewest = 16;
         var arguments = new OperationArguments[program.Length];
         var (bytes, tiles, V) = (0.0, 1, program[^1].X.Columns);
         foreach (var (i, (kind, x, w, b, y, normW, normB, heads)) in program.ToArray().Index()) {
@@ -636,15 +636,17 @@ public sealed unsafe class Cuda : IDevice {
                 x.Address, normW.Address, normB.Address, b.Address, w.Address, y.Address);
             (bytes, tiles) = (bytes + w.Bytes, Math.Max(tiles, Blocks(w.AllRows, channels)));
         }
-        var bytesShared = ring + 64 * channels * threads / 32 * sizeof(float) + program.Length * sizeof(OperationArguments);
+        const int sums = 64 * channels * threads / 32 * sizeof(float);
+        var bytesShared = ring + sums + program.Length * sizeof(OperationArguments);
         Require(bytesShared < largestShared, "the layers' shared memory", $"at most {largestShared}", bytesShared);
         // Staging memory has the arrivals, then the tokens, the known ones first.
         var (rows, count, places) = (tokens.Length, next.Length / tokens.Length, Upload<int>([0, .. tokens, .. next]));
         var run = new DecodeArguments(Upload<OperationArguments>(arguments), places + sizeof(int), scratch,
-            scratch + sums, places, arguments.Length, rows, position, shared, count, choice.Drawn, choice.Sample, choice.TopK,
-            choice.Selects(V) ? 1 : 0, choice.Temperature, choice.TopP, choice.Seed);
+            scratch + ScratchBytes / 2, places, arguments.Length, rows, position, shared, count, choice.Drawn,
+            choice.Sample, choice.TopK, choice.Selects(V) ? 1 : 0, choice.Temperature, choice.TopP, choice.Seed);
         Launch(rows <= fewest ? "decode" : "decode_many", (Math.Min(multiprocessors, tiles), 1, 1), threads,
-            bytesShared, 2.0 * count * rows * bytes / Tensor.SizeOf(Precision), count * bytes, new Argument(0, (nint)(&run)));
+            bytesShared, 2.0 * count * rows * bytes / Tensor.SizeOf(Precision), count * bytes,
+            new Argument(0, (nint)(&run)));
         Download<int>(places + sizeof(int) * (1 + rows), next.Length).CopyTo(next);
         if (next.ContainsAnyInRange(V, int.MaxValue))
             throw new Gpt2Exception("--init: expected finite logits, found others: the weights are too large");

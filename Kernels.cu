@@ -2213,8 +2213,8 @@ __device__ uint32_t threshold(uint32_t low, uint32_t high, uint64_t target, Weig
 }
 
 // The next token of a row from its logits (V), of which maxima has the largest of every eight; V if they are not
-// finite. Top-k and top-p are thresholds: a token as likely as the last one let through is let through, too. Probabilities are
-// summed as integers, whose order does not matter.
+// finite. Top-k and top-p are thresholds: a token as likely as the last one let through is let through, too.
+// Probabilities are summed as integers, whose order does not matter.
 __device__ int choose(
     const Decode& run, const float* logits, const float* maxima, int V, uint32_t seed, void* scratch) {
     constexpr int Batch = 8; // loaded together
