@@ -586,10 +586,12 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
             var (pivot, larger, smaller, over, equal) = (x[x.Length / 2], 0, x.Length, 0ul, 0ul);
             for (var i = 0; i < smaller;) {
                 if (x[i] < pivot) {
-                    (x[i], x[smaller - 1]) = (x[--smaller], x[i]);
+                    smaller--;
+                    (x[i], x[smaller]) = (x[smaller], x[i]);
                 } else if (x[i] > pivot) {
                     over += weight(x[i]);
-                    (x[i], x[larger]) = (x[larger++], x[i]);
+                    (x[i], x[larger]) = (x[larger], x[i]);
+                    larger++;
                     i++;
                 } else {
                     equal += weight(x[i++]);

@@ -624,7 +624,7 @@ public sealed unsafe class Cuda : IDevice {
 
     public void Decode(ReadOnlySpan<Operation> program, in Choice choice, int position, int shared,
         ReadOnlySpan<int> tokens, Span<int> next) {
-        const int threads = 384, channels = 8, ring = 8 * 2 * threads * channels, fewest = 16;
+        const int threads = 384, channels = 8, ring = 8 * 2 * threads * channels, few = 16;
         var arguments = new OperationArguments[program.Length];
         var (bytes, tiles, V) = (0.0, 1, program[^1].X.Columns);
         foreach (var (i, (kind, x, w, b, y, normW, normB, heads)) in program.ToArray().Index()) {
@@ -644,7 +644,7 @@ public sealed unsafe class Cuda : IDevice {
         var run = new DecodeArguments(Upload<OperationArguments>(arguments), places + sizeof(int), scratch,
             scratch + ScratchBytes / 2, places, arguments.Length, rows, position, shared, count, choice.Drawn,
             choice.Sample, choice.TopK, choice.Selects(V) ? 1 : 0, choice.Temperature, choice.TopP, choice.Seed);
-        Launch(rows <= fewest ? "decode" : "decode_many", (Math.Min(multiprocessors, tiles), 1, 1), threads,
+        Launch(rows <= few ? "decode" : "decode_many", (Math.Min(multiprocessors, tiles), 1, 1), threads,
             bytesShared, 2.0 * count * rows * bytes / Tensor.SizeOf(Precision), count * bytes,
             new Argument(0, (nint)(&run)));
         Download<int>(places + sizeof(int) * (1 + rows), next.Length).CopyTo(next);

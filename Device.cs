@@ -43,6 +43,14 @@ public readonly record struct Tensor(
     Tensor Part(long first, int rows, int columns) =>
         this with { Address = Address + (nint)(first * ElementSize), Depth = 1, Rows = rows, Columns = columns };
 
+    /// <summary>This array at an address, which then moves past it to a multiple of 256 bytes.</summary>
+    public Tensor Place(ref nint address) {
+        const int alignment = 256;
+        var placed = this with { Address = address };
+        address += (nint)((Bytes + alignment - 1) / alignment * alignment);
+        return placed;
+    }
+
     /// <summary>Most elements copied between host and device at a time.</summary>
     public const int ChunkSize = 1 << 20;
 

@@ -1813,10 +1813,12 @@ __device__ void wait_for_all(uint32_t* arrivals, uint32_t time) {
 struct Weights {
     static constexpr int Bytes = Channels * 8 * sizeof(Eight), Stride = DecodeWarps * Bytes;
     const Operation* program;
-    int length, at, tile, slices, left, rows; // left: columns from there on; rows: of the two below that there are
-    const floatX* from;                       // what this lane asks for next: eight columns of row lane/8, and of
-    int64_t below;                            // the one four rows below
-    uint32_t slot, last, write, read;         // addresses in the ring, and this lane's places in a slot
+    // A lane asks for eight columns of two rows: row lane/8, at from, and the one four rows below it. left is how many
+    // columns of them are left, rows how many of the two exist.
+    int length, at, tile, slices, left, rows;
+    const floatX* from;
+    int64_t below;
+    uint32_t slot, last, write, read; // addresses in the ring, and this lane's places in a slot
 
     __device__ Weights(const Operation* program, int length)
         : program(program), length(length), at(-1), tile(0), slices(0) {
@@ -1897,7 +1899,7 @@ __device__ uint64_t largest_of_block(uint64_t x) {
     return x;
 }
 
-// Bits in the order of numbers, and back.
+// A float as an unsigned number that compares as it does, and back.
 __device__ uint32_t ordered(float x) {
     uint32_t bits = __float_as_uint(x);
     return bits >> 31 ? ~bits : bits | 1u << 31;
@@ -1937,12 +1939,13 @@ __device__ void row_statistics(const Decode& run, int C, float2* statistics) {
 }
 
 // One product: y = x·wᵀ + b, with the rows of x normalized first if there are weights for that. Each warp multiplies
-// its part of the depth, of a group of tiles; then their sums, in scratch, are added up. Tiles is that of 16 rows.
+// its part of the depth, for a group of tiles; then the warps' sums, which are in scratch, are added up. There are room
+// and registers for Tiles times 16 rows.
 template <int Tiles>
 __device__ void multiply_rows(const Operation& op, const Decode& run, int n, Weights& weights, float* scratch) {
     constexpr int Rows = Tiles * 16, Group = MostRows / Rows;
-    constexpr int Results = (MostRows * Channels + DecodeThreads - 1) / DecodeThreads; // a thread's, of a group
-    __shared__ float2 statistics[MostRows]; // of rows that there are not: any
+    constexpr int Results = (MostRows * Channels + DecodeThreads - 1) / DecodeThreads; // of a group, for each thread
+    __shared__ float2 statistics[MostRows]; // undefined beyond the rows that exist, whose results nobody reads
     int warp = threadIdx.x / Warp, lane = threadIdx.x % Warp, kind = op.kind, N = op.N, K = op.K;
     int slices = (K + Slice - 1) / Slice, own = Weights::part() + lane % 4 * Width; // this lane's first column
     const floatX *in = op.x, *norm_w = op.norm_w, *norm_b = op.norm_b;
@@ -1983,8 +1986,8 @@ __device__ void multiply_rows(const Operation& op, const Decode& run, int n, Wei
         }
     };
 #else
-    constexpr int Batch = 8 / Tiles; // half slices of x that are held together, and stay if they are all
-    constexpr bool HoldsNorm = Tiles == 1; // while registers last
+    constexpr int Batch = 8 / Tiles; // half slices of x in registers, where they stay if they are all of x
+    constexpr bool HoldsNorm = Tiles == 1; // with 64 rows there are no registers left for it
     Raw x[Batch][2 * Tiles] = {}, first_w[2] = {}, first_b[2] = {};
     auto fetch_batch = [&](int slice) {
 #pragma unroll
@@ -2023,7 +2026,7 @@ __device__ void multiply_rows(const Operation& op, const Decode& run, int n, Wei
         normalize_batch(0);
     }
     auto multiply_tile = [&](bool is_first, float* partial) {
-        float sums[2][Tiles][4] = {}; // of the even and the odd steps
+        float sums[2][Tiles][4] = {}; // two, so that fewer products wait for the one before
         for (int slice = 0; slice < slices; slice += Batch / 2) {
             if (slices > Batch / 2 && !(is_first && slice == 0)) {
                 fetch_batch(slice);
@@ -2166,7 +2169,7 @@ __device__ void attend(const Operation& op, const Decode& run, int position, flo
             }
             max = new_max;
         }
-        // The same sums over the lanes and then the warps.
+        // Now the sums of all groups of lanes, and then those of all warps, each brought to the same maximum.
         float top = max;
         for (int distance = lanes; distance < Warp; distance *= 2)
             top = fmaxf(top, __shfl_xor_sync(~0u, top, distance));
@@ -2273,7 +2276,8 @@ __device__ int choose(
     bool listed = found <= MostCandidates;
     int count = listed ? found : V;
     const float* candidates = listed ? values : logits;
-    // What tokens of at least a threshold weigh: each 1, or its probability. Few are added up by each warp alone.
+    // The weight of all tokens at or above a threshold: 1 each, or their probabilities. If there are few, each warp
+    // adds them up for itself, which needs no barrier.
     int threads = count <= 8 * Warp ? Warp : DecodeThreads, turn = 0;
     auto sum_above = [&](uint32_t least, bool by_probability) {
         uint64_t own = 0;

@@ -150,14 +150,8 @@ public sealed class Activations {
     public Activations(Config config, DataType type, int B, int T, Purpose purpose, int recompute, nint address,
         Tensor[]? qkv = null) {
         var (C, L, NH, start) = (config.C, config.L, config.NH, address);
-        Tensor Place(Tensor tensor) {
-            const int alignment = 256;
-            tensor = tensor with { Address = address };
-            address += (nint)((tensor.Bytes + alignment - 1) / alignment * alignment);
-            return tensor;
-        }
-        Tensor New(int columns) => Place(new(0, B, T, columns, type));
-        Tensor Fp32(int rows, int columns) => Place(new(0, B, rows, columns));
+        Tensor New(int columns) => new Tensor(0, B, T, columns, type).Place(ref address);
+        Tensor Fp32(int rows, int columns) => new Tensor(0, B, rows, columns).Place(ref address);
         qkv ??= [.. Enumerable.Range(0, L).Select(_ => New(3 * C))];
         (Encoded, Final, FinalStatistics, Losses) = (New(C), New(C), Fp32(T, 2), Fp32(T, 1));
         Layers = new Layer[L];
@@ -539,15 +533,12 @@ public sealed class Model {
 /// <summary>The memory of generation for B sequences; laid out at address 0, it tells its size.</summary>
 public sealed class Generation {
     readonly Config config;
-    readonly nint rest;
+    readonly nint rest; // where a prompt's activations go
 
     public Generation(Config config, DataType type, int B, nint address) {
         (this.config, var (C, start)) = (config, (config.C, address));
-        Tensor New(int rows, int columns, DataType type) {
-            var tensor = new Tensor(address, B, rows, columns, type);
-            address += (nint)((tensor.Bytes + 255) / 256 * 256);
-            return tensor;
-        }
+        Tensor New(int rows, int columns, DataType type) =>
+            new Tensor(0, B, rows, columns, type).Place(ref address);
         Qkv = [.. Enumerable.Range(0, config.L).Select(_ => New(config.MaxT, 3 * C, type))];
         (X, Atty, FchGelu) = (New(1, C, type), New(1, C, type), New(1, 4 * C, type));
         Logits = New(1, config.V, DataType.Fp32);
