@@ -527,17 +527,17 @@ public sealed unsafe class Cuda : IDevice {
         const string operation = nameof(LinearClassify);
         const int rowsOfBlock = 32, threads = 256, chunk = 64;
         var (rows, C, Vp, chunks) = (x.AllRows, x.Columns, w.AllRows, Blocks(w.AllRows, chunk));
-        if (gradientScale == 0 || !IsForHopper(x, w) || (chunks + 1L) * rows * sizeof(float) > ScratchBytes) {
+        if (gradientScale == 0 || !IsForHopper(x, w) || (chunks + 2L) * rows * sizeof(float) > ScratchBytes) {
             Linear(x, w, default, logits);
             Classify(logits, targets, vocabulary, losses, gradientScale);
             if (gradientScale != 0)
                 LinearBackward(logits, x, w, dx, dw);
             return;
         }
-        // Scratch memory holds one number a row, and then each row's sums over the chunks of columns.
-        var (places, partial) = (Upload(targets), scratch + rows * sizeof(float));
+        // Scratch memory holds two numbers a row, and then each row's sums over the chunks of columns.
+        var (places, partial) = (Upload(targets), scratch + 2 * rows * sizeof(float));
         Launch("target_logits", (Blocks(rows, threads / 32), 1, 1), threads, 0, 0, 2.0 * x.Bytes,
-            x, w, places, scratch, rows, C);
+            x, w, places, scratch, rows, C, vocabulary);
         LaunchProduct(
             operation, "linear_exponentials", x, w, logits, ofRows: scratch, partial: partial, vocabulary: vocabulary);
         Launch("normalize_classes", (Blocks(rows, rowsOfBlock), 1, 1), threads, 0, 0,
@@ -589,16 +589,16 @@ public sealed unsafe class Cuda : IDevice {
             var bytes = 2L * (size + side * side) * w.ElementSize; // of a matrix's x, next x, A and b·A + c·A²
             if (bytes > muon.Bytes)
                 muon = (Allocate(Math.Max(bytes, usualBytes)), Math.Max(bytes, usualBytes));
-            var most = (int)(muon.Bytes / bytes);
+            var (most, sums) = ((int)(muon.Bytes / bytes), Blocks(size, threads * Width));
             for (var first = 0; first < w.Depth; first += most) {
                 var n = Math.Min(most, w.Depth - first);
                 var x = w with { Address = muon.Address, Depth = n };
                 var next = x with { Address = x.Address + (nint)x.Bytes };
                 var A = new Tensor(next.Address + (nint)x.Bytes, n, side, side, w.Type);
                 var B = A with { Address = A.Address + (nint)A.Bytes };
-                Launch("muon_momentum", (blocks, n, 1), threads, 0, 0, 4.0 * sizeof(float) * x.Count + x.Bytes,
+                Launch("muon_momentum", (sums, n, 1), threads, 0, 0, 4.0 * sizeof(float) * x.Count + x.Bytes,
                     dw[first], m[first], x, scratch, size, step.GradientScale, step.Momentum);
-                Launch("muon_normalize", (blocks, n, 1), threads, 0, 0, 2.0 * x.Bytes, x, scratch, size);
+                Launch("muon_normalize", (blocks, n, 1), threads, 0, 0, 2.0 * x.Bytes, x, scratch, sums, size);
                 for (var i = 0; i < steps; i++) {
                     Multiply(nameof(Muon), x, !isTall, x, isTall, A, batch: n);
                     Multiply(nameof(Muon), A, false, A, false, B, default, A, c, b, n);

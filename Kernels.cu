@@ -37,6 +37,15 @@ __device__ uint32_t pair(float low, float high) {
 
 __device__ float2 unpair(uint32_t both) { return {__uint_as_float(both << 16), __uint_as_float(both & 0xffff0000)}; }
 
+// Rounds x to bf16, up or down with probabilities that keep the mean, by 16 random bits; and two floats, by 32.
+__device__ float round_stochastically(float x, uint32_t random) {
+    return __uint_as_float((__float_as_uint(x) + (random & 0xffff)) & 0xffff0000);
+}
+
+__device__ uint32_t pair_stochastically(float low, float high, uint32_t random) {
+    return __byte_perm(__float_as_uint(low) + (random & 0xffff), __float_as_uint(high) + (random >> 16), 0x7632);
+}
+
 __device__ Pack load(const float* from) {
     float4 low = *(const float4*)from, high = *(const float4*)(from + 4);
     return {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
@@ -1292,10 +1301,17 @@ struct ScaleRows : Store {
     }
 };
 
-// For logits from 47 below the target's, where e underflows, to 117 above, where it is clamped to keep sums finite.
+// For logits from 47 below their row's reference, where e underflows, to 117 above, where it is clamped to keep sums
+// finite.
 constexpr float ClassShift = 40, LargestClass = 112;
 
-// c = e^(c − of_rows (M) − ClassShift) in the first V columns, else 0; partial (N/64, M) = its sums of 64 columns each.
+// Products of zeros take less power. So e is rounded, up or down at random with its mean kept, to a multiple of
+// FewClasses/128 below FewClasses and to bf16 above: most of a row becomes 0. The random numbers come from an element's
+// index and from the logits themselves.
+constexpr float FewClasses = 0x1p-61f;
+
+// c = e^(c − of_rows (M) − ClassShift), rounded, in the first V columns, else 0; partial (N/64, M) = the sums of 64
+// columns each, before rounding.
 struct Exponentials : ScaleRows {
     __device__ void change(float* x, uint32_t to) {
         for (int i = 0; i < 8; i++)
@@ -1303,18 +1319,29 @@ struct Exponentials : ScaleRows {
     }
 
     __device__ void change_chunk(const Tiles& tiles) {
+        uint32_t random = (uint32_t)tiles.at;
 #pragma unroll 4
         for (int i = 0; i < 16; i++) {
-            Eight& x = tiles.chunk(i);
-            Pack e = map(load(x.x), [](float x) {
+            uint4& x = (uint4&)tiles.chunk(i);
+            uint4 logits = x;
+            Pack e = map(widen(logits), [](float x) {
                 return exp2_approximate(fminf(x * Log2E - ClassShift * Log2E, LargestClass));
             });
             if (int inside = tiles.V - tiles.column - tiles.lane % 8 * Width; inside < Width)
                 fill(e, inside, 0);
-            store(x.x, e);
             float total = sum_lanes<1, 2, 4>(sum(e));
             if (4 * i < tiles.rows && tiles.lane % 8 == 0)
                 tiles.partial[(int64_t)(tiles.column / 64) * tiles.M + tiles.row + 4 * i + tiles.lane / 8] = total;
+            random = (random ^ logits.x) * 0x9e3779b9;
+            random ^= random >> 15;
+            uint32_t rounded[Width / 2];
+            for (int j = 0; j < Width / 2; j++) {
+                float low = e.x[2 * j] + FewClasses, high = e.x[2 * j + 1] + FewClasses;
+                rounded[j] = pair_stochastically(low, high, random ^ j * 0x40004000);
+                auto& both = (__nv_bfloat162&)rounded[j];
+                both = __hsub2(both, __float2bfloat162_rn(FewClasses));
+            }
+            x = *(uint4*)rounded;
         }
         store_box_fence();
     }
@@ -1490,26 +1517,39 @@ PRODUCT_KERNEL(linear_backward_scaled, false, ScaleRows)
 
 // ---- Classifier for Hopper, as part of the products before and after it
 
-// The softmax needs no pass of its own. The product with wte leaves e = e^(logit − target's logit − ClassShift), so the
-// loss is ln Σ e + ClassShift: losses up to 115 do not overflow, and logits farther above the target's count as if they
-// were there. dlogits is factor·e, less scale at the target, where factor = scale/Σ e is applied by the next products.
+// The softmax needs no pass of its own. The product with wte leaves e = e^(logit − reference − ClassShift), so the loss
+// is ln Σ e + ClassShift + reference − target's logit: losses up to 115 do not overflow, and logits farther above the
+// reference count as if they were there. dlogits is factor·e, less scale at the target, where factor = scale/Σ e is
+// applied by the next products.
 
-// of_rows (rows) = each row's logit of its target, from x (rows, C), w (V, C) and targets (rows). One warp per row.
-KERNEL target_logits(const floatX* x, const floatX* w, const int* targets, float* of_rows, int rows, int C) {
+// of_rows (2, rows) = each row's reference and its distance from the target's logit, from x (rows, C), w (V, C) and
+// targets (rows). A guess at ln Σ e^logit is a good reference, since it decides what is rounded to 0:
+// ln(e^target's + V/4·e^mean), where mean is that of four words' logits. One warp per row.
+KERNEL target_logits(const floatX* x, const floatX* w, const int* targets, float* of_rows, int rows, int C, int V) {
+    constexpr int Words = 4;
     int64_t row = (int64_t)blockIdx.x * (blockDim.x / Warp) + threadIdx.x / Warp;
     if (row >= rows)
         return;
-    float own = 0;
-    for (int c = threadIdx.x % Warp * Width; c < C; c += Warp * Width)
-        own += sum(load(x + row * C + c) * load(w + (int64_t)targets[row] * C + c));
+    float own = 0, others = 0;
+    for (int c = threadIdx.x % Warp * Width; c < C; c += Warp * Width) {
+        Pack a = load(x + row * C + c), words = {};
+        for (int i = 0; i < Words; i++) // each block takes words of its own, all over the vocabulary
+            words = words + load(w + (int64_t)((i * gridDim.x + blockIdx.x) * V / (Words * gridDim.x)) * C + c);
+        own += sum(a * load(w + (int64_t)targets[row] * C + c));
+        others += sum(a * words);
+    }
     own = warp_sum(own);
-    if (threadIdx.x % Warp == 0)
-        of_rows[row] = own;
+    others = warp_sum(others) / Words;
+    if (threadIdx.x % Warp == 0) {
+        float distance = logf(1 + V / 4 * exp2_approximate(fminf((others - own) * Log2E, 60)));
+        of_rows[row] = own + distance;
+        of_rows[rows + row] = distance;
+    }
 }
 
-// losses (rows); of_rows (rows) = factor; scaled (rows, C) = x (rows, C) · factor; e (rows, Vp) −= Σ e at the targets
-// (rows). partial (chunks, rows) has the sums of e over 64 columns each, which eight threads per row add up. One block
-// per 32 rows.
+// losses (rows); the first of of_rows (2, rows), as target_logits left it, = factor; scaled (rows, C) = x (rows, C) ·
+// factor; e (rows, Vp) at the targets (rows) = itself, exactly, − Σ e. partial (chunks, rows) has the sums of e over 64
+// columns each, which eight threads per row add up. One block per 32 rows.
 KERNEL normalize_classes(const float* partial, int chunks, const int* targets, floatX* e, const floatX* x,
     floatX* scaled, float* of_rows, float* losses, float scale, int rows, int Vp, int C) {
     constexpr int Parts = 8;
@@ -1525,9 +1565,10 @@ KERNEL normalize_classes(const float* partial, int chunks, const int* targets, f
         float total = 0;
         for (int i = 0; i < Parts; i++)
             total += sums[i][lane];
-        losses[row] = logf(total) + ClassShift;
+        float distance = of_rows[rows + row] + ClassShift; // of the target's logit from where e is 1
+        losses[row] = logf(total) + distance;
         of_rows[row] = factors[lane] = scale / total;
-        e[(int64_t)row * Vp + targets[row]] = exp2_approximate(-ClassShift * Log2E) - total;
+        e[(int64_t)row * Vp + targets[row]] = exp2_approximate(-distance * Log2E) - total;
     }
     __syncthreads();
     for (int i = part; i < Warp && first + i < rows; i += Parts) {
@@ -1642,11 +1683,6 @@ __device__ uint32_t random_bits(uint32_t counter, uint32_t seed) {
     return x;
 }
 
-// Rounds x to bf16, up or down with probabilities that keep the mean, by 16 random bits.
-__device__ float round_stochastically(float x, uint32_t random) {
-    return __uint_as_float((__float_as_uint(x) + (random & 0xffff)) & 0xffff0000);
-}
-
 // Eight elements, or the first count. They need no alignment, for a rank's part may begin anywhere in a tensor.
 template <typename T>
 __device__ bool are_whole(const T* at, int64_t count) { return count >= Width && (uintptr_t)at % 16 == 0; }
@@ -1710,39 +1746,45 @@ KERNEL adamw(const AdamWPart* parts, float learning_rate, float weight_decay, fl
     }
 }
 
+constexpr int MuonThreads = 256;
+
 // m = lerp(m, g, 1 − momentum), x = lerp(g, m, momentum) and dw = 0, with g = dw·scale; all (matrices, size), one of
-// the matrices per y. partial (matrices, blocks, warps) = each warp's part of Σ x².
-KERNEL muon_momentum(float* dw, float* m, floatX* x, float* partial, int size, float scale, float momentum) {
-    int64_t matrix = (int64_t)blockIdx.y * size;
-    int thread = blockIdx.x * blockDim.x + threadIdx.x, threads = gridDim.x * blockDim.x;
-    float squares = 0;
-    for (int64_t i = matrix + thread * Width; i < matrix + size; i += threads * Width) {
-        Pack u = load(dw + i), mean = load(m + i);
+// the matrices per y. partial (matrices, blocks) = each block's part of Σ x².
+KERNEL __launch_bounds__(MuonThreads) muon_momentum(
+    float* dw, float* m, floatX* x, float* partial, int size, float scale, float momentum) {
+    __shared__ alignas(16) float sums[MuonThreads / Warp];
+    int within = (blockIdx.x * MuonThreads + threadIdx.x) * Width;
+    int64_t i = (int64_t)blockIdx.y * size + within;
+    Pack u = {};
+    if (within < size) {
+        u = load(dw + i);
+        Pack mean = load(m + i);
         for (int j = 0; j < Width; j++) {
             float g = u.x[j] * scale;
             mean.x[j] = momentum * mean.x[j] + (1 - momentum) * g;
             u.x[j] = momentum * mean.x[j] + (1 - momentum) * g;
         }
-        store(dw + i, Pack{});
         store(m + i, mean);
         store(x + i, u);
-        squares += sum(u * u);
+        store(dw + i, Pack{}); // last, when the load from there is done
     }
-    squares = warp_sum(squares);
-    if (threadIdx.x % Warp == 0)
-        partial[(blockIdx.y * threads + thread) / Warp] = squares;
+    sums[threadIdx.x / Warp] = warp_sum(sum(u * u));
+    __syncthreads();
+    if (threadIdx.x == 0)
+        partial[blockIdx.y * gridDim.x + blockIdx.x] = sum(load(sums));
 }
 
-// Divides each matrix of x (matrices, size) by its norm, or at least 1e-7. The grid and partial are muon_momentum's.
-KERNEL muon_normalize(floatX* x, const float* partial, int size) {
+// Divides each matrix of x (matrices, size) by its norm, or at least 1e-7. partial (matrices, parts) has the parts of
+// its Σ x².
+KERNEL muon_normalize(floatX* x, const float* partial, int parts, int size) {
     int64_t matrix = (int64_t)blockIdx.y * size;
     int thread = blockIdx.x * blockDim.x + threadIdx.x, threads = gridDim.x * blockDim.x;
     float squares = 0;
-    for (int i = threadIdx.x % Warp; i < threads / Warp; i += Warp)
-        squares += partial[blockIdx.y * (threads / Warp) + i];
-    float norm = fmaxf(sqrtf(warp_sum(squares)), 1e-7f);
+    for (int i = threadIdx.x % Warp; i < parts; i += Warp)
+        squares += partial[blockIdx.y * parts + i];
+    float factor = 1 / fmaxf(sqrtf(warp_sum(squares)), 1e-7f);
     for (int64_t i = matrix + thread * Width; i < matrix + size; i += threads * Width)
-        store(x + i, map(load(x + i), [=](float u) { return u / norm; }));
+        store(x + i, map(load(x + i), [=](float u) { return u * factor; }));
 }
 
 // master = master·keep − rate·x and, rounded, w; all (count). first is as in AdamWPart.
