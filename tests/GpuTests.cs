@@ -310,7 +310,7 @@ public sealed class GpuOperationTests(DeviceUnderTest gpu)
 
     [Test]
     public async Task ClassesRoundedToZeroKeepTheMeanAndTheLoss() {
-        // Equal rows get other random numbers: alone, their softmax's gradients are up to a tenth off.
+        // Equal rows get other random numbers: alone, each has the softmax's gradients a twentieth off.
         const int rows = 4_096, C = 64, V = 20_000, target = 3, rowsOfBlock = 8;
         float[] row = Rounded(Floats(1, C), type), weights = Rounded(Floats(2, V * C, 2 / Math.Sqrt(C)), type);
         (float[] Losses, float[] Dx, float[] Dw) Run(IDevice device, int count) {
@@ -326,11 +326,11 @@ public sealed class GpuOperationTests(DeviceUnderTest gpu)
         using var cpu = new Cpu();
         var (expected, found) = (Run(cpu, 1), Run(device, rows));
         float[] dxMean = [.. Enumerable.Range(0, C).Select(c => found.Dx.Where((_, i) => i % C == c).Average())];
-        await Assert.That(RelativeError(dxMean, expected.Dx)).IsLessThan(3e-3);
+        await Assert.That(RelativeError(dxMean, expected.Dx)).IsLessThan(4e-3);
         // The target's part of dw is much larger than the others', which come from the softmax alone.
         var others = (target + 1) * C;
         float[] dwMean = [.. found.Dw.Select(x => x / rows)];
-        await Assert.That(RelativeError(dwMean[others..], expected.Dw.AsSpan(others))).IsLessThan(1e-2);
+        await Assert.That(RelativeError(dwMean[others..], expected.Dw.AsSpan(others))).IsLessThan(5e-3);
         await Assert.That(RelativeError(found.Losses, [.. Enumerable.Repeat(expected.Losses[0], rows)]))
             .IsLessThan(ClassifierBound);
         // Rows of one block of target_logits have one reference, and so one loss, to the bit.
