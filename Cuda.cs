@@ -7,7 +7,7 @@ namespace Gpt2;
 /// <summary>The operations on an NVIDIA GPU: kernels from the embedded fatbin, and products by cuBLASLt. All work is
 /// queued on one stream and nothing depends on timing, so the same calls give the same bits.</summary>
 public sealed unsafe class Cuda : IDevice {
-    const int StagingBytes = 32 << 20, WorkspaceBytes = 32 << 20, ScratchBytes = 64 << 20;
+    const int StagingBytes = 32 << 20, WorkspaceBytes = 32 << 20, ScratchBytes = 64 << 20, MailBytes = 8 << 20;
     const int LargestColumns = 4096, LargestHead = 256; // a block's width in layer_norm_backward and attention_any
     const int MostSequences = 65_535; // the largest z dimension of a grid
     const int Width = 8; // elements that a thread loads or stores at a time
@@ -15,7 +15,7 @@ public sealed unsafe class Cuda : IDevice {
 
     readonly int device, multiprocessors, largestShared;
     readonly bool verbose, hopper;
-    readonly nint context, module, stream, pinned, staging, workspace, scratch, maps;
+    readonly nint context, module, stream, pinned, staging, workspace, scratch, mail, maps;
     readonly List<nint> allocations = [];
     readonly Dictionary<string, (nint Function, int Shared)> kernels = []; // with the dynamic shared memory allowed
     readonly Products products;
@@ -54,7 +54,8 @@ public sealed unsafe class Cuda : IDevice {
         const int nonBlocking = 1;
         Check(cuStreamCreateWithPriority(out stream, nonBlocking, 0), "creating a stream");
         Check(cuMemAllocHost_v2(out pinned, StagingBytes), "allocating host memory");
-        (staging, workspace, scratch) = (Allocate(StagingBytes), Allocate(WorkspaceBytes), Allocate(ScratchBytes));
+        (staging, workspace) = (Allocate(StagingBytes), Allocate(WorkspaceBytes));
+        (scratch, mail) = (Allocate(ScratchBytes), Allocate(MailBytes));
         hopper = precision == DataType.Bf16 && !portable && cuModuleGetFunction(out _, module, "attention_hopper") == 0;
         maps = (nint)NativeMemory.AlignedAlloc(4 * MapBytes, 64);
         products = new Products(stream, workspace, WorkspaceBytes);
@@ -105,7 +106,7 @@ public sealed unsafe class Cuda : IDevice {
 
     public string Name { get; }
     public DataType Precision { get; }
-    public long Workspace => StagingBytes + WorkspaceBytes + ScratchBytes;
+    public long Workspace => StagingBytes + WorkspaceBytes + ScratchBytes + MailBytes;
 
     /// <summary>The stream that all work is queued on.</summary>
     public nint Stream => stream;
@@ -616,37 +617,57 @@ public sealed unsafe class Cuda : IDevice {
     // ---- Generation
 
     /// <summary>The kernel's structs, which Kernels.cu describes.</summary>
-    readonly record struct OperationArguments(int Kind, int N, int K, int T, long Heads, nint X, nint NormW, nint NormB,
-        nint B, nint W, nint Y);
-    readonly record struct DecodeArguments(nint Program, nint Tokens, nint Maxima, nint Sums, nint Arrivals, int Length,
-        int Rows, int Position, int Shared, int Count, int Drawn, int First, int TopK, int Selects, float Temperature,
-        float TopP, uint Seed);
+    readonly record struct OperationArguments(int Kind, int N, int K, int T, int Heads, int Turn, nint X, nint NormW,
+        nint NormB, nint B, nint W, nint Y);
+    readonly record struct DecodeArguments(nint Program, nint Tokens, nint Maxima, nint Sums, nint Normed,
+        nint Arrivals, nint Mail, int BoxWords, int Slots, int Length, int Rows, int Position, int Shared, int Count,
+        int Drawn, int First, int TopK, int Selects, float Temperature, float TopP, uint Seed, uint Time);
+
+    public int DecodeSteps => 64;
+
+    uint decodeTime; // of the last operation of the last launch
 
     public void Decode(ReadOnlySpan<Operation> program, in Choice choice, int position, int shared,
         ReadOnlySpan<int> tokens, Span<int> next) {
-        const int threads = 384, channels = 8, ring = 8 * 2 * threads * channels, few = 16;
+        const int warps = 8, threads = 32 * warps, channels = 8, slice = 768, mostSlots = 16;
         var arguments = new OperationArguments[program.Length];
-        var (bytes, tiles, V) = (0.0, 1, program[^1].X.Columns);
+        var blocks = Math.Min(multiprocessors, program.ToArray().Max(op => Blocks(op.W.AllRows, channels)));
+        var (bytes, turn, V, wholeHeads) = (0.0, 0, program[^1].X.Columns, true);
         foreach (var (i, (kind, x, w, b, y, normW, normB, heads)) in program.ToArray().Index()) {
             Require(w.Columns % Width == 0, "the number of channels", $"a multiple of {Width}", w.Columns);
             var headSize = heads == 0 ? 0 : y.Columns / heads;
             Require(headSize <= LargestHead, "the channels of a head", $"at most {LargestHead}", headSize);
+            wholeHeads &= headSize % Width == 0;
             var K = kind == OperationKind.Attention ? y.Columns : w.Address != 0 ? w.Columns : x.Columns;
-            arguments[i] = new((int)kind, y.Columns, K, kind == OperationKind.Attention ? x.Rows : y.Rows, heads,
+            arguments[i] = new((int)kind, y.Columns, K, kind == OperationKind.Attention ? x.Rows : y.Rows, heads, turn,
                 x.Address, normW.Address, normB.Address, b.Address, w.Address, y.Address);
-            (bytes, tiles) = (bytes + w.Bytes, Math.Max(tiles, Blocks(w.AllRows, channels)));
+            (bytes, turn) = (bytes + w.Bytes, (turn + Blocks(w.AllRows, channels)) % blocks);
         }
-        const int sums = 64 * channels * threads / 32 * sizeof(float);
-        var bytesShared = ring + sums + program.Length * sizeof(OperationArguments);
-        Require(bytesShared < largestShared, "the layers' shared memory", $"at most {largestShared}", bytesShared);
+        // Few rows go by mail, if it has room for them: a box for each kind of operation, and parts of attention.
+        const int few = 8, kinds = 7, partKeys = 128;
+        var (rows, count, C) = (tokens.Length, next.Length / tokens.Length, program[0].Y.Columns);
+        var widest = arguments.Max(op => op.W == 0 || op.N == V ? 0 : Math.Max(op.N, op.K));
+        var mailWords = (long)rows * (widest / 4 * kinds + C * Blocks(arguments.Max(op => op.T), partKeys));
+        var byMail = Precision == DataType.Bf16 && wholeHeads && rows * Blocks(C, 4 * threads) <= few &&
+            C <= 2 * 4 * threads && mailWords * 16 <= MailBytes;
+        // Shared memory has slots for weights, sums, the program and, with mail, the rows of a product.
+        const int rowBytes = 64, slotHeader = 16, sums = threads * 4 * warps * sizeof(float), own = 1024;
+        var slot = slotHeader + channels * (slice * Tensor.SizeOf(Precision) + rowBytes);
+        var others = sums + (program.Length * sizeof(OperationArguments) + 15) / 16 * 16;
+        var room = largestShared - own - others;
+        byMail &= room - rows * widest * 2 >= slot;
+        room -= byMail ? rows * widest * 2 : 0;
+        Require(room >= slot, "the layers' shared memory", $"at most {largestShared}", others + own + slot);
+        var slots = Math.Min(mostSlots, room / slot);
         // Staging memory has the arrivals, then the tokens, the known ones first.
-        var (rows, count, places) = (tokens.Length, next.Length / tokens.Length, Upload<int>([0, .. tokens, .. next]));
+        var places = Upload<int>([0, .. tokens, .. next]);
         var run = new DecodeArguments(Upload<OperationArguments>(arguments), places + sizeof(int), scratch,
-            scratch + ScratchBytes / 2, places, arguments.Length, rows, position, shared, count, choice.Drawn,
-            choice.Sample, choice.TopK, choice.Selects(V) ? 1 : 0, choice.Temperature, choice.TopP, choice.Seed);
-        Launch(rows <= few ? "decode" : "decode_many", (Math.Min(multiprocessors, tiles), 1, 1), threads,
-            bytesShared, 2.0 * count * rows * bytes / Tensor.SizeOf(Precision), count * bytes,
-            new Argument(0, (nint)(&run)));
+            scratch + ScratchBytes / 2, scratch + ScratchBytes / 4 * 3, places, mail, rows * widest / 4, slots,
+            arguments.Length, rows, position, shared, count, choice.Drawn, choice.Sample, choice.TopK,
+            choice.Selects(V) ? 1 : 0, choice.Temperature, choice.TopP, choice.Seed, decodeTime);
+        decodeTime += (uint)(count * program.Length);
+        Launch(byMail ? "decode" : "decode_many", (blocks, 1, 1), threads + 32, largestShared - own - room + slots * slot,
+            2.0 * count * rows * bytes / Tensor.SizeOf(Precision), count * bytes, new Argument(0, (nint)(&run)));
         Download<int>(places + sizeof(int) * (1 + rows), next.Length).CopyTo(next);
         if (next.ContainsAnyInRange(V, int.MaxValue))
             throw new Gpt2Exception("--init: expected finite logits, found others: the weights are too large");

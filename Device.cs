@@ -207,6 +207,8 @@ public interface IDevice : IDisposable {
     void Muon(ReadOnlySpan<MuonPart> parts, in MuonStep step);
     /// <summary>Sequences that <see cref="Decode"/> takes at most.</summary>
     const int MostSequences = 64;
+    /// <summary>How many tokens of a sequence <see cref="Decode"/> had best make at a time.</summary>
+    int DecodeSteps => 1;
     /// <summary>Runs a program as often as <paramref name="next"/> (times, B) has rows, for B sequences whose last
     /// tokens are at a position. Keys and values before position <paramref name="shared"/> are those of the first.
     /// </summary>

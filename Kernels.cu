@@ -164,6 +164,12 @@ PTX(cp_async, (uint32_t to, const void* from, bool inside), "cp.async.cg.shared.
 PTX(cp_async_commit, (), "cp.async.commit_group;" ::)
 PTX(cp_async_wait, (), "cp.async.wait_group 0;" ::: "memory")
 
+#if __CUDA_ARCH__ >= 900
+#define TRY_WAIT "try_wait"
+#else
+#define TRY_WAIT "test_wait"
+#endif
+
 // Barriers in shared memory. A phase ends when all have arrived and all expected bytes are there.
 struct Barriers {
     uint32_t first; // address
@@ -176,7 +182,7 @@ PTX(mbarrier_arrive, (uint32_t barrier), "mbarrier.arrive.shared.b64 _, [%0];" :
 PTX(mbarrier_expect, (uint32_t barrier, int bytes),
     "mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory")
 PTX(mbarrier_wait, (uint32_t barrier, int phase),
-    "{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n@!done bra again;\n}"
+    "{\n.reg .pred done;\nagain:\nmbarrier." TRY_WAIT ".parity.shared.b64 done, [%0], %1;\n@!done bra again;\n}"
     ::"r"(barrier), "r"(phase & 1) : "memory")
 
 // Arrives at this barrier in another block of the cluster; send also writes x there.
@@ -1801,24 +1807,34 @@ KERNEL muon(
 // ---- Generation
 
 // One launch makes the next tokens of up to 64 sequences, whose activations are the rows of x. Its blocks run a program
-// of operations and wait for one another after each. Products of so few rows take as long as their weights take to
-// come, so each warp asks for those it multiplies well ahead, across operations.
+// of operations. Products of so few rows take as long as their weights take to come, so in each block one warp asks for
+// these well ahead, across operations, and eight warps work.
+//
+// With few rows, the results of an operation go to the next one by mail: in words of 16 bytes, which hold four channels
+// and the time of writing. A reader looks at a word until it has the right time; nobody waits for anything else. With
+// many rows that would double the traffic, so there all blocks wait for one another after each operation.
 
-constexpr int DecodeThreads = 384, DecodeWarps = DecodeThreads / Warp, MostRows = 64;
-constexpr int Channels = 8;                    // columns of a product that a block computes at a time
-constexpr int Slice = DecodeWarps * 8 * Width; // of its depth, which a block multiplies at a time
-constexpr int Ahead = 8 / sizeof(floatX);      // slices asked for and not multiplied yet
-constexpr int RingBytes = Ahead * Slice * Channels * sizeof(floatX);
-constexpr int ScratchBytes = MostRows * Channels * DecodeWarps * 4, MostCandidates = ScratchBytes / 16;
+constexpr int DecodeWarps = 8, DecodeThreads = DecodeWarps * Warp; // that work
+constexpr int FewRows = 8, MostRows = 64;
+constexpr int Channels = 8; // columns of a product that a block computes at a time
+constexpr int Pieces = 3, Slice = DecodeWarps * Pieces * 4 * Width; // of its depth, multiplied at a time
+constexpr int ScratchBytes = DecodeThreads * 4 * DecodeWarps * 4, MostCandidates = ScratchBytes / 20;
+constexpr int PartKeys = 128; // keys that a block attends to at a time
 
 enum Kind { EmbedNext, LinearNext, GeluNext, ResidualNext, LogitsNext, AttentionNext, ChooseNext };
 
 // y (rows, T, N), of which the row at the position is written, from x (rows, K). An embedding has wte for x and wpe for
-// b, attention x (rows, T, 3K), and a choice logits (rows, K) in fp32.
+// b, attention x (rows, T, 3K), and a choice logits (rows, K) in fp32. Tiles of eight columns are dealt out to the blocks
+// from block -turn on, so that all get as many in the end.
 struct Operation {
-    int kind, N, K, T, heads;
+    int kind, N, K, T, heads, turn;
     const floatX *x, *norm_w, *norm_b, *b, *w; // norm_w and norm_b (K), or null; b (N), or null; w (N, K), or null
     void* y;
+
+    // This block's first tile; the next ones are gridDim.x further on.
+    __device__ int first_tile() const {
+        return blockIdx.x + turn < gridDim.x ? blockIdx.x + turn : blockIdx.x + turn - gridDim.x;
+    }
 };
 
 struct Decode {
@@ -1826,127 +1842,179 @@ struct Decode {
     int* tokens;        // (count + 1, rows), of which the first are known
     float* maxima;      // (rows, tiles): the largest of every eight logits
     float2* sums;       // (rows, tiles): the sum of every eight channels of the residual stream, and of their squares
+    floatX* normed;     // (rows, C), the residual stream normalized, where it is not in the mail
     uint32_t* arrivals; // 0 at first
-    int length, rows, position, shared, count, drawn, first, top_k, selects;
+    uint4* mail;        // a box of box_words words for the results of each kind, then one for the parts of attention
+    int box_words, slots, length, rows, position, shared, count, drawn, first, top_k, selects;
     float temperature, top_p;
-    uint32_t seed;
+    uint32_t seed, time; // the time before the first operation
 };
 
-PTX(cp_async_wait_first, (), "cp.async.wait_group %0;" ::"n"(Ahead - 1) : "memory")
+PTX(sync_workers, (), "bar.sync 1, %0;" ::"n"(DecodeThreads) : "memory")
+PTX(count_workers, (uint32_t& count, bool counts), "{\n.reg .pred counts;\nsetp.ne.u32 counts, %1, 0;\n"
+    "bar.red.popc.u32 %0, 1, %2, counts;\n}" : "=r"(count) : "r"((uint32_t)counts), "n"(DecodeThreads) : "memory")
+// As cp_async, and the first for the L2 to evict.
+PTX(cp_async_once, (uint32_t to, const void* from, bool inside, uint64_t policy),
+    "cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;"
+    ::"r"(to), "l"(from), "r"(inside ? 16 : 0), "l"(policy))
+PTX(evict_first, (uint64_t& policy), "createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy))
+PTX(cp_async_arrive, (uint32_t barrier), "cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory")
 PTX(arrive, (uint32_t* counter), "red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory")
 PTX(load_relaxed, (uint32_t& to, const uint32_t* from), "ld.relaxed.gpu.global.u32 %0, [%1];"
     : "=r"(to) : "l"(from) : "memory")
 PTX(fence, (), "fence.acq_rel.gpu;" ::: "memory")
 
-// Waits until all blocks have come here, for the time-th time.
-__device__ void wait_for_all(uint32_t* arrivals, uint32_t time) {
-    __syncthreads();
+// Writes and reads 16 bytes, which nobody sees half-written.
+PTX(store_word, (uint4* to, uint4 x), "{\n.reg .b64 low, high;\n.reg .b128 word;\nmov.b64 low, {%1, %2};\n"
+    "mov.b64 high, {%3, %4};\nmov.b128 word, {low, high};\nst.relaxed.gpu.global.b128 [%0], word;\n}"
+    ::"l"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory")
+PTX(load_word, (uint4& x, const uint4* from), "{\n.reg .b64 low, high;\n.reg .b128 word;\n"
+    "ld.relaxed.gpu.global.b128 word, [%4];\nmov.b128 {low, high}, word;\nmov.b64 {%0, %1}, low;\n"
+    "mov.b64 {%2, %3}, high;\n}" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(from))
+
+// Waits, unless told otherwise, until all blocks have come here, for the time-th time.
+__device__ void meet(uint32_t* arrivals, uint32_t time, bool waits = true) {
+    sync_workers();
     if (threadIdx.x == 0) {
         arrive(arrivals);
-        for (uint32_t seen = 0; (int)(seen - time * gridDim.x) < 0;)
+        for (uint32_t seen = 0; waits && (int)(seen - time * gridDim.x) < 0;)
             load_relaxed(seen, arrivals);
         fence();
     }
-    __syncthreads();
+    sync_workers();
 }
 
-// The weights that this warp multiplies, in the order of their use: of each tile of 8 rows that its block has, of each
-// slice, 64 columns. They wait in a ring in shared memory, where no other warp reads them.
-struct Weights {
-    static constexpr int Bytes = Channels * 8 * sizeof(Eight), Stride = DecodeWarps * Bytes;
-    const Operation* program;
-    // A lane asks for eight columns of two rows: row lane/8, at from, and the one four rows below it. left is how many
-    // columns of them are left, rows how many of the two exist.
-    int length, at, tile, slices, left, rows;
-    const floatX* from;
-    int64_t below;
-    uint32_t slot, last, write, read; // addresses in the ring, and this lane's places in a slot
+// An array (rows, columns) in the mail. A word has four channels; of the residual stream, a word with an even index has
+// the sum of its channels and the next word's, and the next word that of their squares.
+struct Mail {
+    uint4* words;
+    uint32_t time;
 
-    __device__ Weights(const Operation* program, int length)
-        : program(program), length(length), at(-1), tile(0), slices(0) {
-        int lane = threadIdx.x % Warp;
-        slot = shared_address(shared) + threadIdx.x / Warp * Bytes;
-        last = slot + (Ahead - 1) * Stride;
-        write = place(lane / 8, lane % 8);
-        read = place(lane / 4, lane % 4);
-        for (int i = 0; i < Ahead; i++)
-            ask();
+    __device__ void send(int place, uint2 channels, float more = 0) const {
+        store_word(words + place / 4, make_uint4(channels.x, channels.y, __float_as_uint(more), time));
     }
 
-    // Where a slot has eight columns of a row; an odd row has its halves exchanged, so that no banks conflict.
-    static __device__ uint32_t place(int row, int column8) {
-        return (row * 8 + (column8 ^ row % 2 * 4)) * sizeof(Eight);
-    }
-
-    // The first column of a slice that is this warp's.
-    static __device__ int part() { return threadIdx.x / Warp * 8 * Width; }
-
-    __device__ void next_tile() {
-        tile += gridDim.x;
-        while (at < 0 || tile * Channels >= program[at].N) {
-            do
-                at = at + 1 == length ? 0 : at + 1;
-            while (!program[at].w);
-            tile = blockIdx.x;
+    // The words that at(i) points to, for i < count, once all are there.
+    template <int Most, typename At>
+    __device__ void receive(uint4 (&some)[Most], int count, At at) const {
+#pragma unroll
+        for (int i = 0; i < Most; i++)
+            some[i].w = time;
+        for (bool missing = true; missing;) {
+            missing = false;
+#pragma unroll
+            for (int i = 0; i < Most; i++) {
+                if (i < count)
+                    load_word(some[i], at(i));
+            }
+#pragma unroll
+            for (int i = 0; i < Most; i++)
+                missing |= some[i].w != time;
         }
-        int N = program[at].N, K = program[at].K, row = tile * Channels + threadIdx.x % Warp / 8;
-        int column = part() + threadIdx.x % 8 * Width;
-        from = program[at].w + (int64_t)row * K + column;
-        below = 4 * K;
-        left = K - column;
-        rows = row + 4 < N ? 2 : row < N;
-        slices = (K + Slice - 1) / Slice;
-    }
-
-    __device__ void ask() {
-        if (slices == 0)
-            next_tile();
-        bool one = left > 0 && rows > 0, both = left > 0 && rows > 1;
-        for (int i = 0; i < sizeof(Eight); i += 16) {
-            cp_async(slot + write + i, (const char*)(one ? from : program[at].w) + i, one);
-            cp_async(slot + write + Bytes / 2 + i, (const char*)(both ? from + below : program[at].w) + i, both);
-        }
-        cp_async_commit();
-        from += Slice;
-        left -= Slice;
-        slices--;
-        slot += slot == last ? -(Ahead - 1) * Stride : Stride;
-    }
-
-    // Of row lane/4 columns lane%4·8 to ·8 + 7, and those 32 further on.
-    __device__ void take(Raw (&w)[2]) {
-        cp_async_wait_first();
-        __syncwarp();
-        w[0] = ::at<Raw>(slot + read);
-        w[1] = ::at<Raw>(slot + (read ^ 4 * (int)sizeof(Eight)));
-        __syncwarp();
-        ask();
     }
 };
 
-__device__ uint64_t largest(uint64_t x, uint64_t y) { return x > y ? x : y; }
-
-// The largest x in the block.
-__device__ uint64_t largest_of_block(uint64_t x) {
-    __shared__ uint64_t parts[DecodeWarps];
-    for (int distance = Warp / 2; distance > 0; distance /= 2)
-        x = largest(x, __shfl_xor_sync(~0u, x, distance));
-    __syncthreads();
-    if (threadIdx.x % Warp == 0)
-        parts[threadIdx.x / Warp] = x;
-    __syncthreads();
-    x = parts[0];
-    for (int i = 1; i < DecodeWarps; i++)
-        x = largest(x, parts[i]);
-    return x;
+// Where the results of an operation go.
+__device__ Mail box_of(const Decode& run, int kind, uint32_t time) {
+    return {run.mail + (kind == ResidualNext ? EmbedNext : kind) * run.box_words, time};
 }
 
-// A float as an unsigned number that compares as it does, and back.
-__device__ uint32_t ordered(float x) {
-    uint32_t bits = __float_as_uint(x);
-    return bits >> 31 ? ~bits : bits | 1u << 31;
+// The weights of all products in the order of their use: of each tile of 8 rows that the block has, each slice of 768
+// columns. They wait in a ring in shared memory, in slots that begin with two barriers, filled and emptied.
+struct Weights {
+    static constexpr int RowBytes = Slice * sizeof(floatX) + 64; // 64 more, so that no banks conflict
+    static constexpr int Filled = 0, Emptied = 8, Rows = 16, SlotBytes = Rows + Channels * RowBytes;
+    uint32_t first, end, slot, read; // addresses, the last in a slot
+    int phase = 0;
+
+    __device__ Weights(int slots) : first(shared_address(shared)), end(first + slots * SlotBytes), slot(first) {
+        int lane = threadIdx.x % Warp;
+        read = Rows + lane / 4 * RowBytes + (part() + lane % 4 * Width) * sizeof(floatX);
+        for (uint32_t at = first; at < end && threadIdx.x == 0; at += SlotBytes) {
+            mbarrier_init(at + Filled, Warp);
+            mbarrier_init(at + Emptied, DecodeWarps);
+        }
+    }
+
+    // The first column of a slice that is this warp's.
+    static __device__ int part() { return threadIdx.x / Warp * Pieces * 4 * Width; }
+
+    __device__ void next() {
+        slot += SlotBytes;
+        if (slot == end) {
+            slot = first;
+            phase ^= 1;
+        }
+    }
+
+    // Copies all weights, as often as the program runs. Rows beyond the last are some other weights.
+    __device__ void copy(const Operation* program, int length, int count) {
+        constexpr int Part = 16 / sizeof(floatX), Parts = Slice / (Warp * Part); // of a row
+        uint64_t policy;
+        evict_first(policy);
+        int lane = threadIdx.x % Warp;
+        for (int i = 0; i < count * length; i++) {
+            const Operation& op = program[i % length];
+            int K = op.K, N = op.w ? op.N : 0;
+            for (int tile = op.first_tile(); tile * Channels < N; tile += gridDim.x) {
+                const floatX* from = op.w + (int64_t)tile * Channels * K;
+                for (int column = lane * Part; column < K + lane * Part; column += Slice) {
+                    mbarrier_wait(slot + Emptied, phase ^ 1);
+#pragma unroll
+                    for (int row = 0; row < Channels; row++) {
+#pragma unroll
+                        for (int part = 0; part < Parts; part++) {
+                            int at = column + part * Warp * Part;
+                            cp_async_once(slot + Rows + row * RowBytes + (part * Warp + lane) * 16, from + row * K + at,
+                                at < K, policy);
+                        }
+                    }
+                    cp_async_arrive(slot + Filled);
+                    next();
+                }
+            }
+        }
+        cp_async_wait();
+    }
+
+    // Of row lane/4 columns lane%4·8 to ·8 + 7 of this warp's, and those 32 and 64 further on.
+    __device__ void take(Raw (&w)[Pieces]) {
+        mbarrier_wait(slot + Filled, phase);
+#pragma unroll
+        for (int i = 0; i < Pieces; i++)
+            w[i] = at<Raw>(slot + read + i * 4 * (int)sizeof(Eight));
+        __syncwarp();
+        if (threadIdx.x % Warp == 0)
+            mbarrier_arrive(slot + Emptied);
+        next();
+    }
+};
+
+// Four elements, and what they are in memory, which is asked for early and widened late.
+struct Four {
+    float x[4];
+};
+__device__ uint2 narrow(Four y) { return {pair(y.x[0], y.x[1]), pair(y.x[2], y.x[3])}; }
+#ifdef FP32
+struct RawFour {
+    uint32_t x, y, z, w;
+};
+PTX(load_raw, (RawFour& to, const floatX* from), "ld.global.v4.b32 {%0, %1, %2, %3}, [%4];"
+    : "=r"(to.x), "=r"(to.y), "=r"(to.z), "=r"(to.w) : "l"(from))
+__device__ Four widen(RawFour x) {
+    return {__uint_as_float(x.x), __uint_as_float(x.y), __uint_as_float(x.z), __uint_as_float(x.w)};
 }
-__device__ float number(uint32_t order) { return __uint_as_float(order >> 31 ? order & ~(1u << 31) : ~order); }
+__device__ void store_four(float* to, Four y) { *(float4*)to = {y.x[0], y.x[1], y.x[2], y.x[3]}; }
+#else
+typedef uint2 RawFour;
+PTX(load_raw, (RawFour& to, const floatX* from), "ld.global.v2.b32 {%0, %1}, [%2];"
+    : "=r"(to.x), "=r"(to.y) : "l"(from))
+__device__ Four widen(RawFour x) {
+    float2 low = unpair(x.x), high = unpair(x.y);
+    return {low.x, low.y, high.x, high.y};
+}
+__device__ void store_four(__nv_bfloat16* to, Four y) { *(uint2*)to = narrow(y); }
+#endif
 
 // The seed of the random numbers for one token of a sample, and Gumbel's distribution: the largest of logit + gumbel is
 // a token drawn from the softmax.
@@ -1957,66 +2025,171 @@ __device__ float gumbel(int token, uint32_t seed) {
     return -logf(-logf(((random_bits(token, seed) >> 9) + 0.5f) * 0x1p-23f));
 }
 
-// statistics (rows) = mean and 1/deviation of the residual stream (rows, C), from its sums.
-__device__ void row_statistics(const Decode& run, int C, float2* statistics) {
-    constexpr int Batch = 4; // loaded together
-    for (int row = threadIdx.x / Warp; row < run.rows; row += DecodeWarps) {
-        float total = 0, squares = 0;
-        for (int i = threadIdx.x % Warp; i < C / Width; i += Batch * Warp) {
-            float2 some[Batch] = {};
-            for (int j = 0; j < Batch; j++) {
-                if (i + j * Warp < C / Width)
-                    some[j] = run.sums[row * (C / Width) + i + j * Warp];
-            }
-            for (int j = 0; j < Batch; j++) {
-                total += some[j].x;
-                squares += some[j].y;
-            }
-        }
-        float mean = warp_sum(total) / C, variance = warp_sum(squares) / C - mean * mean;
-        if (threadIdx.x % Warp == 0)
-            statistics[row] = make_float2(mean, rsqrtf(fmaxf(variance, 0) + 1e-5f));
+// Mean and 1/deviation of a row of the residual stream. Words of the mail have sums of channels and of squares in turn;
+// a thread puts the sum of its own words, which are all of one sort, into sums (warps).
+__device__ void put_sums(float own, float2* sums) {
+    own = sum_lanes<16, 8, 4, 2>(own);
+    if (threadIdx.x % Warp < 2)
+        ((float*)(sums + threadIdx.x / Warp))[threadIdx.x % Warp] = own;
+}
+__device__ float2 statistics_of(const float2* sums, float inverse) { // of C
+    float total = 0, squares = 0;
+#pragma unroll
+    for (int i = 0; i < DecodeWarps; i++) {
+        total += sums[i].x;
+        squares += sums[i].y;
     }
-    __syncthreads();
+    float mean = total * inverse;
+    return {mean, rsqrtf(fmaxf(squares * inverse - mean * mean, 0) + 1e-5f)};
 }
 
-// One product: y = x·wᵀ + b, with the rows of x normalized first if there are weights for that. Each warp multiplies
-// its part of the depth, for a group of tiles; then the warps' sums, which are in scratch, are added up. There are room
-// and registers for Tiles times 16 rows.
-template <int Tiles>
-__device__ void multiply_rows(const Operation& op, const Decode& run, int n, Weights& weights, float* scratch) {
-    constexpr int Rows = Tiles * 16, Group = MostRows / Rows;
-    constexpr int Results = (MostRows * Channels + DecodeThreads - 1) / DecodeThreads; // of a group, for each thread
-    __shared__ float2 statistics[MostRows]; // undefined beyond the rows that exist, whose results nobody reads
-    int warp = threadIdx.x / Warp, lane = threadIdx.x % Warp, kind = op.kind, N = op.N, K = op.K;
-    int slices = (K + Slice - 1) / Slice, own = Weights::part() + lane % 4 * Width; // this lane's first column
-    const floatX *in = op.x, *norm_w = op.norm_w, *norm_b = op.norm_b;
-    bool draws = kind == LogitsNext && !run.selects && run.temperature > 0;
-    auto fetch = [&](Raw& x, const floatX* from, int column, bool inside = true) {
-        x = {};
-        if (inside && column < K)
-            x = *(const Raw*)(from + column);
+// Four channels of layer norm.
+__device__ Four normalize(Four x, float2 s, Four w, Four b) {
+    for (int i = 0; i < 4; i++)
+        x.x[i] = (x.x[i] - s.x) * s.y * w.x[i] + b.x[i];
+    return x;
+}
+
+// normed (rows, C) = layer norm of the residual stream x (rows, C), one row per block.
+__device__ void normalize_rows(const Operation& op, const Decode& run, float2* sums) {
+    int C = op.K;
+    for (int row = blockIdx.x; row < run.rows; row += gridDim.x) {
+        const float* of_row = (const float*)(run.sums + row * (C / Width));
+        float own = 0;
+        for (int word = threadIdx.x; word < C / 4; word += DecodeThreads)
+            own += of_row[word];
+        put_sums(own, sums);
+        sync_workers();
+        float2 s = statistics_of(sums, 1.f / C);
+        for (int c = threadIdx.x * 4; c < C; c += DecodeThreads * 4) {
+            RawFour x, w, b;
+            load_raw(x, op.x + row * C + c);
+            load_raw(w, op.norm_w + c);
+            load_raw(b, op.norm_b + c);
+            store_four(run.normed + row * C + c, normalize(widen(x), s, widen(w), widen(b)));
+        }
+        sync_workers();
+    }
+}
+
+// One product: y = x·wᵀ + b, with the rows of x normalized first if there are weights for that. Each warp multiplies its
+// part of the depth, for a group of tiles, whose sums go to scratch; then each thread adds up all warps' sums for four
+// results. There is mail for few rows.
+template <bool Mails>
+struct Product {
+    static constexpr int Rows = Mails ? FewRows : MostRows, Eights = Rows / 8, Group = DecodeThreads / (2 * Rows);
+    const Operation& op;
+    const Decode& run;
+    int n, warp, lane, N, K, pieces;
+    Mail in, stream, out;
+    Weights& weights;
+    float* scratch;     // (group, warps, Rows, 8)
+    floatX* staged;     // x (rows, K), normalized, in shared memory
+    const floatX* from; // the same in memory, if there is no mail
+
+    // The first of the eight columns that this lane has of a piece.
+    __device__ int column(int piece) const {
+        return Weights::part() + lane % 4 * Width + piece / Pieces * Slice + piece % Pieces * 4 * Width;
+    }
+
+    // Where a row of y is.
+    __device__ int64_t place(int row, int column) const {
+        return ((int64_t)row * op.T + (op.T > 1 ? run.position + n : 0)) * N + column;
+    }
+
+    // Four results of a row, and what is added to them: a bias, and what was there.
+    struct Quad {
+        int tile, row, column;
+        bool inside;
+        RawFour bias;
+        uint4 old; // the first words of which are a RawFour
     };
+
+    // The results of a group of tiles that are this thread's.
+    __device__ Quad results(int first) {
+        Quad y = {first + (int)(threadIdx.x / (2 * Rows) * gridDim.x), (int)threadIdx.x % (2 * Rows) / 2};
+        y.column = y.tile * Channels + threadIdx.x % 2 * 4;
+        y.inside = y.row < run.rows && y.column < N;
+        if (y.inside && op.b)
+            load_raw(y.bias, op.b + y.column);
+        if (y.inside && op.kind == ResidualNext) {
+            if constexpr (Mails)
+                load_word(y.old, stream.words + (y.row * N + y.column) / 4);
+            else
+                load_raw((RawFour&)y.old, (floatX*)op.y + place(y.row, y.column));
+        }
+        return y;
+    }
+
+    __device__ void finish(Quad y) {
+        float* part = scratch + threadIdx.x / (2 * Rows) * DecodeWarps * Rows * Channels + threadIdx.x % (2 * Rows) * 4;
+        Four x = {};
+#pragma unroll
+        for (int i = 0; i < DecodeWarps; i++) {
+            float4 more = *(const float4*)(part + i * Rows * Channels);
+            x = {x.x[0] + more.x, x.x[1] + more.y, x.x[2] + more.z, x.x[3] + more.w};
+        }
+        if (op.kind == LogitsNext)
+            return finish_logits(y, x);
+        Four bias = widen(y.bias);
+        if constexpr (Mails) {
+            if (op.kind == ResidualNext && y.inside && y.old.w != stream.time) {
+                uint4 word[1];
+                stream.receive(word, 1, [&](int) { return stream.words + (y.row * N + y.column) / 4; });
+                y.old = word[0];
+            }
+        }
+        Four old = widen((RawFour&)y.old);
+        for (int i = 0; i < 4; i++) {
+            x.x[i] += op.kind == ResidualNext ? bias.x[i] + old.x[i] : bias.x[i];
+            x.x[i] = (float)(floatX)(op.kind == GeluNext ? gelu_of(x.x[i]) : x.x[i]);
+        }
+        float total = sum_lanes<1>((x.x[0] + x.x[1]) + (x.x[2] + x.x[3]));
+        float squares = sum_lanes<1>((x.x[0] * x.x[0] + x.x[1] * x.x[1]) + (x.x[2] * x.x[2] + x.x[3] * x.x[3]));
+        if (!y.inside)
+            return;
+        if constexpr (Mails) {
+            out.send(y.row * N + y.column, narrow(x), threadIdx.x % 2 ? squares : total);
+        } else {
+            store_four((floatX*)op.y + place(y.row, y.column), x);
+            if (op.kind == ResidualNext && threadIdx.x % 2 == 0)
+                run.sums[y.row * (N / Channels) + y.tile] = make_float2(total, squares);
+        }
+    }
+
+    __device__ void finish_logits(Quad y, Four x) {
+        float max = -INFINITY;
+        bool draws = !run.selects && run.temperature > 0;
+        for (int i = 0; i < 4; i++) {
+            float logit = x.x[i];
+            if (draws)
+                logit = logit / run.temperature + gumbel(y.column + i, seed_of(run, y.row, n));
+            logit = logit == logit ? logit : INFINITY; // which no maximum ignores
+            if (y.inside && y.column + i < N) {
+                ((float*)op.y)[(int64_t)y.row * N + y.column + i] = logit;
+                max = fmaxf(max, logit);
+            }
+        }
+        max = max_lanes<1>(max);
+        if (y.inside && threadIdx.x % 2 == 0)
+            run.maxima[y.row * ((N + Channels - 1) / Channels) + y.tile] = max;
+    }
+
 #ifdef FP32
-    if (norm_w)
-        row_statistics(run, K, statistics);
-    auto multiply_tile = [&](bool, float* partial) {
+    __device__ void prepare() {}
+
+    __device__ void multiply(bool, float* partial) {
         float sums[Rows] = {};
-        for (int slice = 0; slice < slices; slice++) {
-            Raw w[2], x = {}, g = {}, b = {};
+        for (int first = 0; first < pieces; first += Pieces) {
+            Raw w[Pieces];
             weights.take(w);
-            for (int half = 0; half < 2; half++) {
-                int column = own + slice * Slice + half * 4 * Width;
-                for (int row = 0; row < run.rows && column < K; row++) {
-                    fetch(x, in + row * K, column);
-                    if (norm_w) {
-                        fetch(g, norm_w, column);
-                        fetch(b, norm_b, column);
-                        x = normalize(x, statistics[row].x, statistics[row].y) * g + b;
-                    }
+            for (int piece = 0; piece < Pieces; piece++) {
+                int c = column(first + piece);
+                for (int row = 0; row < run.rows && c < K; row++) {
+                    Raw x = load(from + row * K + c);
 #pragma unroll
                     for (int i = 0; i < Rows; i++)
-                        sums[i] += i == row ? sum(x * w[half]) : 0;
+                        sums[i] += i == row ? sum(x * w[piece]) : 0;
                 }
             }
         }
@@ -2026,129 +2199,167 @@ __device__ void multiply_rows(const Operation& op, const Decode& run, int n, Wei
             if (lane % 4 == 0)
                 partial[(warp * Rows + row) * Channels + lane / 4] = total;
         }
-    };
+    }
 #else
-    constexpr int Batch = 8 / Tiles; // half slices of x in registers, where they stay if they are all of x
-    constexpr bool HoldsNorm = Tiles == 1; // with 64 rows there are no registers left for it
-    Raw x[Batch][2 * Tiles] = {}, first_w[2] = {}, first_b[2] = {};
-    auto fetch_batch = [&](int slice) {
+    Raw x[Pieces][Eights]; // of a slice, in the order in which mma takes them
+
+    // Puts a word of x (rows, K / 4) into shared memory. Of eight channels, pairs 0 and 2, then 1 and 3 lie together.
+    __device__ void stage_word(uint32_t word, uint32_t low, uint32_t high) const {
+        uint32_t* at = (uint32_t*)staged + (word & ~1u) * 2 + (word & 1);
+        at[0] = low;
+        at[2] = high;
+    }
+
+    // Takes x out of the mail.
+    __device__ void stage() {
+        constexpr int Most = 4; // words of a thread at a time
+        int words = run.rows * K / 4;
+        for (int first = 0; first < words; first += Most * DecodeThreads) {
+            uint4 some[Most] = {};
+            auto word = [&](int i) { return first + i * DecodeThreads + (int)threadIdx.x; };
+            in.receive(some, (words - first + DecodeThreads - 1) / DecodeThreads,
+                [&](int i) { return in.words + min(word(i), words - 1); });
 #pragma unroll
-        for (int i = 0; i < Batch; i++) {
+            for (int i = 0; i < Most; i++) {
+                if (word(i) < words)
+                    stage_word(word(i), some[i].x, some[i].y);
+            }
+        }
+        sync_workers();
+    }
+
+    // Takes the residual stream out of the mail, and normalizes it. A thread has a word of each row, or two of fewer.
+    __device__ void stage_normalized() {
+        constexpr int Most = FewRows;
+        int words = K / 4, own = words > DecodeThreads ? 2 : 1; // of a row
+        float inverse = 1.f / K;
+        float2* sums = (float2*)scratch; // (rows, warps)
+        RawFour w[2] = {}, b[2] = {};
 #pragma unroll
-            for (int j = 0; j < 2 * Tiles; j++) {
+        for (int i = 0; i < 2; i++) {
+            int c = (threadIdx.x + i * DecodeThreads) * 4;
+            if (c < K) {
+                load_raw(w[i], op.norm_w + c);
+                load_raw(b[i], op.norm_b + c);
+            }
+        }
+        auto row = [&](int i) { return own == 1 ? i : i / 2; };
+        auto word = [&](int i) { return (int)threadIdx.x + (own == 1 ? 0 : i % 2 * DecodeThreads); };
+        uint4 some[Most] = {};
+        in.receive(some, run.rows * own,
+            [&](int i) { return in.words + row(i) * words + min(word(i), words - 1); });
+        float sum = 0;
+#pragma unroll
+        for (int i = 0; i < Most; i++) {
+            if (i >= run.rows * own)
+                break;
+            sum += word(i) < words ? __uint_as_float(some[i].z) : 0;
+            if (own == 1 || i % 2) {
+                put_sums(sum, sums + row(i) * DecodeWarps);
+                sum = 0;
+            }
+        }
+        sync_workers();
+#pragma unroll
+        for (int i = 0; i < Most; i++) {
+            if (i >= run.rows * own)
+                break;
+            bool second = own == 2 && i % 2;
+            float2 s = statistics_of(sums + row(i) * DecodeWarps, inverse);
+            uint2 y = narrow(normalize(widen(RawFour{some[i].x, some[i].y}), s, widen(second ? w[1] : w[0]),
+                widen(second ? b[1] : b[0])));
+            if (word(i) < words)
+                stage_word(row(i) * words + word(i), y.x, y.y);
+        }
+        sync_workers();
+    }
+
+    // x = a slice of x.
+    __device__ void fetch(int first) {
+#pragma unroll
+        for (int i = 0; i < Pieces; i++) {
+            int c = column(first + i);
+#pragma unroll
+            for (int j = 0; j < Eights; j++) {
                 int row = j * 8 + lane / 4;
-                if (slice + i / 2 < slices && j * 8 < run.rows)
-                    fetch(x[i][j], in + row * K, own + (slice + i / 2) * Slice + i % 2 * 4 * Width, row < run.rows);
+                x[i][j] = {};
+                if (c < K && (Mails || row < run.rows))
+                    x[i][j] = *(const Raw*)((Mails ? staged : from) + min(row, run.rows - 1) * K + c);
             }
         }
-    };
-    auto normalize_batch = [&](int slice) {
-#pragma unroll
-        for (int i = 0; i < Batch; i++) {
-            int column = own + (slice + i / 2) * Slice + i % 2 * 4 * Width;
-            if (slice + i / 2 >= slices || column >= K)
-                continue;
-            Pack w = HoldsNorm && slice + i / 2 == 0 ? widen(first_w[i % 2]) : load(norm_w + column);
-            Pack b = HoldsNorm && slice + i / 2 == 0 ? widen(first_b[i % 2]) : load(norm_b + column);
-#pragma unroll
-            for (int j = 0; j < 2 * Tiles; j++) {
-                float2 s = statistics[j * 8 + lane / 4];
-                if (j * 8 < run.rows)
-                    x[i][j] = raw(normalize(widen(x[i][j]), s.x, s.y) * w + b);
-            }
+    }
+
+    __device__ void prepare() {
+        if constexpr (Mails) {
+            if (op.norm_w)
+                stage_normalized();
+            else
+                stage();
         }
-    };
-    for (int half = 0; half < 2 && norm_w && HoldsNorm; half++) {
-        fetch(first_w[half], norm_w, own + half * 4 * Width);
-        fetch(first_b[half], norm_b, own + half * 4 * Width);
+        if (pieces == Pieces)
+            fetch(0);
     }
-    fetch_batch(0); // comes while the statistics are made
-    if (norm_w) {
-        row_statistics(run, K, statistics);
-        normalize_batch(0);
-    }
-    auto multiply_tile = [&](bool is_first, float* partial) {
-        float sums[2][Tiles][4] = {}; // two, so that fewer products wait for the one before
-        for (int slice = 0; slice < slices; slice += Batch / 2) {
-            if (slices > Batch / 2 && !(is_first && slice == 0)) {
-                fetch_batch(slice);
-                if (norm_w)
-                    normalize_batch(slice);
-            }
+
+    __device__ void multiply(bool is_first, float* partial) {
+        float sums[2][(Eights + 1) / 2][4] = {}; // two, so that fewer products wait for the one before
+        for (int first = 0; first < pieces; first += Pieces) {
+            if (pieces > Pieces)
+                fetch(first);
+            Raw w[Pieces];
+            weights.take(w);
 #pragma unroll
-            for (int i = 0; i < Batch; i += 2) {
-                if (slice + i / 2 >= slices)
+            for (int i = 0; i < Pieces; i++) {
+                if constexpr (Mails) {
+                    Raw a = x[i][0];
+                    mma(sums[0][0], {a.x, a.y, a.z, a.w}, w[i].x, w[i].y); // of which the upper eight rows count
+                    mma(sums[1][0], {a.x, a.y, a.z, a.w}, w[i].z, w[i].w); // of which the lower eight count
                     continue;
-                Raw w[2];
-                weights.take(w);
-                for (int half = 0; half < 2; half++) {
-                    for (int j = 0; j < Tiles; j++) {
-                        Raw low = x[i + half][2 * j], high = x[i + half][2 * j + 1];
-                        mma(sums[0][j], {low.x, high.x, low.y, high.y}, w[half].x, w[half].y);
-                        mma(sums[1][j], {low.z, high.z, low.w, high.w}, w[half].z, w[half].w);
-                    }
+                }
+#pragma unroll
+                for (int j = 0; j + 1 < Eights; j += 2) {
+                    Raw low = x[i][j], high = x[i][j + 1];
+                    mma(sums[0][j / 2], {low.x, high.x, low.y, high.y}, w[i].x, w[i].y);
+                    mma(sums[1][j / 2], {low.z, high.z, low.w, high.w}, w[i].z, w[i].w);
                 }
             }
         }
-        for (int j = 0; j < 2 * Tiles; j++) {
-            float *even = &sums[0][j / 2][j % 2 * 2], *odd = &sums[1][j / 2][j % 2 * 2];
+#pragma unroll
+        for (int j = 0; j < Eights; j++) {
+            float *even = &sums[0][j / 2][j % 2 * 2], *odd = &sums[1][j / 2][Mails ? 2 : j % 2 * 2];
             *(float2*)&partial[(warp * Rows + j * 8 + lane / 4) * Channels + lane % 4 * 2] =
                 make_float2(even[0] + odd[0], even[1] + odd[1]);
         }
-    };
-#endif
-    for (int first = blockIdx.x; first * Channels < N; first += Group * gridDim.x) {
-        // This thread's results, and what it adds to them: a bias, what was there, or noise.
-        float addends[Results] = {};
-        int64_t places[Results];
-#pragma unroll
-        for (int j = 0; j < Results; j++) {
-            int i = threadIdx.x + j * DecodeThreads, row = i % (Rows * Channels) / Channels;
-            int column = (first + i / (Rows * Channels) * gridDim.x) * Channels + i % Channels;
-            places[j] = -1;
-            if (i >= MostRows * Channels || row >= run.rows || column >= N)
-                continue;
-            places[j] = ((int64_t)row * op.T + (op.T > 1 ? run.position + n : 0)) * N + column;
-            addends[j] = op.b ? (float)op.b[column] : draws ? gumbel(column, seed_of(run, row, n)) : 0;
-            if (kind == ResidualNext)
-                addends[j] += (float)((floatX*)op.y)[places[j]];
-        }
-        for (int tile = first, i = 0; i < Group && tile * Channels < N; i++, tile += gridDim.x)
-            multiply_tile(tile == blockIdx.x, scratch + i * Rows * Channels * DecodeWarps);
-        __syncthreads();
-#pragma unroll
-        for (int j = 0; j < Results; j++) {
-            int i = threadIdx.x + j * DecodeThreads, tile = i / (Rows * Channels);
-            int row = i % (Rows * Channels) / Channels;
-            bool inside = places[j] >= 0;
-            if (!__any_sync(~0u, inside))
-                continue;
-            float y = 0;
-            for (int part = 0; part < DecodeWarps && inside; part++)
-                y += scratch[(tile * DecodeWarps + part) * Rows * Channels + i % (Rows * Channels)];
-            y = (draws ? y / run.temperature : y) + addends[j];
-            tile = first + tile * gridDim.x;
-            if (kind == LogitsNext) {
-                y = y == y ? y : INFINITY; // which no maximum ignores
-                float max = max_lanes<4, 2, 1>(inside ? y : -INFINITY);
-                if (inside)
-                    ((float*)op.y)[places[j]] = y;
-                if (inside && i % Channels == 0)
-                    run.maxima[row * ((N + Channels - 1) / Channels) + tile] = max;
-                continue;
-            }
-            floatX rounded = kind == GeluNext ? gelu_of(y) : y;
-            if (inside)
-                ((floatX*)op.y)[places[j]] = rounded;
-            if (kind == ResidualNext) {
-                float kept = inside ? (float)rounded : 0, total = sum_lanes<4, 2, 1>(kept);
-                float squares = sum_lanes<4, 2, 1>(kept * kept);
-                if (inside && i % Channels == 0)
-                    run.sums[row * (N / Channels) + tile] = make_float2(total, squares);
-            }
-        }
-        __syncthreads();
     }
+#endif
+
+    __device__ void compute() {
+        int own_first = op.first_tile();
+        if (own_first * Channels >= N)
+            return;
+        Quad y = results(own_first);
+        prepare();
+        for (int first = own_first;;) {
+            for (int tile = first, i = 0; i < Group && tile * Channels < N; i++, tile += gridDim.x)
+                multiply(tile == own_first, scratch + i * DecodeWarps * Rows * Channels);
+            sync_workers();
+            if (__any_sync(~0u, y.inside))
+                finish(y);
+            sync_workers();
+            first += Group * gridDim.x;
+            if (first * Channels >= N)
+                break;
+            y = results(first);
+        }
+    }
+};
+
+template <bool Mails>
+__device__ void multiply_rows(const Operation& op, const Decode& run, int n, Mail in, Mail stream, Mail out,
+    Weights& weights, float* scratch, floatX* staged) {
+    Product<Mails> product = {op, run, n, (int)threadIdx.x / Warp, (int)threadIdx.x % Warp, op.N, op.K,
+        (op.K + Slice - 1) / Slice * Pieces, in, stream, out, weights, scratch, staged,
+        op.norm_w ? run.normed : op.x};
+    product.compute();
 }
 
 // Eight channels of a head, or fewer; whole heads of a multiple of eight are loaded at once.
@@ -2166,83 +2377,185 @@ __device__ Raw load_channels(const floatX* from, int count) {
     return x;
 }
 
-// y (rows, C) = attention of the query at the position, for x (rows, T, 3C). A block takes a head of a row; as many
-// lanes as a key needs take it, eight channels each, and keep sums of their own until the end.
-template <bool Whole>
-__device__ void attend(const Operation& op, const Decode& run, int position, float* scratch) {
-    constexpr int Batch = 8; // keys of a lane that are loaded together
+// What attention to some keys gives for one channel: Σ p·v and Σ p, with p = 2^(score − max).
+struct Attended {
+    float sum, total, max;
+
+    __device__ Attended operator+(Attended other) const {
+        float top = fmaxf(max, other.max), a = exp2_approximate(max - top), b = exp2_approximate(other.max - top);
+        return {sum * a + other.sum * b, total * a + other.total * b, top};
+    }
+};
+
+// Attention of the query at the position, of a head of a row, to a part of the keys. As many lanes as a key needs take
+// it, eight channels each, and keep sums of their own until the end. Thread c returns what channel c gets.
+template <bool Whole, bool Mails>
+__device__ Attended attend_to_part(
+    const Operation& op, const Decode& run, int row, int head, int part, int position, Mail in, float* scratch) {
+    constexpr int Batch = 4; // keys of a lane that are loaded together
     int C = op.K, HS = C / op.heads, lanes = 1, warp = threadIdx.x / Warp, lane = threadIdx.x % Warp;
-    while (lanes * Width < HS)
+    int shift = 0; // of lanes
+    for (; lanes * Width < HS; shift++)
         lanes *= 2;
-    int channel = lane % lanes * Width, own = HS - channel, groups = DecodeThreads / lanes;
+    int channel = (lane & lanes - 1) * Width, own = HS - channel;
+    int groups = DecodeThreads >> shift, group = threadIdx.x >> shift;
+    int first_key = part * PartKeys, end = min(first_key + PartKeys, position + 1);
+    const floatX* shared_head = op.x + head * HS + channel;
+    floatX* this_head = (floatX*)shared_head + (int64_t)row * op.T * 3 * C;
     float *maxima = scratch, *totals = maxima + DecodeWarps, *sums = totals + DecodeWarps;
-    for (int item = blockIdx.x; item < run.rows * op.heads; item += gridDim.x) {
-        int row = item / op.heads;
-        const floatX* first = op.x + item % op.heads * HS + channel;
-        const floatX* head = first + (int64_t)row * op.T * 3 * C;
-        Pack q = widen(load_channels<Whole>(head + (int64_t)position * 3 * C, own)), total = {};
-        float scale = rsqrtf(HS) * Log2E, max = Lowest, all = 0;
-        for (int begin = 0; begin <= position; begin += Batch * groups) {
-            Raw k[Batch] = {}, v[Batch] = {};
+    uint4 now[6] = {}; // two words each of the query, and of its key and value
+    Pack q = {}, total = {};
+    float scale = rsqrtf(HS) * Log2E, max = Lowest, all = 0;
+    for (int begin = first_key; begin < end; begin += Batch * groups) {
+        Raw k[Batch] = {}, v[Batch] = {};
 #pragma unroll
-            for (int i = 0; i < Batch && begin + i * groups <= position; i++) {
-                int key = min(begin + i * groups + (int)threadIdx.x / lanes, position);
-                const floatX* at = (key < run.shared ? first : head) + (int64_t)key * 3 * C + C;
+        for (int i = 0; i < Batch; i++) {
+            int key = begin + i * groups + group;
+            const floatX* at = (key < run.shared ? shared_head : this_head) + (int64_t)key * 3 * C + C;
+            if (key < end && !(Mails && key == position)) {
                 k[i] = load_channels<Whole>(at, own);
                 v[i] = load_channels<Whole>(at + C, own);
             }
-            float scores[Batch] = {}, new_max = max;
-#pragma unroll
-            for (int i = 0; i < Batch && begin + i * groups <= position; i++) {
-                float score = sum(q * widen(k[i])) * scale;
-                for (int distance = lanes / 2; distance > 0; distance /= 2)
-                    score += __shfl_xor_sync(~0u, score, distance);
-                scores[i] = begin + i * groups + (int)threadIdx.x / lanes <= position ? score : 2 * Lowest;
-                new_max = fmaxf(new_max, scores[i]);
-            }
-            float keep = exp2_approximate(max - new_max);
-            all *= keep;
-            total = map(total, [=](float x) { return x * keep; });
-#pragma unroll
-            for (int i = 0; i < Batch && begin + i * groups <= position; i++) {
-                float p = exp2_approximate(scores[i] - new_max);
-                all += p;
-                total = total + map(widen(v[i]), [=](float x) { return x * p; });
-            }
-            max = new_max;
         }
-        // Now the sums of all groups of lanes, and then those of all warps, each brought to the same maximum.
-        float top = max;
-        for (int distance = lanes; distance < Warp; distance *= 2)
-            top = fmaxf(top, __shfl_xor_sync(~0u, top, distance));
-        float keep = exp2_approximate(max - top);
+        if (begin == first_key) { // while the keys come
+            if constexpr (Mails) {
+                const uint4* words = in.words + (row * 3 * C + head * HS + channel) / 4;
+                in.receive(now, own > 0 ? 6 : 0, [&](int i) { return words + i / 2 * (C / 4) + i % 2; });
+                q = widen(make_uint4(now[0].x, now[0].y, now[1].x, now[1].y));
+            } else {
+                q = widen(load_channels<Whole>(this_head + (int64_t)position * 3 * C, own));
+            }
+        }
+        float scores[Batch], new_max = max;
+#pragma unroll
+        for (int i = 0; i < Batch; i++) {
+            int key = begin + i * groups + group;
+            if constexpr (Mails) {
+                if (key == position && own > 0) {
+                    uint4* cache = (uint4*)(this_head + (int64_t)key * 3 * C + C);
+                    *cache = k[i] = make_uint4(now[2].x, now[2].y, now[3].x, now[3].y);
+                    cache[C / Width] = v[i] = make_uint4(now[4].x, now[4].y, now[5].x, now[5].y);
+                }
+            }
+            float score = sum(q * widen(k[i])) * scale;
+            for (int distance = lanes / 2; distance > 0; distance /= 2)
+                score += __shfl_xor_sync(~0u, score, distance);
+            scores[i] = key < end ? score : 2 * Lowest;
+            new_max = fmaxf(new_max, scores[i]);
+        }
+        float keep = exp2_approximate(max - new_max);
         all *= keep;
         total = map(total, [=](float x) { return x * keep; });
-        for (int distance = lanes; distance < Warp; distance *= 2) {
-            all += __shfl_xor_sync(~0u, all, distance);
-            total = total + map(total, [=](float x) { return __shfl_xor_sync(~0u, x, distance); });
+#pragma unroll
+        for (int i = 0; i < Batch; i++) {
+            float p = exp2_approximate(scores[i] - new_max);
+            all += p;
+            total = total + map(widen(v[i]), [=](float x) { return x * p; });
         }
-        if (lane < lanes)
-            store(sums + warp * LargestHead + channel, total);
-        if (lane == 0) {
-            maxima[warp] = top;
-            totals[warp] = all;
-        }
-        __syncthreads();
-        for (int i = 0; i < DecodeWarps; i++)
-            top = fmaxf(top, maxima[i]);
-        for (int c = threadIdx.x; c < HS; c += DecodeThreads) {
-            float y = 0, divisor = 0;
-            for (int i = 0; i < DecodeWarps; i++) {
-                float factor = exp2_approximate(maxima[i] - top);
-                y += sums[i * LargestHead + c] * factor;
-                divisor += totals[i] * factor;
+        max = new_max;
+    }
+    // Now the sums of all groups of lanes, and then those of all warps, each brought to the same maximum.
+    float top = max;
+    for (int distance = lanes; distance < Warp; distance *= 2)
+        top = fmaxf(top, __shfl_xor_sync(~0u, top, distance));
+    float keep = exp2_approximate(max - top);
+    all *= keep;
+    total = map(total, [=](float x) { return x * keep; });
+    for (int distance = lanes; distance < Warp; distance *= 2) {
+        all += __shfl_xor_sync(~0u, all, distance);
+        total = total + map(total, [=](float x) { return __shfl_xor_sync(~0u, x, distance); });
+    }
+    if (lane < lanes)
+        store(sums + warp * LargestHead + channel, total);
+    if (lane == 0) {
+        maxima[warp] = top;
+        totals[warp] = all;
+    }
+    sync_workers();
+    Attended y = {0, 0, Lowest};
+    for (int i = 0; i < DecodeWarps; i++)
+        y.max = fmaxf(y.max, maxima[i]);
+    for (int i = 0; i < DecodeWarps && threadIdx.x < HS; i++) {
+        float factor = exp2_approximate(maxima[i] - y.max);
+        y.sum += sums[i * LargestHead + threadIdx.x] * factor;
+        y.total += totals[i] * factor;
+    }
+    sync_workers();
+    return y;
+}
+
+// y (rows, C) = attention of the query at the position, for x (rows, T, 3C).
+template <bool Whole, bool Mails>
+__device__ void attend(const Operation& op, const Decode& run, int position, Mail in, Mail out, float* scratch) {
+    int C = op.K, HS = C / op.heads, heads = run.rows * op.heads, last = position / PartKeys, c = threadIdx.x;
+    if constexpr (Mails) {
+        // A block takes a part of a head; the one with the first part, which comes last, gets all others' results.
+        uint4* parts = box_of(run, ChooseNext, 0).words + c; // (parts, rows, heads, HS)
+        int items = (last + 1) * heads, own_items = (items + gridDim.x - 1 - blockIdx.x) / gridDim.x;
+        for (int item = blockIdx.x + (own_items - 1) * gridDim.x; item >= 0; item -= gridDim.x) {
+            int part = item / heads, row = item % heads / op.heads, head = item % op.heads;
+            Attended y = attend_to_part<Whole, Mails>(op, run, row, head, part, position, in, scratch);
+            if (part > 0) {
+                if (c < HS)
+                    store_word(parts + item * HS, make_uint4(__float_as_uint(y.sum), __float_as_uint(y.total),
+                        __float_as_uint(y.max), out.time));
+                continue;
             }
-            ((floatX*)op.y)[(int64_t)row * C + item % op.heads * HS + c] = y / divisor;
+            for (int other = 1; other <= last && c < HS; other += 8) {
+                uint4 words[8] = {};
+                out.receive(words, last + 1 - other, [&](int i) { return parts + ((other + i) * heads + item) * HS; });
+#pragma unroll
+                for (int i = 0; i < 8; i++) {
+                    if (other + i <= last)
+                        y = y + Attended{__uint_as_float(words[i].x), __uint_as_float(words[i].y),
+                            __uint_as_float(words[i].z)};
+                }
+            }
+            float own = y.sum / y.total;
+            uint32_t two = pair(own, __shfl_down_sync(~0u, own, 1)), next_two = __shfl_down_sync(~0u, two, 2);
+            if (c < HS && c % 4 == 0)
+                out.send(row * C + head * HS + c, {two, next_two});
         }
-        __syncthreads();
+    } else {
+        for (int item = blockIdx.x; item < heads; item += gridDim.x) {
+            int row = item / op.heads, head = item % op.heads;
+            Attended y = attend_to_part<Whole, Mails>(op, run, row, head, 0, position, in, scratch);
+            for (int part = 1; part <= last; part++)
+                y = y + attend_to_part<Whole, Mails>(op, run, row, head, part, position, in, scratch);
+            if (c < HS)
+                ((floatX*)op.y)[(int64_t)row * C + head * HS + c] = y.sum / y.total;
+        }
     }
 }
+
+__device__ uint64_t largest(uint64_t x, uint64_t y) { return x > y ? x : y; }
+
+// The largest x in the block, and the sum of all.
+template <typename F>
+__device__ uint64_t combine_block(uint64_t x, F combine) {
+    __shared__ uint64_t parts[DecodeWarps];
+    for (int distance = Warp / 2; distance > 0; distance /= 2)
+        x = combine(x, __shfl_xor_sync(~0u, x, distance));
+    sync_workers();
+    if (threadIdx.x % Warp == 0)
+        parts[threadIdx.x / Warp] = x;
+    sync_workers();
+    x = parts[0];
+    for (int i = 1; i < DecodeWarps; i++)
+        x = combine(x, parts[i]);
+    return x;
+}
+__device__ uint64_t largest_of_block(uint64_t x) { return combine_block(x, largest); }
+__device__ uint64_t sum_of_block(uint64_t x) {
+    return combine_block(x, [](uint64_t a, uint64_t b) { return a + b; });
+}
+
+// A float as an unsigned number that compares as it does, and back.
+__device__ uint32_t ordered(float x) {
+    uint32_t bits = __float_as_uint(x);
+    return bits >> 31 ? ~bits : bits | 1u << 31;
+}
+__device__ float number(uint32_t order) { return __uint_as_float(order >> 31 ? order & ~(1u << 31) : ~order); }
 
 // The largest threshold in [low, high] that lets weight of at least target through; so does low.
 template <typename Weight>
@@ -2257,88 +2570,123 @@ __device__ uint32_t threshold(uint32_t low, uint32_t high, uint64_t target, Weig
     return low;
 }
 
+// f of the largest of every eight logits, and of its number.
+template <typename F>
+__device__ void for_each_maximum(const float* maxima, int tiles, F f) {
+    constexpr int Batch = 25; // loaded together; 256 threads have so many for 50257 logits
+    for (int first = threadIdx.x; first < tiles; first += Batch * DecodeThreads) {
+        float some[Batch];
+#pragma unroll
+        for (int i = 0; i < Batch; i++)
+            some[i] = first + i * DecodeThreads < tiles ? maxima[first + i * DecodeThreads] : -INFINITY;
+#pragma unroll
+        for (int i = 0; i < Batch; i++) {
+            if (first + i * DecodeThreads < tiles)
+                f(some[i], first + i * DecodeThreads);
+        }
+    }
+}
+
+// The tokens of a row that may be chosen, in shared memory, with their logits and with their probabilities as integers,
+// whose sums do not depend on order. If there are too many, the logits stand for all.
+struct Candidates {
+    uint64_t* weights;
+    float* values;
+    int *tokens, *likely; // likely has the tiles that candidates are in
+    int count;
+    bool listed;
+
+    __device__ Candidates(void* scratch) : weights((uint64_t*)scratch), values((float*)(weights + MostCandidates)),
+        tokens((int*)(values + MostCandidates)), likely(tokens + MostCandidates) {}
+
+    // Lists those of V logits that are at least low, ordered; maxima has the largest of every eight.
+    template <typename Weight>
+    __device__ void list(const float* logits, const float* maxima, int V, uint32_t low, Weight weight_of) {
+        __shared__ int hits, found;
+        if (threadIdx.x == 0)
+            hits = found = 0;
+        sync_workers();
+        for_each_maximum(maxima, (V + Channels - 1) / Channels, [&](float max, int tile) {
+            int at = ordered(max) >= low ? atomicAdd(&hits, 1) : MostCandidates;
+            if (at < MostCandidates)
+                likely[at] = tile;
+        });
+        sync_workers();
+        for (int i = threadIdx.x; i < min(hits, MostCandidates) * Channels; i += DecodeThreads) {
+            int token = likely[i / Channels] * Channels + i % Channels;
+            float logit = token < V ? logits[token] : -INFINITY;
+            int at = ordered(logit) >= low ? atomicAdd(&found, 1) : MostCandidates;
+            if (at < MostCandidates) {
+                values[at] = logit;
+                tokens[at] = token;
+                weights[at] = weight_of(logit);
+            }
+        }
+        sync_workers();
+        listed = hits <= MostCandidates && found <= MostCandidates;
+        count = listed ? found : V;
+    }
+};
+
 // The next token of a row from its logits (V), of which maxima has the largest of every eight; V if they are not
 // finite. Top-k and top-p are thresholds: a token as likely as the last one let through is let through, too.
-// Probabilities are summed as integers, whose order does not matter.
 __device__ int choose(
     const Decode& run, const float* logits, const float* maxima, int V, uint32_t seed, void* scratch) {
-    constexpr int Batch = 8; // loaded together
-    __shared__ int found;
-    __shared__ uint64_t sums[2][DecodeWarps];
-    uint64_t* weights = (uint64_t*)scratch;
-    float* values = (float*)(weights + MostCandidates);
-    int *tokens = (int*)(values + MostCandidates), tiles = (V + Channels - 1) / Channels;
+    int tiles = (V + Channels - 1) / Channels;
     auto entry = [](float x, int i) { return (uint64_t)ordered(x) << 32 | (uint32_t)~i; }; // of equals the first wins
     uint64_t own = 0;
-    for (int first = threadIdx.x; first < tiles; first += Batch * DecodeThreads) {
-        float largest_ones[Batch];
-#pragma unroll
-        for (int i = 0; i < Batch; i++)
-            largest_ones[i] = first + i * DecodeThreads < tiles ? maxima[first + i * DecodeThreads] : -INFINITY;
-#pragma unroll
-        for (int i = 0; i < Batch; i++)
-            own = largest(own, entry(largest_ones[i], first + i * DecodeThreads));
-    }
+    for_each_maximum(maxima, tiles, [&](float max, int tile) { own = largest(own, entry(max, tile)); });
     uint64_t best = largest_of_block(own);
     float max = number(best >> 32);
     if (!isfinite(max))
         return V;
     if (!run.selects) {
-        int token = (int)~(uint32_t)best * Channels;
-        while (logits[token] != max)
-            token++;
-        return token;
+        int first = (int)~(uint32_t)best * Channels, token = first + threadIdx.x % Warp % Channels;
+        return first + __ffs(__ballot_sync(~0u, token < V && logits[token] == max)) - 1;
     }
-    // Candidates: tokens above (1 − topP)/V of the likeliest one's probability, and above the k-th of parts' largest.
+    // Candidates are above (1 − topP)/V of the likeliest token's probability, and above the k-th of the threads'
+    // largest, of which the upper half of the bits will do.
     uint32_t high = best >> 32, low = ordered(max + run.temperature * logf((1 - run.top_p) / V));
+    auto count_above = [&](uint32_t least) {
+        uint32_t count;
+        count_workers(count, own >> 48 >= least);
+        return (uint64_t)count;
+    };
     if (run.top_k > 0 && run.top_k <= min(tiles, DecodeThreads))
-        low = ::max(low, threshold(0, high, run.top_k,
-            [&](uint32_t least) { return (uint64_t)__syncthreads_count(own >> 32 >= least); }));
+        low = ::max(low, threshold(low >> 16, high >> 16, run.top_k, count_above) << 16);
     auto weight_of = [&](float logit) { return (uint64_t)(exp2f((logit - max) / run.temperature * Log2E) * 0x1p40f); };
-    if (threadIdx.x == 0)
-        found = 0;
-    __syncthreads();
-    for (int i = threadIdx.x; i < tiles; i += DecodeThreads) {
-        if (ordered(maxima[i]) < low)
-            continue;
-        float eight[Channels];
-#pragma unroll
-        for (int j = 0; j < Channels; j++)
-            eight[j] = i * Channels + j < V ? logits[i * Channels + j] : -INFINITY;
-        for (int j = 0; j < Channels; j++) {
-            int at = ordered(eight[j]) >= low ? atomicAdd(&found, 1) : MostCandidates;
-            if (at < MostCandidates) {
-                values[at] = eight[j];
-                tokens[at] = i * Channels + j;
-                weights[at] = weight_of(eight[j]);
+    auto lottery = [&](float logit, int token) { return entry(logit / run.temperature + gumbel(token, seed), token); };
+    Candidates all(scratch);
+    all.list(logits, maxima, V, low, weight_of);
+    if (all.listed && all.count <= DecodeThreads) { // each thread counts and adds up those above its own
+        bool kept = threadIdx.x < all.count;
+        float x = kept ? all.values[threadIdx.x] : INFINITY;
+        uint64_t weight_above = 0;
+        int above = 0;
+        if (__any_sync(~0u, kept)) {
+#pragma unroll 4
+            for (int i = 0; i < all.count; i++) {
+                above += all.values[i] > x;
+                weight_above += all.values[i] > x ? all.weights[i] : 0;
             }
         }
+        kept = kept && (run.top_k == 0 || above < run.top_k);
+        if (run.top_p < 1) {
+            uint64_t target = run.top_p * (double)sum_of_block(kept ? all.weights[threadIdx.x] : 0);
+            kept = kept && (above == 0 || weight_above < target);
+        }
+        return ~(uint32_t)largest_of_block(kept ? lottery(x, all.tokens[threadIdx.x]) : 0);
     }
-    __syncthreads();
-    bool listed = found <= MostCandidates;
-    int count = listed ? found : V;
-    const float* candidates = listed ? values : logits;
-    // The weight of all tokens at or above a threshold: 1 each, or their probabilities. If there are few, each warp
-    // adds them up for itself, which needs no barrier.
-    int threads = count <= 8 * Warp ? Warp : DecodeThreads, turn = 0;
+    // The weight of all tokens at or above a threshold: 1 each, or their probabilities.
+    const float* values = all.listed ? all.values : logits;
     auto sum_above = [&](uint32_t least, bool by_probability) {
         uint64_t own = 0;
 #pragma unroll 8
-        for (int i = threadIdx.x % threads; i < count; i += threads) {
-            float x = candidates[i];
-            own += ordered(x) < least ? 0 : !by_probability ? 1 : listed ? weights[i] : weight_of(x);
+        for (int i = threadIdx.x; i < all.count; i += DecodeThreads) {
+            float x = values[i];
+            own += ordered(x) < least ? 0 : !by_probability ? 1 : all.listed ? all.weights[i] : weight_of(x);
         }
-        constexpr uint32_t half = (1 << 26) - 1; // so that no sum overflows
-        own = __reduce_add_sync(~0u, (uint32_t)own & half) +
-            ((uint64_t)__reduce_add_sync(~0u, (uint32_t)(own >> 26)) << 26);
-        if (threads == Warp)
-            return own;
-        sums[turn ^= 1][threadIdx.x / Warp] = own;
-        __syncthreads();
-        own = 0;
-        for (int i = 0; i < DecodeWarps; i++)
-            own += sums[turn][i];
-        return own;
+        return sum_of_block(own);
     };
     if (run.top_k > 0)
         low = threshold(low, high, min(run.top_k, V), [&](uint32_t least) { return sum_above(least, false); });
@@ -2346,41 +2694,52 @@ __device__ int choose(
         low = threshold(low, high, (uint64_t)(run.top_p * (double)sum_above(low, true)),
             [&](uint32_t least) { return sum_above(least, true); });
     own = 0;
-    for (int i = threadIdx.x; i < count; i += DecodeThreads) {
-        int token = listed ? tokens[i] : i;
-        if (ordered(candidates[i]) >= low)
-            own = largest(own, entry(candidates[i] / run.temperature + gumbel(token, seed), token));
+    for (int i = threadIdx.x; i < all.count; i += DecodeThreads) {
+        if (ordered(values[i]) >= low)
+            own = largest(own, lottery(values[i], all.listed ? all.tokens[i] : i));
     }
     return ~(uint32_t)largest_of_block(own);
 }
 
-// x (rows, C) = wte + wpe at a row's token, and its sums.
-__device__ void embed_row(const Operation& op, const Decode& run, int row, int token, int position) {
+// x (rows, C) = wte + wpe at a row's token, and the sums.
+template <bool Mails>
+__device__ void embed_row(const Operation& op, const Decode& run, Mail out, int row, int token, int position) {
     for (int c = threadIdx.x * Width; c < op.N; c += DecodeThreads * Width) {
-        floatX* to = (floatX*)op.y + row * op.N + c;
-        store(to, load(op.x + (int64_t)token * op.N + c) + load(op.b + (int64_t)position * op.N + c));
-        Pack kept = load(to);
-        run.sums[(row * op.N + c) / Width] = make_float2(sum(kept), sum(kept * kept));
+        Pack kept = widen(raw(load(op.x + (int64_t)token * op.N + c) + load(op.b + (int64_t)position * op.N + c)));
+        float total = sum(kept), squares = sum(kept * kept);
+        if constexpr (Mails) {
+            uint4 x = narrow(kept);
+            out.send(row * op.N + c, {x.x, x.y}, total);
+            out.send(row * op.N + c + 4, {x.z, x.w}, squares);
+        } else {
+            store((floatX*)op.y + row * op.N + c, kept);
+            run.sums[(row * op.N + c) / Width] = make_float2(total, squares);
+        }
     }
 }
 
 // Runs the program count times.
-template <int Tiles>
+template <bool Mails>
 __device__ void run_program(const Decode& run) {
-    float* scratch = (float*)(shared + RingBytes / sizeof(uint4));
-    Operation* program = (Operation*)(shared + (RingBytes + ScratchBytes) / sizeof(uint4));
-    for (int i = threadIdx.x; i < run.length * sizeof(Operation) / 8; i += DecodeThreads)
+    uint4* scratch = shared + run.slots * Weights::SlotBytes / 16;
+    Operation* program = (Operation*)(scratch + ScratchBytes / 16);
+    for (int i = threadIdx.x; i < run.length * sizeof(Operation) / 8; i += blockDim.x)
         ((uint64_t*)program)[i] = ((const uint64_t*)run.program)[i];
+    floatX* staged = (floatX*)(scratch + (ScratchBytes + run.length * sizeof(Operation) + 15) / 16);
+    Weights weights(run.slots);
     __syncthreads();
-    Weights weights(program, run.length);
-    uint32_t time = 0;
+    if (threadIdx.x >= DecodeThreads)
+        return weights.copy(program, run.length, run.count);
+    Mail stream = {}, last = {};
+    uint32_t time = run.time, meetings = 0;
     for (int n = 0; n < run.count; n++) {
         for (int i = 0; i < run.length; i++) {
             const Operation& op = program[i];
             int position = run.position + n, *tokens = run.tokens + n * run.rows;
+            Mail in = op.norm_w ? stream : last, out = box_of(run, op.kind, ++time);
             if (op.kind == EmbedNext) {
                 for (int row = blockIdx.x; row < run.rows; row += gridDim.x)
-                    embed_row(op, run, row, tokens[row], position);
+                    embed_row<Mails>(op, run, out, row, tokens[row], position);
             } else if (op.kind == ChooseNext) {
                 int tiles = (op.K + Channels - 1) / Channels;
                 for (int row = blockIdx.x; row < run.rows; row += gridDim.x) {
@@ -2388,23 +2747,31 @@ __device__ void run_program(const Decode& run) {
                         seed_of(run, row, n), scratch);
                     if (threadIdx.x == 0)
                         tokens[run.rows + row] = token;
-                    __syncthreads();
+                    sync_workers();
                 }
                 continue; // the block that has chosen a token embeds it
             } else if (op.kind == AttentionNext) {
-                if (op.K / op.heads % Width == 0)
-                    attend<true>(op, run, position, scratch);
+                if (Mails || op.K / op.heads % Width == 0)
+                    attend<true, Mails>(op, run, position, in, out, (float*)scratch);
                 else
-                    attend<false>(op, run, position, scratch);
+                    attend<false, Mails>(op, run, position, in, out, (float*)scratch);
             } else {
-                multiply_rows<Tiles>(op, run, n, weights, scratch);
+                if (!Mails && op.norm_w) {
+                    normalize_rows(op, run, (float2*)scratch);
+                    meet(run.arrivals, ++meetings);
+                }
+                multiply_rows<Mails>(op, run, n, in, stream, out, weights, (float*)scratch, staged);
             }
-            wait_for_all(run.arrivals, ++time);
+            if (!Mails || op.kind == LogitsNext)
+                meet(run.arrivals, ++meetings, !Mails || blockIdx.x < run.rows);
+            last = out;
+            stream = op.kind == EmbedNext || op.kind == ResidualNext ? out : stream;
         }
     }
-    cp_async_wait();
 }
 
-// For up to 16 sequences, and up to 64.
-KERNEL __launch_bounds__(DecodeThreads, 1) decode(Decode run) { run_program<1>(run); }
-KERNEL __launch_bounds__(DecodeThreads, 1) decode_many(Decode run) { run_program<MostRows / 16>(run); }
+#ifndef FP32
+// For up to 8 sequences, if channels of heads are a multiple of 8.
+KERNEL __launch_bounds__(DecodeThreads + Warp, 1) decode(Decode run) { run_program<true>(run); }
+#endif
+KERNEL __launch_bounds__(DecodeThreads + Warp, 1) decode_many(Decode run) { run_program<false>(run); }

@@ -434,7 +434,7 @@ public sealed class Model {
                 for (var b = 0; b < (made == 0 ? 1 : B) && position > 0; b++)
                     Forward(CollectionsMarshal.AsSpan(texts[b])[^length..^1], g.Prompt(b, position));
             }
-            var together = made == 0 ? 1 : 16; // tokens that the device makes before any is read
+            var together = made == 0 ? 1 : Device.DecodeSteps;
             var next = new int[Math.Min(Math.Min(together, count - made), Config.MaxT - position) * B];
             Device.Decode(program, choice with { Drawn = made }, position, shared, [.. texts.Select(text => text[^1])],
                 next);
