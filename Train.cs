@@ -817,10 +817,19 @@ static class Terminal {
         Environment.GetEnvironmentVariable("TERM") != "dumb" &&
         string.IsNullOrEmpty(Environment.GetEnvironmentVariable("NO_COLOR"));
 
+    /// <summary>Columns of standard output; very many if it is no terminal.</summary>
+    public static int Width =>
+        Console.IsOutputRedirected || Console.WindowWidth <= 0 ? int.MaxValue : Console.WindowWidth;
+
+    /// <summary>Breaks a text that begins in a column into lines, all of which begin there, of less than a width.
+    /// </summary>
+    public static string Wrap(string text, int column, int width) =>
+        string.Join("\n" + new string(' ', column), Regex.Matches(text,
+            $@"\S.{{0,{Math.Clamp(width - column - 2, 1, 1000)}}}(?!\S)|\S+").Select(line => line.Value.TrimEnd()));
+
     /// <summary>A line of fields between bars, without the last ones if the terminal is too narrow.</summary>
     public static string Over(string line) {
-        var width = Console.IsOutputRedirected || Console.WindowWidth <= 0 ? int.MaxValue : Console.WindowWidth;
-        while (line.Length >= width && line.LastIndexOf(" | ") is > 0 and var bar)
+        while (line.Length >= Width && line.LastIndexOf(" | ") is > 0 and var bar)
             line = line[..bar];
         return IsLive ? $"\r\e[K{line}" : line;
     }

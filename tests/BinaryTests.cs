@@ -323,15 +323,18 @@ public partial class BinaryTests {
     [Arguments("train", "-i,--train-data -j,--val-data -e,--init -o,--out -b,--batch -t,--seq -d,--total-batch " +
         "-x,--max-steps -l,--lr -u,--warmup -q,--final-lr-frac -c,--weight-decay -k,--schedule -v,--val-every " +
         "-m,--val-batches -s,--sample-every -g,--gen-tokens -n,--checkpoint-every --keep -y,--resume -r,--recompute " +
-        "-a,--overfit --no-shuffle --skip-outliers --optimizer --device --precision --seed --verbose")]
+        "-a,--overfit --no-shuffle --skip-outliers --optimizer --gpus -z,--zero --timeout --device --precision --seed " +
+        "--verbose")]
     [Arguments("sample", "-e,--init -p,--prompt --prompt-ids -n,--tokens --temperature --top-k --top-p --num --seed " +
+        "--stop-at-context --quiet --device --precision --verbose")]
+    [Arguments("eval", "-e,--init -j,--val-data -m,--val-batches -b,--batch -t,--seq --hellaswag --gpus --timeout " +
         "--device --precision --verbose")]
-    [Arguments("eval", "-e,--init -j,--val-data -m,--val-batches -b,--batch -t,--seq --hellaswag --device " +
-        "--precision --verbose")]
     [Arguments("tokenize", "-o,--out --val-tokens --shard-tokens --field --lossy --verbose")]
     [Arguments("verify", "-e,--init --state --device --precision --verbose")]
     [Arguments("bench", "-e,--init -b,--batch -t,--seq -d,--total-batch -x,--steps -r,--recompute --device " +
-        "--precision --optimizer --portable --verbose")]
+        "--precision --optimizer --portable --decode --verbose")]
+    [Arguments("export", "-e,--init -o,--out --type --verbose")]
+    [Arguments("completion", "--verbose")]
     public async Task Help_names_every_option(string command, string options) {
         using var folder = new TemporaryFolder();
         var overview = await Gpt2Process.Succeed(folder.Path, "--help");
@@ -339,15 +342,65 @@ public partial class BinaryTests {
         var help = await Gpt2Process.Succeed(folder.Path, $"{command} --help");
         foreach (var option in options.Split(' ')) {
             // An option has a line of its own, which begins with its names and goes on to say something.
-            var line = new Regex($@"^ +{option.Replace(",", ", ")}(, --\w+)?( <\S+>)? .*[a-z.]");
+            var line = new Regex($@"^ +{option.Replace(",", ", ")}( (N|X|IDS|TEXT|NAME))?  +\S.*[a-z.]");
             await Assert.That(help.Lines.Count(line.IsMatch)).IsEqualTo(1).Because($"{command} {option}");
         }
+        // And there are no others.
+        await Assert.That(help.Lines.Count(line => Regex.IsMatch(line, "^ +-"))).IsEqualTo(options.Split(' ').Length);
         await Assert.That(help.Error).IsEmpty();
-        // The program reads them there: the range of a number, and the values of an enumeration.
-        foreach (var line in help.Lines.Where(line => Regex.IsMatch(line, @" <(int|float)\??> ")))
-            await Assert.That(line).Matches(@"\((0 or 1|(above )?\d+ (or more|to \d+|and up to \d+)|above 0)\)");
-        foreach (var line in help.Lines.Where(line => Regex.IsMatch(line, " <[A-Z]")))
-            await Assert.That(line).Matches(@"( |: )\w+(, \w+)* or \w+\. ");
+        await Assert.That(help.Lines).Contains(line => line.StartsWith($"Usage: gpt2 {command} "));
+        await Assert.That(help.Lines).Contains(line => Regex.IsMatch(line, $"^Example: .*gpt2 {command} "));
+        // A number's range is there, and an enumeration's values; nothing of C#.
+        var entries = Regex.Split(help.Output, "\n(?=\n|  +-)").Select(entry => Regex.Replace(entry, @"\s+", " "));
+        foreach (var entry in entries.Where(entry => Regex.IsMatch(entry, "^ (-., )?--\\S+ [NX] ")))
+            await Assert.That(entry).Matches(@"\((0 or 1|(above )?\d+ (or more|to \d+|and up to \d+)|above 0)\)");
+        foreach (var name in (string[])["schedule", "optimizer", "type", "device", "precision"]) {
+            foreach (var entry in entries.Where(entry => entry.Contains($"--{name} NAME")))
+                await Assert.That(entry).Matches(@"( |: )\w+(, \w+)* or \w+\.");
+        }
+        foreach (var output in (string[])[overview.Output, help.Output]) {
+            await Assert.That(output.Split('\n')).All(line => line.Length <= 80);
+            await Assert.That(output).DoesNotMatch(@"<(int|uint|float|string|[A-Z])|Default:|@""");
+        }
+    }
+
+    [Test]
+    public async Task Help_names_groups_of_options() {
+        var help = await Gpt2Process.Succeed(".", "train --help");
+        await Assert.That(string.Join(' ', help.Lines.Where(line => Regex.IsMatch(line, "^[A-Z]+$"))))
+            .IsEqualTo("DATA MODEL OPTIMIZATION SCHEDULE OUTPUT HARDWARE OTHER");
+    }
+
+    [Test]
+    public async Task Help_fits_a_narrow_terminal() {
+        foreach (var command in (string[])["--help", "train --help", "tokenize --help"]) {
+            var help = await Gpt2Process.RunIn("exec script -qec \"stty cols 40; $*\" /dev/null", ".", command);
+            var lines = help.Output.Split("\r\n").Where(line => !line.StartsWith("Example: ")).ToArray();
+            await Assert.That(lines.Length).IsGreaterThan(10);
+            await Assert.That(lines).All(line => line.Length <= 40);
+        }
+    }
+
+    [Test]
+    [Arguments("tr", "train")]
+    [Arguments("train --sc", "--schedule")]
+    [Arguments("train -k l", "linear")]
+    [Arguments("sample --device c", "cuda cpu")]
+    [Arguments("train -i a_", "")]
+    [Arguments("completion z", "zsh")]
+    public async Task A_shell_completes_commands_options_and_values(string words, string offered) {
+        const string bash = "COMP_LINE=\"gpt2 ${*:2}\" \"$1\" completion gpt2 -b";
+        var result = await Gpt2Process.RunIn(bash, ".", words);
+        await Assert.That(string.Join(' ', result.Lines)).IsEqualTo(offered).Because(result.ToString());
+    }
+
+    [Test]
+    public async Task Every_shell_gets_a_script() {
+        foreach (var shell in (string[])["bash", "zsh", "fish"])
+            await Assert.That((await Gpt2Process.Succeed(".", $"completion {shell}")).Output)
+                .Contains($"{Gpt2Process.Binary} completion").And.Contains("gpt2").And.EndsWith("\n");
+        var bash = await Gpt2Process.RunIn("bash -c \"$(\"$1\" completion bash)\"' && complete -p gpt2'", ".", "");
+        await Assert.That(bash.Output).IsEqualTo($"complete -o default -C '{Gpt2Process.Binary} completion' gpt2\n");
     }
 
     [Test]
