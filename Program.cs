@@ -137,63 +137,24 @@ internal sealed class Commands(GlobalOptions global) {
                 prompt = prompt.EndsWith('\n') ? prompt[..^1] : prompt;
             }
             using var device = Open();
-            var batch = Math.Min(num, IDevice.MostSequences);
-            var model = new Model(config, device, batch, 1, Purpose.Generate,
+            var model = new Model(config, device, Math.Min(num, IDevice.MostSequences), 1, Purpose.Generate,
                 type: device is Cpu && file.Header[1] == 5 ? DataType.Bf16 : null);
             model.Load(file);
-            var since = Process.GetCurrentProcess().StartTime;
-            while (true) {
+            var choice = new Choice(temperature, topK, topP, seed);
+            var sampler = new Sampler(model, tokenizer, choice, num, tokens, stopAtContext, Console.Out);
+            do {
                 if (types)
                     Console.Error.Write("> ");
-                var text = types ? Console.In.ReadLine() : prompt?.TrimStart('\0') ?? "";
-                if (text == null) {
-                    Console.Error.WriteLine();
-                    return 0;
-                }
-                since = types ? DateTime.Now : since;
-                Write(text, promptIds ?? [Tokenizer.EndOfTextId, .. tokenizer!.Encode(text)]);
-                if (!types)
-                    return 0;
-            }
-
-            void Write(string text, int[] ids) {
-                var room = config.MaxT + 1 - ids.Length;
-                if (tokens > room)
-                    Console.Error.WriteLine($"context {config.MaxT} tokens, fewer than {ids.Length} and {tokens} " +
-                        "more: " + (stopAtContext ? "the text ends there" : "then it goes on from the newest half"));
-                var (steps, made) = (Enumerable.Empty<int[]>().GetEnumerator(), new List<int[]>());
-                var (first, more) = (TimeSpan.Zero, 0L);
-                for (var i = 0; i < num; i++) {
-                    if (i % batch == 0) {
-                        var choice = new Choice(temperature, topK, topP, seed, i);
-                        var count = stopAtContext ? Math.Min(tokens, Math.Max(room, 0)) : tokens;
-                        steps = model.Generate(ids, choice, count, Math.Min(batch, num - i)).GetEnumerator();
-                        made = [];
-                    }
-                    var sample = Sample(i % batch);
-                    Console.Out.Write((i > 0 ? "---\n" : "") + (tokenizer != null ? text : string.Join(' ', ids)));
-                    foreach (var part in tokenizer?.Decode(sample.TakeWhile(Tokenizer.IsText)) ??
-                        sample.Select(id => $" {id}"))
-                        Console.Out.Write(part);
-                    Console.Out.WriteLine();
-                }
-                var rest = DateTime.Now - since - first;
+                if ((types ? Console.In.ReadLine() : prompt?.TrimStart('\0') ?? "") is not { } text)
+                    break;
+                var speed = sampler.Write(text, promptIds ?? [Tokenizer.EndOfTextId, .. tokenizer!.Encode(text)],
+                    types ? DateTime.Now : Process.GetCurrentProcess().StartTime);
                 if (!quiet)
-                    Console.Error.WriteLine($"speed   {first.TotalSeconds:f2} s to the first token" +
-                        (more == 0 ? "" : $"; then {more / rest.TotalSeconds:f0} tokens/s"));
-
-                // One sample's tokens; whoever needs more than were made makes all samples' next ones.
-                IEnumerable<int> Sample(int j) {
-                    for (var n = 0; n < made.Count || steps.MoveNext(); n++) {
-                        if (n == made.Count) {
-                            made.Add(steps.Current);
-                            (first, more) = first == default ? (DateTime.Now - since, 0)
-                                : (first, more + steps.Current.Length);
-                        }
-                        yield return made[n][j];
-                    }
-                }
-            }
+                    Console.Error.WriteLine(speed);
+            } while (types);
+            if (types)
+                Console.Error.WriteLine();
+            return 0;
         });
 
     /// <summary>Measures a model's loss and perplexity on token shards, and its accuracy on multiple choices.
