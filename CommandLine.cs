@@ -51,9 +51,9 @@ internal sealed partial class Help(Func<string[], string> textOf) {
     private static partial Regex OptionLine();
 
     /// <summary>The commands, what they do, and an example of each.</summary>
-    public (string Name, string About, string Example)[] Commands => [.. textOf([]).Split("Commands:")[1].Split('\n')
-        .Select(line => Regex.Match(line, "^  (\\w+)  +(.*) Example: (.*)")).Where(match => match.Success)
-        .Select(match => (match.Groups[1].Value, match.Groups[2].Value, match.Groups[3].Value))];
+    public (string Name, string About, string Example)[] Commands => [.. textOf([]).Split('\n')
+        .Select(line => line.Split(" Example: ")).Where(parts => parts.Length == 2).Select(parts => (parts[0].Split(' ',
+            StringSplitOptions.RemoveEmptyEntries)[0], parts[0].Trim().Split("  ", 2)[1].Trim(), parts[1]))];
 
     /// <summary>A command's options in their order.</summary>
     public Option[] OptionsOf(string command) => [.. OptionLine().Matches(textOf([command])).Select(match => {

@@ -75,10 +75,12 @@ internal sealed class Commands(GlobalOptions global) {
     /// <param name="resume">-y, Go on from the last checkpoint in the output folder.</param>
     /// <param name="checkpointEvery">-n, Updates between checkpoints (0 or more); 0 for one at the end.</param>
     /// <param name="keep">Newest checkpoints to keep (1 or more).</param>
+    /// <param name="keepBest">Keep the model with the best validation besides.</param>
     /// <param name="valEvery">-v, Updates between validations (0 or more); 0 for one at the end.</param>
     /// <param name="valBatches">-m, Batches in a validation (0 or more); 0 for 128 sequences.</param>
     /// <param name="sampleEvery">-s, Updates between samples of text (0 or more); 0 for one at the end.</param>
     /// <param name="genTokens">-g, Tokens in a sample (0 or more).</param>
+    /// <param name="logEvery">Updates between step lines (1 or more); on a terminal at most ten a second.</param>
     /// <param name="gpus">HARDWARE: GPUs of this machine (1 or more). [all; those of mpirun, srun or torchrun]</param>
     /// <param name="recompute">-r, Less memory, more work (0 to 2): 1 recomputes GELU, 2 layer norms too.</param>
     /// <param name="zero">-z, Which ZeRO stage (0 or 1) divides the optimizer's state among GPUs: 0 for none.</param>
@@ -88,8 +90,8 @@ internal sealed class Commands(GlobalOptions global) {
         OptimizerKind optimizer = OptimizerKind.Muon, float weightDecay = 0.1f, float skipOutliers = 0, uint seed = 42,
         int? maxSteps = null, float? lr = null, Schedule schedule = Schedule.Cosine, int warmup = 20,
         float finalLrFrac = 0.1f, string @out = "log", bool resume = false, int checkpointEvery = 200, int keep = 2,
-        int valEvery = 50, int valBatches = 0, int sampleEvery = 0, int genTokens = 64, int? gpus = null,
-        int recompute = 0, int zero = 1, int timeout = 600) =>
+        bool keepBest = false, int valEvery = 50, int valBatches = 0, int sampleEvery = 0, int genTokens = 64,
+        int logEvery = 1, int? gpus = null, int recompute = 0, int zero = 1, int timeout = 600) =>
         OnEachGpu(gpus, timeout, (device, ranks) => {
             using var logs = LoggerFactory.Create(logging => logging.AddZLoggerConsole(options =>
                 options.LogToStandardErrorThreshold = LogLevel.Trace));
@@ -100,7 +102,7 @@ internal sealed class Commands(GlobalOptions global) {
             var options = new TrainOptions(Shards(trainData, "train"), Shards(valData, "val"), init, @out, B, T,
                 totalBatch, maxSteps.Value, lr.Value, warmup, finalLrFrac, weightDecay, schedule, valEvery, valBatches,
                 sampleEvery, genTokens, checkpointEvery, keep, resume, recompute, overfit, !noShuffle, seed,
-                skipOutliers, zero, global.Precision, optimizer);
+                skipOutliers, zero, global.Precision, optimizer, keepBest, logEvery);
             using var trainer = new Trainer(options, device, ranks.Rank == 0 ? Console.Out : TextWriter.Null,
                 ranks.Rank == 0 ? logs.CreateLogger("gpt2") : NullLogger.Instance, ranks);
             trainer.Run();
@@ -271,6 +273,17 @@ internal sealed class Commands(GlobalOptions global) {
             Console.WriteLine($"{name,-12}{largest,12:0.00e+00}{relative,12:0.00e+00}  {(ok ? "ok" : "DIFFERS")}");
         }
         return good ? 0 : 1;
+    });
+
+    /// <summary>Draws the losses of one run or more over one another, as an SVG.
+    /// Example: gpt2 plot log -o log.svg</summary>
+    /// <param name="out">-o, PICTURE: The file to write.</param>
+    /// <param name="runs">Runs' folders; a run of llm.c's will do.</param>
+    public int Plot(string @out = "plot.svg", [Argument] params string[] runs) => Guard(global.Verbose, () => {
+        Require(runs.Length > 0, "FILE", "one run or more", "none");
+        var picture = Picture.Draw([.. runs.Select(run => new RunLog(run))]);
+        Files.Write(@out, to => to.Write(Encoding.UTF8.GetBytes(picture)));
+        return 0;
     });
 
     /// <summary>Prints a script that lets a shell complete commands and options.

@@ -462,6 +462,12 @@ public partial class BadInputTests {
         new("a word after --", $"{Train} -- more", 2, "gpt2 train --help '--'"),
         new("a text after --", "tokenize -o new -- text.txt", 2, "gpt2 tokenize --help '--'", WriteText),
         new("an empty name of a text", "tokenize -o new ''", 2, "gpt2 tokenize --help ''"),
+        new("plot of nothing", "plot", 2, "FILE one run or more"),
+        new("plot of a folder that is none", "plot none", 1, "none/main.log expected"),
+        new("plot of a log that is not ours", "plot logs", 1, "logs/main.log llm.c found none", folder => {
+            Directory.CreateDirectory(folder["logs"]);
+            File.WriteAllText(folder["logs/main.log"], "step 1: loss 3\n\0\n");
+        }),
         new("completion for no shell", "completion", 2, "SHELL bash, zsh or fish ''"),
         new("completion for another shell", "completion tcsh", 2, "SHELL bash, zsh or fish 'tcsh'"),
         new("bench --decode with more", "bench --decode -e model.bin -b 3", 2, "--decode --init alone"),
@@ -568,6 +574,7 @@ public partial class BadInputTests {
     [Test]
     [Arguments("main.log")]
     [Arguments("loss.svg")]
+    [Arguments("metrics.jsonl")]
     [Arguments("model_00000001.bin")]
     [Arguments("state_00000001_00000.bin")]
     [Arguments("DONE_00000001")]

@@ -26,8 +26,8 @@ public partial class BinaryTests {
         }
         await Assert.That(result.Lines).Count(line => line.StartsWith("val loss ")).IsEqualTo(2);
         var validation = result.Lines.Last(line => line.StartsWith("val loss "));
-        await Assert.That(validation).Matches(@"^val loss \d+\.\d{6}$");
-        await Near(validation["val loss ".Length..], expected[^1]["val ".Length..], 1e-4);
+        await Assert.That(validation).Matches(@"^val loss \d+\.\d{6} \| better by \d\.\d{4}$");
+        await Near(validation.Split(' ')[2], expected[^1]["val ".Length..], 1e-4);
 
         var log = File.ReadAllLines(Path.Combine(folder["out"], "main.log"));
         await Assert.That(log).Count().IsEqualTo(12);
@@ -37,7 +37,7 @@ public partial class BinaryTests {
             await Near(log[i + 1].Split(':', ' ')[3], expected[i].Split(' ')[1], 1e-4);
             await Near(log[i + 1].Split(':', ' ')[5], expected[i].Split(' ')[3], 1e-4);
         }
-        await Assert.That(log[11]).IsEqualTo($"s:10 tel:{double.Parse(validation["val loss ".Length..]):F4}");
+        await Assert.That(log[11]).IsEqualTo($"s:10 tel:{double.Parse(validation.Split(' ')[2]):F4}");
 
         static async Task Near(string found, string expected, double tolerance) {
             var (a, b) = (double.Parse(found), double.Parse(expected));
@@ -72,7 +72,7 @@ public partial class BinaryTests {
         using var folder = Folders.Goldens();
         var result = await Gpt2Process.RunIn(Terminal, folder.Path, TenSteps);
         await Assert.That(result.ExitCode).IsEqualTo(0).Because(result.ToString());
-        await Assert.That(result.Output).Matches(@"50\.0% \| loss \d\.\d+ \| \d+ tok/s \| \S+ left");
+        await Assert.That(result.Output).Matches(@"10\.0% \| loss \d\.\d+ \| \d+ tok/s \| \S+ left");
         // Once each live line has been wiped, none is left over.
         foreach (var line in result.Output.Split("\r\n"))
             await Assert.That(line.Split("\e[K")[^1]).DoesNotContain("left");
@@ -95,7 +95,7 @@ public partial class BinaryTests {
     public async Task Evaluation_equals_the_validation_of_training() {
         using var folder = Folders.Goldens();
         var trained = await Gpt2Process.Succeed(folder.Path, TenSteps);
-        var loss = trained.Lines.Last(line => line.StartsWith("val loss "))["val loss ".Length..];
+        var loss = trained.Lines.Last(line => line.StartsWith("val loss ")).Split(' ')[2];
         const string eval = "eval -e out/model_00000010.bin -j val.bin -b 2 -t 21";
         var part = await Gpt2Process.Succeed(folder.Path, $"{eval} -m 5");
         await Assert.That(part.Output).StartsWith($"loss {loss} | perplexity ").And.EndsWith(" | 210 tokens\n");
@@ -322,9 +322,9 @@ public partial class BinaryTests {
     [Test]
     [Arguments("train", "-i,--train-data -j,--val-data -e,--init -o,--out -b,--batch -t,--seq -d,--total-batch " +
         "-x,--max-steps -l,--lr -u,--warmup -q,--final-lr-frac -c,--weight-decay -k,--schedule -v,--val-every " +
-        "-m,--val-batches -s,--sample-every -g,--gen-tokens -n,--checkpoint-every --keep -y,--resume -r,--recompute " +
-        "-a,--overfit --no-shuffle --skip-outliers --optimizer --gpus -z,--zero --timeout --device --precision --seed " +
-        "--verbose")]
+        "-m,--val-batches -s,--sample-every -g,--gen-tokens -n,--checkpoint-every --keep --keep-best --log-every " +
+        "-y,--resume -r,--recompute -a,--overfit --no-shuffle --skip-outliers --optimizer --gpus -z,--zero --timeout " +
+        "--device --precision --seed --verbose")]
     [Arguments("sample", "-e,--init -p,--prompt --prompt-ids -n,--tokens --temperature --top-k --top-p --num --seed " +
         "--stop-at-context --quiet --device --precision --verbose")]
     [Arguments("eval", "-e,--init -j,--val-data -m,--val-batches -b,--batch -t,--seq --hellaswag --gpus --timeout " +
@@ -334,6 +334,7 @@ public partial class BinaryTests {
     [Arguments("bench", "-e,--init -b,--batch -t,--seq -d,--total-batch -x,--steps -r,--recompute --device " +
         "--precision --optimizer --portable --decode --verbose")]
     [Arguments("export", "-e,--init -o,--out --type --verbose")]
+    [Arguments("plot", "-o,--out --verbose")]
     [Arguments("completion", "--verbose")]
     public async Task Help_names_every_option(string command, string options) {
         using var folder = new TemporaryFolder();
@@ -427,18 +428,76 @@ public partial class BinaryTests {
         var size = ((string)root.Attribute("viewBox")!).Split(' ').Select(double.Parse).ToArray();
         var curves = root.Elements(svg + "polyline").Select(line => ((string)line.Attribute("points")!).Split(' ')
             .Select(point => point.Split(',').Select(double.Parse).ToArray()).ToArray()).ToArray();
-        await Assert.That(string.Join(' ', curves.Select(curve => curve.Length))).IsEqualTo("10 3");
+        // The training losses, their means, which for so few are the same, the validation losses, rates and norms.
+        await Assert.That(string.Join(' ', curves.Select(curve => curve.Length))).IsEqualTo("10 10 3 10 10");
         await Assert.That(curves.SelectMany(curve => curve)).All(point =>
             point[0] > 0 && point[0] < size[2] && point[1] > 0 && point[1] < size[3]);
         // Time goes to the right, and these losses go down from first to last.
-        foreach (var curve in curves) {
+        foreach (var (i, curve) in curves.Index()) {
             await Assert.That(curve.Zip(curve.Skip(1))).All(pair => pair.First[0] < pair.Second[0]);
-            await Assert.That(curve[^1][1]).IsGreaterThan(curve[0][1]);
+            if (i < 3)
+                await Assert.That(curve[^1][1]).IsGreaterThan(curve[0][1]);
         }
         var texts = root.Elements(svg + "text").Select(text => text.Value).ToArray();
-        foreach (var label in (string[])["step", "loss", "training", "validation"])
+        foreach (var label in (string[])["out", "tokens", "loss", "training", "validation", "learning rate", "norm",
+            "init model.bin, total-batch 126, max-steps 10, lr 0.01, "])
             await Assert.That(texts).Contains(text => text.StartsWith(label));
-        await Assert.That(texts).Contains("0").And.Contains("10");
+        await Assert.That(texts).Contains("200").And.Contains("1k");
+    }
+
+    [Test]
+    public async Task Several_runs_are_drawn_over_one_another() {
+        using var folder = Folders.Goldens();
+        await Gpt2Process.Succeed(folder.Path, $"{TenSteps} -v 5");
+        await Gpt2Process.Succeed(folder.Path, $"{TenSteps.Replace("-o out", "-o <b>")} -v 5 -l 1e-3");
+        // A run of llm.c, of which there is a log alone.
+        Directory.CreateDirectory(folder["c"]);
+        File.Copy(folder["out/main.log"], folder["c/main.log"]);
+        await Gpt2Process.Succeed(folder.Path, "plot out <b> c/");
+        var root = XDocument.Load(folder["plot.svg"]).Root!;
+        XNamespace svg = "http://www.w3.org/2000/svg";
+        var texts = root.Elements(svg + "text").Select(text => text.Value).ToArray();
+        foreach (var label in (string[])["3 runs", "out", "<b>", "c"])
+            await Assert.That(texts).Contains(label);
+        await Assert.That(root.Elements(svg + "polyline").Count()).IsEqualTo(3 * 3 + 2 * 3);
+        await Gpt2Process.Succeed(folder.Path, "plot c -o c.svg");
+        await Assert.That(File.ReadAllText(folder["c.svg"])).Contains(">updates<").And.DoesNotContain("NaN");
+    }
+
+    [Test]
+    public async Task The_end_says_what_came_of_the_run_and_what_to_type_next() {
+        using var folder = Folders.Goldens();
+        var first = await Gpt2Process.Succeed(folder.Path, TenSteps);
+        await Assert.That(first.Error).Matches(@"\ntime    about \S+, until \d\d:\d\d\n");
+        await Assert.That(first.Error).Matches(@"\ndone    10 steps in \S+, \d+ tokens/s: out/model_00000010.bin\n" +
+            @"best    validation loss \d\.\d{4} at step 10\nnext    \S+ sample -e out --prompt-ids 1,2,3\n$");
+        await Gpt2Process.Succeed(folder.Path, "sample -e out --prompt-ids 1,2,3 -n 2");
+        var second = await Gpt2Process.Succeed(folder.Path, $"{TenSteps} -y -x 20 --log-every 4");
+        await Assert.That(string.Join(' ', second.Lines.Where(line => line.StartsWith("step"))
+            .Select(line => line[5..9].Trim()))).IsEqualTo("11 12 16 20");
+    }
+
+    [Test]
+    public async Task Other_programs_can_read_the_metrics() {
+        using var folder = Folders.Goldens();
+        await Gpt2Process.Succeed(folder.Path, $"{TenSteps} -v 5");
+        var lines = File.ReadAllLines(folder["out/metrics.jsonl"])
+            .Select(line => System.Text.Json.JsonDocument.Parse(line).RootElement).ToArray();
+        await Assert.That(string.Join(' ', lines.Select(line => line.GetProperty("step").GetInt32())))
+            .IsEqualTo("0 1 2 3 4 5 5 6 7 8 9 10 10");
+        var log = File.ReadAllLines(folder["out/main.log"]);
+        foreach (var (line, metrics) in log.Zip(lines)) {
+            var loss = metrics.GetProperty(line.Contains("tel") ? "val" : "loss").GetDouble();
+            await Assert.That(line).Contains($":{loss:F4}");
+            await Assert.That(metrics.GetProperty("seconds").GetDouble()).IsGreaterThanOrEqualTo(0);
+            if (line.Contains("tel"))
+                continue;
+            await Assert.That(line).Contains($"norm:{metrics.GetProperty("norm").GetDouble():F2}");
+            await Assert.That(metrics.GetProperty("tokens").GetInt64())
+                .IsEqualTo(126 * metrics.GetProperty("step").GetInt32());
+            foreach (var name in (string[])["lr", "tokens_per_second", "memory"])
+                await Assert.That(metrics.GetProperty(name).GetDouble()).IsGreaterThan(0);
+        }
     }
 
     [Test]

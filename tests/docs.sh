@@ -64,7 +64,7 @@ case \$1 in
 esac
 exec $root/gpt2 "\${words[@]}" --device cpu
 END
-sed -i '/^exec/i [[ $1 =~ ^(tokenize|export|help|completion)$ ]] \&\& exec '"$root"'/gpt2 "${words[@]}"' "$work/clone/gpt2"
+sed -i '/^exec/i [[ $1 =~ ^(tokenize|export|help|completion|plot|info)$ ]] \&\& exec '"$root"'/gpt2 "${words[@]}"' "$work/clone/gpt2"
 chmod +x "$work/clone/gpt2"
 ln -s "$work/clone/gpt2" "$work/bin/gpt2"
 
@@ -99,7 +99,7 @@ done
 
 # Each command's example, in a folder of its own.
 mkdir -p "$work/examples/data" && cp "$work/clone/my.txt" tests/golden/{model,state}.bin "$work/examples"
-for command in tokenize train sample eval export bench verify completion; do
+for command in tokenize train plot sample eval export bench verify completion; do
     line=$(./gpt2 help $command | sed -n 's/^Example: //p')
     check "gpt2 help $command: $line" timeout 120 bash -c "cd '$work/examples' && $line" </dev/null
 done
