@@ -116,9 +116,12 @@ public sealed partial class RunLog {
         return by == null ? "" : by < 0 ? $" | better by {-by:F4}" : $" | worse by {by:F4} than at step {best?.Step}";
     }
 
-    /// <summary>The run's settings, one a line; none for a run of llm.c.</summary>
-    public string[] Settings => Path.Combine(folder, "settings.txt") is var path && File.Exists(path)
-        ? File.ReadAllLines(path) : [];
+    /// <summary>The settings that matter most, as in "lr 0.001"; none for a run of llm.c.</summary>
+    public IEnumerable<string> Summary => Path.Combine(folder, "settings.txt") is var path && !File.Exists(path) ? []
+        : File.ReadLines(path).Where(line => SummaryLine().IsMatch(line)).Select(line => line[2..]);
+
+    [GeneratedRegex("^--(init|optimizer|lr|schedule|total-batch|max-steps|seed) ")]
+    private static partial Regex SummaryLine();
 }
 
 /// <summary>Lines that fit into the terminal, and overwrite the live line before them.</summary>

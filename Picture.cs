@@ -25,7 +25,7 @@ public static class Picture {
 
     /// <summary>Draws runs over one another. Tokens are updates times the settings' --total-batch.</summary>
     public static string Draw(RunLog[] runs) {
-        int[] batches = [.. runs.Select(run => run.Settings.FirstOrDefault(line => line.StartsWith("--total-batch ")) is
+        int[] batches = [.. runs.Select(run => run.Summary.FirstOrDefault(line => line.StartsWith("total-batch ")) is
             { } line && int.TryParse(line.Split(' ')[1], out var batch) ? Math.Max(1, batch) : 1)];
         var unit = batches.Contains(1) ? "updates" : "tokens";
         var (from, to) = (batches.Min(), runs.Zip(batches, (run, batch) => (double)batch *
@@ -33,8 +33,7 @@ public static class Picture {
         var scale = new Axis(from, Math.Max(to, 2.0 * from));
 
         var title = runs.Length == 1 ? runs[0].Name : $"{runs.Length} runs";
-        var settings = runs.Length > 1 ? "" : string.Join(", ", runs[0].Settings.Select(line => line.TrimStart('-'))
-            .Where(line => Regex.IsMatch(line, "^(init|optimizer|lr|schedule|total-batch|max-steps|seed) ")));
+        var settings = runs.Length > 1 ? "solid: validation; dashed: training" : string.Join(", ", runs[0].Summary);
         var legend = runs.Length == 1 ? ["training", "validation"] : runs.Select(run => run.Name).ToArray();
         return $"""
             <svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 800 660" font-family="Arial" font-size="12">
@@ -65,7 +64,8 @@ public static class Picture {
         IEnumerable<Curve> Losses() => runs.SelectMany((run, i) => (Curve[])[
             new($"c{i % Colors} raw", scale.Extremes(Points(i, run.Train))),
             new($"c{i % Colors}{(runs.Length > 1 ? " dashed" : "")}", scale.Means(Points(i, run.Train), 150)),
-            new($"c{(runs.Length > 1 ? i : 1) % Colors}", Points(i, run.Validation, before: 0))]);
+            new($"c{(runs.Length > 1 ? i : 1) % Colors}",
+                Points(i, [.. run.Validation.Where(point => point.Step > 0)], before: 0))]);
     }
 
     /// <summary>A logarithmic axis.</summary>
@@ -108,7 +108,9 @@ public static class Picture {
         string name, int top, int left, int width, int height, Axis scale, IEnumerable<Curve> all) {
         var curves = all.Select(curve => (curve.Class, Points: curve.Points.ToArray()))
             .Where(curve => curve.Points.Length > 0).ToArray();
-        var values = curves.SelectMany(curve => curve.Points).Select(point => point.Y).DefaultIfEmpty(0).ToArray();
+        // All but losses are shown from 0 on.
+        double[] values = [.. curves.SelectMany(curve => curve.Points).Select(point => point.Y),
+            .. name != "loss" || curves.Length == 0 ? [0.0] : (double[])[]];
         var least = Math.Max((values.Max() - values.Min()) / 4, Math.Max(1e-6, values.Max() / 20));
         var unit = Math.Pow(10, Math.Floor(Math.Log10(least)));
         var tick = ((double[])[1, 2, 5, 10]).Select(x => x * unit).First(x => x >= 0.999 * least);

@@ -207,7 +207,7 @@ internal sealed class Commands(GlobalOptions global) {
     public int Export(string init, string @out, StoredType? type = null) => Guard(global.Verbose, () => {
         var (file, config) = Checkpoints.Open(init);
         using var _ = file;
-        var own = file is Safetensors model ? model.Type : file.Header[1] == 5 ? StoredType.Bf16 : StoredType.Fp32;
+        var own = Safetensors.TypeOf(file);
         var (isFile, isHalf) = (@out.EndsWith(".bin"), (type ?? own) == StoredType.Bf16);
         Require(type != StoredType.Fp16 || !isFile, "--type", "fp32 or bf16 for a .bin", "fp16");
         if (isFile)
@@ -273,6 +273,16 @@ internal sealed class Commands(GlobalOptions global) {
             Console.WriteLine($"{name,-12}{largest,12:0.00e+00}{relative,12:0.00e+00}  {(ok ? "ok" : "DIFFERS")}");
         }
         return good ? 0 : 1;
+    });
+
+    /// <summary>Says what a model, a training state, a token shard, a run or a folder of these is.
+    /// Example: gpt2 info log</summary>
+    /// <param name="paths">Files or folders.</param>
+    public int Info([Argument] params string[] paths) => Guard(global.Verbose, () => {
+        Require(paths.Length > 0, "FILE", "one file or folder, or more", "none");
+        foreach (var (name, text) in paths.SelectMany(path => Gpt2.Info.Of(path).Prepend(("", path))))
+            Console.Out.WriteLine(name == "" ? text : $"{name,-8}{Terminal.Wrap(text, 8, Terminal.Width)}");
+        return 0;
     });
 
     /// <summary>Draws the losses of one run or more over one another, as an SVG.

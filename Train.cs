@@ -409,7 +409,7 @@ public sealed class Optimizer {
 
 /// <summary>The checkpoints in a run's folder: a model and state files each, complete once DONE is there.</summary>
 public sealed class Checkpoints(string folder) {
-    const int Magic = 20240527;
+    public const int Magic = 20240527;
     const int SampleTokens = 40, OptimizerField = 41, Data = 42; // in a state's header; llm.c leaves 0 there
 
     /// <summary>Whether the folder holds anything of a run.</summary>
@@ -511,6 +511,16 @@ public sealed class Checkpoints(string folder) {
         Enumerable.Range(0, parts).Select(rank => StatePath(step, rank)).Prepend(ModelPath(step));
 
     BinaryFile OpenState(int step, int part) => new(StatePath(step, part), "a training state", Magic, 1);
+
+    /// <summary>What a state's header says, in rows.</summary>
+    public static IEnumerable<(string Name, string Text)> Describe(string path) {
+        using var state = new BinaryFile(path, "a training state", Magic, 1);
+        var header = state.Header;
+        yield return ("state", $"of step {header[10]}, part {header[3] + 1} of {header[2]}");
+        yield return ("holds", $"moments of {(OptimizerKind)header[OptimizerField]}" +
+            (header[4] == 1 ? ", master weights" : "") + ", the place in the data");
+        yield return ("data", $"shard {header[30]}, sample {header[32]}, {(header[5] == 1 ? "shuffled" : "in order")}");
+    }
 
     /// <summary>Writes a checkpoint: rank 0 the model, each rank its part of the state, and DONE last; then all but the
     /// newest <paramref name="keep"/> go, and all but the best model up to each of these.</summary>

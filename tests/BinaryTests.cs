@@ -335,6 +335,7 @@ public partial class BinaryTests {
         "--precision --optimizer --portable --decode --verbose")]
     [Arguments("export", "-e,--init -o,--out --type --verbose")]
     [Arguments("plot", "-o,--out --verbose")]
+    [Arguments("info", "--verbose")]
     [Arguments("completion", "--verbose")]
     public async Task Help_names_every_option(string command, string options) {
         using var folder = new TemporaryFolder();
@@ -429,7 +430,7 @@ public partial class BinaryTests {
         var curves = root.Elements(svg + "polyline").Select(line => ((string)line.Attribute("points")!).Split(' ')
             .Select(point => point.Split(',').Select(double.Parse).ToArray()).ToArray()).ToArray();
         // The training losses, their means, which for so few are the same, the validation losses, rates and norms.
-        await Assert.That(string.Join(' ', curves.Select(curve => curve.Length))).IsEqualTo("10 10 3 10 10");
+        await Assert.That(string.Join(' ', curves.Select(curve => curve.Length))).IsEqualTo("10 10 2 10 10");
         await Assert.That(curves.SelectMany(curve => curve)).All(point =>
             point[0] > 0 && point[0] < size[2] && point[1] > 0 && point[1] < size[3]);
         // Time goes to the right, and these losses go down from first to last.
@@ -475,6 +476,31 @@ public partial class BinaryTests {
         var second = await Gpt2Process.Succeed(folder.Path, $"{TenSteps} -y -x 20 --log-every 4");
         await Assert.That(string.Join(' ', second.Lines.Where(line => line.StartsWith("step"))
             .Select(line => line[5..9].Trim()))).IsEqualTo("11 12 16 20");
+    }
+
+    [Test]
+    public async Task Info_says_what_a_file_or_a_folder_is() {
+        using var folder = Folders.Goldens();
+        await Gpt2Process.Succeed(folder.Path, $"{TenSteps} -n 5");
+        await Gpt2Process.Succeed(folder.Path, "export -e model.bin -o hf --type bf16");
+        File.WriteAllText(folder["a.txt"], "Once upon a time,\n\nthere were two");
+        await Gpt2Process.Succeed(folder.Path, "tokenize -o shards/a --val-tokens 4 a.txt");
+        const string sizes = "model   2 layers, 3 heads, 48 channels, vocabulary 211, sequences up to 32\n";
+        foreach (var (path, expected) in ((string, string)[])[
+            ("model.bin", $"{sizes}weights 70464 numbers, fp32\n"), ("hf", $"{sizes}weights 70464 numbers, bf16\n"),
+            ("hf/model.safetensors", $"{sizes}weights 70464 numbers, bf16\n"),
+            ("out/state_00000005_00000.bin", "state   of step 5, part 1 of 1\n" +
+                "holds   moments of AdamW, the place in the data\ndata    shard 0, sample 15, in order\n"),
+            ("shards/a_val_000000.bin", "shards  1 with 4 tokens\ntext    Once upon...\n"),
+            ("shards", "shards  2 with 11 tokens\ntext    time, there were...\n"),
+        ])
+            await Assert.That((await Gpt2Process.Succeed(folder.Path, $"info {path}")).Output)
+                .IsEqualTo($"{path}\n{expected}");
+        var run = await Gpt2Process.Succeed(folder.Path, "info out/ model.bin");
+        await Assert.That(run.Output).Matches(@"^out/\nrun     10 updates in its log; the newest checkpoint is of " +
+            @"step 10\noptions init model.bin, total-batch 126, max-steps 10, lr 0.01, .*\n" +
+            @"loss    \d\.\d+ in training at the end; \d\.\d+ in validation after step 10, the best\n" +
+            @"model   2 layers.*\nweights .*\nmodel.bin\nmodel ");
     }
 
     [Test]

@@ -99,7 +99,7 @@ done
 
 # Each command's example, in a folder of its own.
 mkdir -p "$work/examples/data" && cp "$work/clone/my.txt" tests/golden/{model,state}.bin "$work/examples"
-for command in tokenize train plot sample eval export bench verify completion; do
+for command in tokenize train info plot sample eval export bench verify completion; do
     line=$(./gpt2 help $command | sed -n 's/^Example: //p')
     check "gpt2 help $command: $line" timeout 120 bash -c "cd '$work/examples' && $line" </dev/null
 done
