@@ -71,7 +71,7 @@ internal sealed partial class Help(Func<string[], string> textOf) {
     public string Of(string[] words) {
         var (commands, width, text) = (Commands, Math.Min(80, Terminal.Width), new StringBuilder());
         void Row(string name, string about, int column) => text.AppendLine(width < 60 && name.Length > 4
-            ? $"{name}\n      {Terminal.Wrap(about, 6, width)}"
+            ? $"{name.Replace("      --", "  --")}\n      {Terminal.Wrap(about, 6, width)}"
             : $"{name.PadRight(column)}{Terminal.Wrap(about, column, width)}");
         if (words is not [var command, ..]) {
             text.AppendLine("Usage: gpt2 COMMAND [OPTIONS]\n\nFrom a text to a sample:");

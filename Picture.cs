@@ -62,7 +62,7 @@ public static class Picture {
         IEnumerable<Curve> All(Func<RunLog, List<(int, double)>> values) =>
             runs.Select((run, i) => new Curve($"c{i % Colors}", scale.Means(Points(i, values(run)), 100)));
         IEnumerable<Curve> Losses() => runs.SelectMany((run, i) => (Curve[])[
-            new($"c{i % Colors} raw", scale.Extremes(Points(i, run.Train))),
+            new($"c{i % Colors} raw", scale.Means(Points(i, run.Train), Width)),
             new($"c{i % Colors}{(runs.Length > 1 ? " dashed" : "")}", scale.Means(Points(i, run.Train), 150)),
             new($"c{(runs.Length > 1 ? i : 1) % Colors}",
                 Points(i, [.. run.Validation.Where(point => point.Step > 0)], before: 0))]);
@@ -74,30 +74,20 @@ public static class Picture {
         public double At(double x) => Math.Log(x / From) / Math.Log(To / From);
 
         /// <summary>The means of the points in each of so many parts, which takes noise away.</summary>
-        public IEnumerable<(double X, double Y)> Means(IEnumerable<(double X, double Y)> points, int parts) =>
-            Parts(points, parts).Select(part => (part.Average(point => point.X), part.Average(point => point.Y)));
-
-        /// <summary>The least and the greatest of the points in each pixel.</summary>
-        public IEnumerable<(double X, double Y)> Extremes(IEnumerable<(double X, double Y)> points) =>
-            Parts(points, Width).SelectMany(part => {
-                var (least, greatest) = (part.MinBy(point => point.Y), part.MaxBy(point => point.Y));
-                return part.Where(point => point == least || point == greatest);
-            });
-
-        IEnumerable<(double X, double Y)[]> Parts(IEnumerable<(double X, double Y)> points, int parts) {
+        public IEnumerable<(double X, double Y)> Means(IEnumerable<(double X, double Y)> points, int parts) {
             var axis = this;
-            return points.GroupBy(point => (int)(parts * axis.At(point.X))).Select(part => part.ToArray());
+            return points.GroupBy(point => (int)(parts * axis.At(point.X)))
+                .Select(part => (part.Average(point => point.X), part.Average(point => point.Y)));
         }
 
-        /// <summary>Round values, as many as have room.</summary>
+        /// <summary>Round values, 1, 2 or 5 times a power of ten, as many as have room.</summary>
         public IEnumerable<double> Ticks(double width) {
             var last = double.NegativeInfinity;
-            for (var power = Math.Pow(10, Math.Floor(Math.Log10(From))); power <= To; power *= 10) {
-                foreach (var x in (double[])[power, 2 * power, 5 * power]) {
-                    if (x >= From && x <= To && At(x) * width >= last + 45) {
-                        last = At(x) * width;
-                        yield return x;
-                    }
+            foreach (var x in from power in Enumerable.Range(0, 18) from digit in (int[])[1, 2, 5]
+                select digit * Math.Pow(10, power)) {
+                if (x >= From && x <= To && At(x) * width >= last + 45) {
+                    last = At(x) * width;
+                    yield return x;
                 }
             }
         }

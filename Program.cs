@@ -252,7 +252,7 @@ internal sealed class Commands(GlobalOptions global) {
 
             void Show(TimeSpan time) {
                 var part = total == 0 ? 0 : Math.Min(1, (double)done / total);
-                var left = part == 0 ? "" : $" | {time * (1 / part - 1):d\\.hh\\:mm\\:ss} left";
+                var left = part == 0 ? "" : $" | {Terminal.Time(time * (1 / part - 1))} left";
                 if (!Console.IsErrorRedirected)
                     Console.Error.Write($"\r{new string('#', (int)(24 * part)),-24} {done >> 20} MiB | " +
                         $"{done / 1e6 / Math.Max(1e-3, time.TotalSeconds):F1} MB/s{left}\e[K");

@@ -232,7 +232,8 @@ public sealed class Trainer : IDisposable {
                 : Stopwatch.GetElapsedTime(begin) / (step - firstStep) * (options.MaxSteps - step);
             if (step == firstStep + 2 && step < options.MaxSteps) {
                 output.Write(Terminal.Over(""));
-                Row("time", $"about {Terminal.Time(left)}, until {DateTime.Now + left:HH:mm}");
+                Row("time", $"about {Terminal.Time(left)}" +
+                    (left.TotalDays < 1 ? $", until {DateTime.Now + left:HH:mm}" : ""));
             } else if (live && shows && step < options.MaxSteps && !stopping)
                 output.Write(Terminal.Over($"{(double)step / options.MaxSteps:0.0%} | loss {loss:F3} | " +
                     $"{speed:F0} tok/s | {Terminal.Time(left)} left"));

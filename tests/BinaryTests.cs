@@ -556,6 +556,13 @@ public partial class BinaryTests {
         const string garbage =
             "s:3 trl:\ns: tel:4\n\0\u00ff\n\ns:99999999999 trl:1 lr:1 norm:1\ns:4 trl:x lr:1 norm:1\ns:5 trl:5.1";
         await Assert.That(await ResumedLog("again", garbage)).IsEqualTo(log);
+        // Metrics that are none go, as a line that a kill has cut off does.
+        var metrics = File.ReadAllLines(folder["out/metrics.jsonl"]);
+        Folders.Copy(folder["out"], folder["half"], name => !name.Contains("00000010"));
+        File.WriteAllText(folder["half/metrics.jsonl"], string.Join('\n', metrics[..6]) + "\n\0\n{\"step\":3}\n[]\n" +
+            metrics[6][..30]);
+        await Gpt2Process.Succeed(folder.Path, TenSteps.Replace("-o out", "-o half -y"));
+        await Assert.That(Folders.Contents(folder["half"])).IsEqualTo(Folders.Contents(folder["out"]));
         // Another program's lines about earlier steps are kept.
         await Assert.That(await ResumedLog("more", "s:3 eval:0.2891\n")).Contains("s:3 eval:0.2891\n");
 
