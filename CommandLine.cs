@@ -64,8 +64,11 @@ internal sealed partial class Help(Func<string[], string> textOf) {
     }).Where(option => option.Name is not ("--device" or "--precision") ||
         command is not ("tokenize" or "export" or "info" or "plot" or "completion"))];
 
-    /// <summary>What a command's files are; empty if it takes none.</summary>
-    public string FilesOf(string command) => Regex.Match(textOf([command]), @"\[0\] <.*?> +(.*)").Groups[1].Value;
+    /// <summary>What a command takes besides options, as in "FILE...", and what these are; empty if nothing.</summary>
+    public (string Name, string About) FilesOf(string command) {
+        var groups = Regex.Match(textOf([command]), @"\[0\] <string(\[\])?> +([A-Z]+): (.*)").Groups;
+        return (groups[2].Value + (groups[1].Success ? "..." : ""), groups[3].Value);
+    }
 
     /// <summary>The help that a person asked for: about a command, or about all.</summary>
     public string Of(string[] words) {
@@ -86,9 +89,9 @@ internal sealed partial class Help(Func<string[], string> textOf) {
         var (_, summary, example) = commands.First(each => each.Name == command);
         var (options, files) = (OptionsOf(command), FilesOf(command));
         Row("", summary, 0);
-        text.AppendLine($"\nUsage: gpt2 {command} [OPTIONS]{(files == "" ? "" : " FILE...")}\nExample: {example}");
-        if (files != "")
-            Row("\nFILE  ", files, 6);
+        text.AppendLine($"\nUsage: gpt2 {command} [OPTIONS] {files.Name}".TrimEnd() + $"\nExample: {example}");
+        if (files.Name != "")
+            Row($"\n{files.Name}  ", files.About, files.Name.Length + 2);
         var (heading, longest) = ("", options.Max(option => option.Usage.Length));
         foreach (var option in options) {
             if (option.Group != "" && option.Group != heading)
@@ -131,7 +134,7 @@ internal static class CommandLine {
         var command = args[0];
         var exists = help.Commands.Any(each => each.Name == command);
         Require(exists, "COMMAND", "one that gpt2 --help lists", $"'{command}'");
-        var (options, takesFiles) = (help.OptionsOf(command), help.FilesOf(command) != "");
+        var (options, takesFiles) = (help.OptionsOf(command), help.FilesOf(command).Name != "");
         var (given, files) = (new Dictionary<string, string?>(), new List<string>());
         for (var i = 1; i < args.Length; i++) {
             var word = args[i];

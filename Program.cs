@@ -226,9 +226,9 @@ internal sealed class Commands(GlobalOptions global) {
     /// <param name="shardTokens">Most tokens in a shard for training (1 to 1000000000).</param>
     /// <param name="field">TEXTS: Field of JSON lines, or column of Parquet, that has a document's text.</param>
     /// <param name="lossy">Put U+FFFD in place of bytes that are not UTF-8.</param>
-    /// <param name="files">Texts in UTF-8, in which &lt;|endoftext|&gt; divides documents; .jsonl and .parquet, with a
-    /// document a line or row; .gz and .zst of text and .jsonl; folders, for their .txt, .jsonl and .parquet; - for a
-    /// text on standard input. A document that is null or white space is left out.</param>
+    /// <param name="files">FILE: Texts in UTF-8, in which &lt;|endoftext|&gt; divides documents; .jsonl and .parquet,
+    /// with a document a line or row; .gz and .zst of text and .jsonl; folders, for their .txt, .jsonl and .parquet; -
+    /// for a text on standard input. A document that is null or white space is left out.</param>
     public int Tokenize(string @out, int valTokens = 0, int shardTokens = Tokenizer.ShardTokens, string field = "text",
         bool lossy = false, [Argument] params string[] files) =>
         Guard(global.Verbose, () => {
@@ -277,7 +277,7 @@ internal sealed class Commands(GlobalOptions global) {
 
     /// <summary>Says what a model, a training state, a token shard, a run or a folder of these is.
     /// Example: gpt2 info log</summary>
-    /// <param name="paths">Files or folders.</param>
+    /// <param name="paths">FILE: Files or folders.</param>
     public int Info([Argument] params string[] paths) => Guard(global.Verbose, () => {
         Require(paths.Length > 0, "FILE", "one file or folder, or more", "none");
         foreach (var (name, text) in paths.SelectMany(path => Gpt2.Info.Of(path).Prepend(("", path))))
@@ -288,9 +288,9 @@ internal sealed class Commands(GlobalOptions global) {
     /// <summary>Draws the losses of one run or more over one another, as an SVG.
     /// Example: gpt2 plot log -o log.svg</summary>
     /// <param name="out">-o, PICTURE: The file to write.</param>
-    /// <param name="runs">Runs' folders; a run of llm.c's will do.</param>
+    /// <param name="runs">RUN: Runs' folders; a run of llm.c's will do.</param>
     public int Plot(string @out = "plot.svg", [Argument] params string[] runs) => Guard(global.Verbose, () => {
-        Require(runs.Length > 0, "FILE", "one run or more", "none");
+        Require(runs.Length > 0, "RUN", "one run or more", "none");
         var picture = Picture.Draw([.. runs.Select(run => new RunLog(run))]);
         Files.Write(@out, to => to.Write(Encoding.UTF8.GetBytes(picture)));
         return 0;
@@ -298,7 +298,7 @@ internal sealed class Commands(GlobalOptions global) {
 
     /// <summary>Prints a script that lets a shell complete commands and options.
     /// Example: source &lt;(gpt2 completion bash)</summary>
-    /// <param name="shell">bash, zsh or fish.</param>
+    /// <param name="shell">SHELL: bash, zsh or fish.</param>
     public int Completion([Argument] string shell = "") => Guard(global.Verbose, () => {
         Console.Out.Write(Help.Completion(shell));
         return 0;

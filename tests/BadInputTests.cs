@@ -462,7 +462,7 @@ public partial class BadInputTests {
         new("a word after --", $"{Train} -- more", 2, "gpt2 train --help '--'"),
         new("a text after --", "tokenize -o new -- text.txt", 2, "gpt2 tokenize --help '--'", WriteText),
         new("an empty name of a text", "tokenize -o new ''", 2, "gpt2 tokenize --help ''"),
-        new("plot of nothing", "plot", 2, "FILE one run or more"),
+        new("plot of nothing", "plot", 2, "RUN one run or more"),
         new("plot of a folder that is none", "plot none", 1, "none/main.log expected"),
         new("plot of a log that is not ours", "plot logs", 1, "logs/main.log llm.c found none", folder => {
             Directory.CreateDirectory(folder["logs"]);
