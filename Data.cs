@@ -298,7 +298,7 @@ public sealed class Mt19937 {
 
 /// <summary>The token shards that match a pattern. There may be thousands, so only one is open at a time.</summary>
 public sealed class TokenShards : IDisposable {
-    const int Magic = 20240520;
+    public const int Magic = 20240520;
 
     readonly string pattern;
     readonly string[] paths;

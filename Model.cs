@@ -19,7 +19,7 @@ public readonly record struct Cut(int Tensor, int Layer, long First, long Count,
 /// <summary>The sizes of a GPT-2 model: sequences of up to MaxT tokens, a vocabulary of V (Vp rows in memory, the last
 /// ones padding), L layers, NH heads, C channels.</summary>
 public sealed record Config(int MaxT, int V, int Vp, int L, int NH, int C) {
-    const int ModelMagic = 20240326;
+    public const int ModelMagic = 20240326;
 
     /// <summary>The parameter tensors in the order of checkpoints.</summary>
     public ParameterShape[] Parameters => [

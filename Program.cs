@@ -8,27 +8,38 @@ using static CommandLine;
 Standard.Prepare(args is ["sample" or "verify" or "bench", ..]);
 
 var app = ConsoleApp.Create();
-app.ConfigureGlobalOptions((ref options) => ConsoleApp.ServiceProvider = new GlobalOptions(
-    options.AddGlobalOption("--device", "auto, cuda or cpu.", DeviceKind.Auto),
-    options.AddGlobalOption<DataType?>("--precision", "Of weights and activations: bf16 or fp32. [bf16 on a GPU]"),
-    options.AddGlobalOption<bool>(
-        "--verbose", "Show where an error came from; wait for the GPU after each operation, to name it.")));
-app.Add<Commands>();
-var log = new StringWriter(); // what the framework prints: help and version
-ConsoleApp.Log = text => log.WriteLine(args is not ["tokenize" or "export", ..] ? text // they take neither
-    : Regex.Replace(text, "^ +--(device|precision) .*\n", "", RegexOptions.Multiline));
+var log = new StringWriter(); // what the framework prints
+ConsoleApp.Log = log.WriteLine;
 ConsoleApp.LogError = message => throw new Gpt2Exception(message, usage: true);
+var help = new Help(command => {
+    log.GetStringBuilder().Clear();
+    app.Run([.. command, "--help"]);
+    return $"{log}";
+});
+app.ConfigureGlobalOptions((ref options) => ConsoleApp.ServiceProvider = new GlobalOptions(
+    options.AddGlobalOption("--device", "HARDWARE: Where to compute: auto, cuda or cpu.", DeviceKind.Auto),
+    options.AddGlobalOption<DataType?>("--precision", "Of weights and activations: bf16 or fp32. [bf16 on a GPU]"),
+    options.AddGlobalOption<bool>("--verbose",
+        "OTHER: Show where an error came from; wait for the GPU after each operation, to name it.")));
+app.Add<Commands>();
 return Guard(args.Contains("--verbose"), () => {
-    args = args is ["help", .. var about] ? [.. about, "--help"] : args;
-    app.Run([.. args.Take(1), "--help"]);
-    var words = Normalize(args, help: $"{log}");
+    if (args is ["completion", ..] && Environment.GetEnvironmentVariable("COMP_LINE") is { } line) {
+        Console.Out.Write(help.Complete(line));
+        return 0;
+    }
+    var words = Normalize(args is ["help", .. var about] ? [.. about, "--help"] : args, help);
     if (words is ["train", .. var options] && options.Contains("--resume")) {
         var folder = options.SkipWhile(word => word != "--out").ElementAtOrDefault(1) ?? "log";
-        words = Normalize(["train", .. Checkpoints.SettingsOf(folder), .. options], help: $"{log}");
+        words = Normalize(["train", .. Checkpoints.SettingsOf(folder), .. options], help);
+    }
+    if (words is [] or [.., "--help"]) {
+        Console.Out.Write(help.Of(words));
+        return 0;
     }
     log.GetStringBuilder().Clear();
     app.Run(words);
-    Console.Out.Write(log);
+    if (words is [.., "--version"])
+        Console.Out.Write(log);
     return Environment.ExitCode;
 });
 
@@ -37,45 +48,50 @@ internal sealed record GlobalOptions(DeviceKind Device, DataType? Precision, boo
     object IServiceProvider.GetService(Type type) => this;
 }
 
-/// <summary>The commands. ConsoleAppFramework turns their doc comments into the help text.</summary>
+/// <summary>The commands. Their doc comments are the source of the help, of what the command line is checked against
+/// and of completion in a shell: an option that begins with a word in capitals begins a group of that name, a number's
+/// range is in parentheses, and a default that the device decides is in brackets.</summary>
 internal sealed class Commands(GlobalOptions global) {
-    /// <summary>Trains GPT-2 from scratch or from a checkpoint, on token shards.</summary>
-    /// <param name="trainData">-i, Token shards to train on; * and ? match in names; a folder has *train*.bin.</param>
-    /// <param name="valData">-j, Token shards to validate on; a folder has *val*.bin.</param>
-    /// <param name="init">-e, A model's file or folder, or random: d6, d12, d24, d36, d48. [d12; d6 on CPU]</param>
-    /// <param name="out">-o, The run's folder: checkpoints, settings.txt, main.log, loss.svg.</param>
-    /// <param name="batch">-b, Sequences in a batch (1 or more). [16; 4 on a CPU]</param>
-    /// <param name="seq">-t, Tokens in a sequence (1 to 131072). [1024; 128 on a CPU]</param>
+    /// <summary>Trains GPT-2 from random weights or from a model, on token shards.
+    /// Example: gpt2 train -o log -x 1000</summary>
+    /// <param name="trainData">-i, DATA: Token shards to train on (names may have * and ?), or a folder.</param>
+    /// <param name="valData">-j, Token shards to validate on, or a folder.</param>
+    /// <param name="noShuffle">Take the data in order.</param>
+    /// <param name="overfit">-a, Train on the first batches alone.</param>
+    /// <param name="init">-e, MODEL: A model, as for sample, or random: d6, d12, d24, d36, d48. [d12; CPU: d6]</param>
+    /// <param name="seq">-t, Tokens in a sequence (1 to 131072). [1024; CPU: 128]</param>
+    /// <param name="batch">-b, OPTIMIZATION: Sequences in a batch (1 or more). [16; CPU: 4]</param>
     /// <param name="totalBatch">-d, Tokens in an update (0 or more): n x batch x seq x GPUs; 0: n = 1 (CPU: 2).</param>
-    /// <param name="maxSteps">-x, Updates in all (1 or more). [300; 100 on a CPU]</param>
-    /// <param name="lr">-l, Highest learning rate (above 0). [2.5e-3; 5e-3 on a CPU; 1e-3 for adamw]</param>
+    /// <param name="optimizer">What updates the layers' matrices (AdamW does the rest): muon or adamw.</param>
+    /// <param name="weightDecay">-c, Weight decay of the matrices (0 or more).</param>
+    /// <param name="skipOutliers">Skip updates with a loss or norm X deviations above the last 128 (0 or more).</param>
+    /// <param name="seed">Seed of weights, order and samples (0 or more).</param>
+    /// <param name="maxSteps">-x, SCHEDULE: Updates in all (1 or more). [300; CPU: 100]</param>
+    /// <param name="lr">-l, Highest learning rate (above 0). [2.5e-3; CPU: 5e-3; adamw: 1e-3]</param>
+    /// <param name="schedule">-k, How the learning rate goes down: cosine, linear, constant or wsd.</param>
     /// <param name="warmup">-u, Updates until the highest learning rate (0 or more).</param>
     /// <param name="finalLrFrac">-q, Last learning rate as a fraction of the highest (0 to 1).</param>
-    /// <param name="weightDecay">-c, Weight decay of the matrices (0 or more).</param>
-    /// <param name="schedule">-k, How the learning rate goes down: cosine, linear, constant or wsd.</param>
+    /// <param name="out">-o, OUTPUT: The run's folder: checkpoints, logs, loss.svg, a picture of the losses.</param>
+    /// <param name="resume">-y, Go on from the last checkpoint in the output folder.</param>
+    /// <param name="checkpointEvery">-n, Updates between checkpoints (0 or more); 0 for one at the end.</param>
+    /// <param name="keep">Newest checkpoints to keep (1 or more).</param>
+    /// <param name="keepBest">Keep the model with the best validation besides.</param>
     /// <param name="valEvery">-v, Updates between validations (0 or more); 0 for one at the end.</param>
     /// <param name="valBatches">-m, Batches in a validation (0 or more); 0 for 128 sequences.</param>
     /// <param name="sampleEvery">-s, Updates between samples of text (0 or more); 0 for one at the end.</param>
     /// <param name="genTokens">-g, Tokens in a sample (0 or more).</param>
-    /// <param name="checkpointEvery">-n, Updates between checkpoints (0 or more); 0 for one at the end.</param>
-    /// <param name="keep">Newest checkpoints to keep (1 or more).</param>
-    /// <param name="resume">-y, Go on from the last checkpoint in the output folder.</param>
+    /// <param name="logEvery">Updates between step lines (1 or more); on a terminal at most ten a second.</param>
+    /// <param name="gpus">HARDWARE: GPUs of this machine (1 or more). [all; those of mpirun, srun or torchrun]</param>
     /// <param name="recompute">-r, Less memory, more work (0 to 2): 1 recomputes GELU, 2 layer norms too.</param>
-    /// <param name="overfit">-a, Train on the first batches alone.</param>
-    /// <param name="noShuffle">Take the data in order.</param>
-    /// <param name="skipOutliers">Skip updates with a loss or norm N deviations above the last 128 (0 or more).</param>
-    /// <param name="seed">Seed of weights, order and samples.</param>
-    /// <param name="gpus">GPUs of this machine (1 or more). [all; those of mpirun, srun or torchrun]</param>
-    /// <param name="optimizer">What updates the layers' matrices (AdamW does the rest): muon or adamw.</param>
     /// <param name="zero">-z, Which ZeRO stage (0 or 1) divides the optimizer's state among GPUs: 0 for none.</param>
     /// <param name="timeout">Seconds that one GPU's process waits for another's (1 to 1000000).</param>
-    public int Train(string trainData = "data/*train_*.bin", string valData = "data/*val_*.bin", string? init = null,
-        string @out = "log", int? batch = null, int? seq = null, int totalBatch = 0, int? maxSteps = null,
-        float? lr = null, int warmup = 20, float finalLrFrac = 0.1f, float weightDecay = 0.1f,
-        Schedule schedule = Schedule.Cosine, int valEvery = 50, int valBatches = 0, int sampleEvery = 0,
-        int genTokens = 64, int checkpointEvery = 200, int keep = 2, bool resume = false, int recompute = 0,
-        bool overfit = false, bool noShuffle = false, float skipOutliers = 0, uint seed = 42, int? gpus = null,
-        OptimizerKind optimizer = OptimizerKind.Muon, int zero = 1, int timeout = 600) =>
+    public int Train(string trainData = "data/*train_*.bin", string valData = "data/*val_*.bin", bool noShuffle = false,
+        bool overfit = false, string? init = null, int? seq = null, int? batch = null, int totalBatch = 0,
+        OptimizerKind optimizer = OptimizerKind.Muon, float weightDecay = 0.1f, float skipOutliers = 0, uint seed = 42,
+        int? maxSteps = null, float? lr = null, Schedule schedule = Schedule.Cosine, int warmup = 20,
+        float finalLrFrac = 0.1f, string @out = "log", bool resume = false, int checkpointEvery = 200, int keep = 2,
+        bool keepBest = false, int valEvery = 50, int valBatches = 0, int sampleEvery = 0, int genTokens = 64,
+        int logEvery = 1, int? gpus = null, int recompute = 0, int zero = 1, int timeout = 600) =>
         OnEachGpu(gpus, timeout, (device, ranks) => {
             using var logs = LoggerFactory.Create(logging => logging.AddZLoggerConsole(options =>
                 options.LogToStandardErrorThreshold = LogLevel.Trace));
@@ -86,27 +102,28 @@ internal sealed class Commands(GlobalOptions global) {
             var options = new TrainOptions(Shards(trainData, "train"), Shards(valData, "val"), init, @out, B, T,
                 totalBatch, maxSteps.Value, lr.Value, warmup, finalLrFrac, weightDecay, schedule, valEvery, valBatches,
                 sampleEvery, genTokens, checkpointEvery, keep, resume, recompute, overfit, !noShuffle, seed,
-                skipOutliers, zero, global.Precision, optimizer);
+                skipOutliers, zero, global.Precision, optimizer, keepBest, logEvery);
             using var trainer = new Trainer(options, device, ranks.Rank == 0 ? Console.Out : TextWriter.Null,
                 ranks.Rank == 0 ? logs.CreateLogger("gpt2") : NullLogger.Instance, ranks);
             trainer.Run();
         });
 
-    /// <summary>Continues a text, or with no prompt each line typed in.</summary>
-    /// <param name="init">-e, A model: llm.c's .bin, .safetensors, or the folder of either or of a run.</param>
+    /// <summary>Continues a text, or with no prompt each line typed in.
+    /// Example: gpt2 sample -e log -p "Once upon a time" -n 100</summary>
+    /// <param name="init">-e, TEXT: A model: llm.c's .bin, .safetensors, or the folder of either or of a run.</param>
     /// <param name="prompt">-p, Text to continue; - reads it from standard input.</param>
     /// <param name="promptIds">Token ids to continue, in place of a text: 1,2,3. Ids are printed then.</param>
     /// <param name="tokens">-n, Tokens to add at most (1 or more).</param>
-    /// <param name="temperature">Above 1 is wilder, below tamer (0 or more); 0 takes the likeliest token.</param>
-    /// <param name="topK">--top-k, Choose among this many of the likeliest tokens (0 or more); 0 for all.</param>
-    /// <param name="topP">--top-p, Choose among the likeliest tokens of this probability (above 0 and up to 1).</param>
     /// <param name="num">Samples (1 or more).</param>
-    /// <param name="seed">Seed of the choices.</param>
     /// <param name="stopAtContext">End where the context is full, instead of going on from its newest half.</param>
     /// <param name="quiet">Do not tell the speed.</param>
-    public int Sample(string init, string? prompt = null, int[]? promptIds = null, int tokens = 256,
-        float temperature = 0.8f, int topK = 50, float topP = 1, int num = 1, uint seed = 42,
-        bool stopAtContext = false, bool quiet = false) => Guard(global.Verbose, () => {
+    /// <param name="temperature">CHOICE: Above 1 is wilder, below tamer (0 or more); 0 takes the likeliest.</param>
+    /// <param name="topK">--top-k, Choose among this many of the likeliest tokens (0 or more); 0 for all.</param>
+    /// <param name="topP">--top-p, Choose among the likeliest tokens of this probability (above 0 and up to 1).</param>
+    /// <param name="seed">Seed of the choices (0 or more).</param>
+    public int Sample(string init, string? prompt = null, int[]? promptIds = null, int tokens = 256, int num = 1,
+        bool stopAtContext = false, bool quiet = false, float temperature = 0.8f, int topK = 50, float topP = 1,
+        uint seed = 42) => Guard(global.Verbose, () => {
             Require(prompt == null || promptIds == null, "--prompt-ids", "no --prompt beside it", "both");
             var (file, config) = Checkpoints.Open(init);
             using var _ = file;
@@ -122,73 +139,35 @@ internal sealed class Commands(GlobalOptions global) {
                 prompt = prompt.EndsWith('\n') ? prompt[..^1] : prompt;
             }
             using var device = Open();
-            var batch = Math.Min(num, IDevice.MostSequences);
-            var model = new Model(config, device, batch, 1, Purpose.Generate,
+            var model = new Model(config, device, Math.Min(num, IDevice.MostSequences), 1, Purpose.Generate,
                 type: device is Cpu && file.Header[1] == 5 ? DataType.Bf16 : null);
             model.Load(file);
-            var since = Process.GetCurrentProcess().StartTime;
-            while (true) {
+            var choice = new Choice(temperature, topK, topP, seed);
+            var sampler = new Sampler(model, tokenizer, choice, num, tokens, stopAtContext, Console.Out);
+            do {
                 if (types)
                     Console.Error.Write("> ");
-                var text = types ? Console.In.ReadLine() : prompt?.TrimStart('\0') ?? "";
-                if (text == null) {
-                    Console.Error.WriteLine();
-                    return 0;
-                }
-                since = types ? DateTime.Now : since;
-                Write(text, promptIds ?? [Tokenizer.EndOfTextId, .. tokenizer!.Encode(text)]);
-                if (!types)
-                    return 0;
-            }
-
-            void Write(string text, int[] ids) {
-                var room = config.MaxT + 1 - ids.Length;
-                if (tokens > room)
-                    Console.Error.WriteLine($"context {config.MaxT} tokens, fewer than {ids.Length} and {tokens} " +
-                        "more: " + (stopAtContext ? "the text ends there" : "then it goes on from the newest half"));
-                var (steps, made) = (Enumerable.Empty<int[]>().GetEnumerator(), new List<int[]>());
-                var (first, more) = (TimeSpan.Zero, 0L);
-                for (var i = 0; i < num; i++) {
-                    if (i % batch == 0) {
-                        var choice = new Choice(temperature, topK, topP, seed, i);
-                        var count = stopAtContext ? Math.Min(tokens, Math.Max(room, 0)) : tokens;
-                        steps = model.Generate(ids, choice, count, Math.Min(batch, num - i)).GetEnumerator();
-                        made = [];
-                    }
-                    var sample = Sample(i % batch);
-                    Console.Out.Write((i > 0 ? "---\n" : "") + (tokenizer != null ? text : string.Join(' ', ids)));
-                    foreach (var part in tokenizer?.Decode(sample.TakeWhile(Tokenizer.IsText)) ??
-                        sample.Select(id => $" {id}"))
-                        Console.Out.Write(part);
-                    Console.Out.WriteLine();
-                }
-                var rest = DateTime.Now - since - first;
+                if ((types ? Console.In.ReadLine() : prompt?.TrimStart('\0') ?? "") is not { } text)
+                    break;
+                var speed = sampler.Write(text, promptIds ?? [Tokenizer.EndOfTextId, .. tokenizer!.Encode(text)],
+                    types ? DateTime.Now : Process.GetCurrentProcess().StartTime);
                 if (!quiet)
-                    Console.Error.WriteLine($"speed   {first.TotalSeconds:f2} s to the first token" +
-                        (more == 0 ? "" : $"; then {more / rest.TotalSeconds:f0} tokens/s"));
-
-                // One sample's tokens; whoever needs more than were made makes all samples' next ones.
-                IEnumerable<int> Sample(int j) {
-                    for (var n = 0; n < made.Count || steps.MoveNext(); n++) {
-                        if (n == made.Count) {
-                            made.Add(steps.Current);
-                            (first, more) = first == default ? (DateTime.Now - since, 0)
-                                : (first, more + steps.Current.Length);
-                        }
-                        yield return made[n][j];
-                    }
-                }
-            }
+                    Console.Error.WriteLine(speed);
+            } while (types);
+            if (types)
+                Console.Error.WriteLine();
+            return 0;
         });
 
-    /// <summary>Measures a model's loss and perplexity on token shards, and its accuracy on multiple choices.</summary>
-    /// <param name="init">-e, A model: llm.c's .bin, .safetensors, or the folder of either or of a run.</param>
+    /// <summary>Measures a model's loss and perplexity on token shards, and its accuracy on multiple choices.
+    /// Example: gpt2 eval -e log -j data</summary>
+    /// <param name="init">-e, MODEL: A model: llm.c's .bin, .safetensors, or the folder of either or of a run.</param>
     /// <param name="valData">-j, Token shards, as in training. [data/*val_*.bin; not needed for --hellaswag]</param>
     /// <param name="valBatches">-m, Batches at most (0 or more); 0 for all.</param>
     /// <param name="batch">-b, Sequences in a batch (1 or more). [4]</param>
     /// <param name="seq">-t, Tokens in a sequence (1 to 131072). [the model's longest]</param>
     /// <param name="hellaswag">A multiple-choice file, such as hellaswag_val.bin.</param>
-    /// <param name="gpus">GPUs of this machine (1 or more). [all; those of mpirun, srun or torchrun]</param>
+    /// <param name="gpus">HARDWARE: GPUs of this machine (1 or more). [all; those of mpirun, srun or torchrun]</param>
     /// <param name="timeout">Seconds that one GPU's process waits for another's (1 to 1000000).</param>
     public int Eval(string init, string? valData = null, int valBatches = 0, int? batch = null, int? seq = null,
         string? hellaswag = null, int? gpus = null, int timeout = 600) =>
@@ -220,14 +199,15 @@ internal sealed class Commands(GlobalOptions global) {
             }
         });
 
-    /// <summary>Writes a model as a folder for Hugging Face's transformers, or as a file of llm.c's format.</summary>
-    /// <param name="init">-e, A model: llm.c's .bin, .safetensors, or the folder of either or of a run.</param>
+    /// <summary>Writes a model as a folder for Hugging Face's transformers, or as a file of llm.c's format.
+    /// Example: gpt2 export -e log -o my-gpt2</summary>
+    /// <param name="init">-e, FILES: A model: llm.c's .bin, .safetensors, or the folder of either or of a run.</param>
     /// <param name="out">-o, The folder to write; a name that ends in .bin is llm.c's file.</param>
     /// <param name="type">Type of the weights: fp32, bf16 or fp16. [the model's]</param>
     public int Export(string init, string @out, StoredType? type = null) => Guard(global.Verbose, () => {
         var (file, config) = Checkpoints.Open(init);
         using var _ = file;
-        var own = file is Safetensors model ? model.Type : file.Header[1] == 5 ? StoredType.Bf16 : StoredType.Fp32;
+        var own = Safetensors.TypeOf(file);
         var (isFile, isHalf) = (@out.EndsWith(".bin"), (type ?? own) == StoredType.Bf16);
         Require(type != StoredType.Fp16 || !isFile, "--type", "fp32 or bf16 for a .bin", "fp16");
         if (isFile)
@@ -239,15 +219,16 @@ internal sealed class Commands(GlobalOptions global) {
         return 0;
     });
 
-    /// <summary>Encodes documents as token shards PREFIX_val_000000.bin and PREFIX_train_000001.bin, ...</summary>
-    /// <param name="out">-o, Prefix of the shards' names.</param>
+    /// <summary>Encodes documents as token shards PREFIX_val_000000.bin and PREFIX_train_000001.bin, ...
+    /// Example: gpt2 tokenize -o data/my --val-tokens 20000 my.txt</summary>
+    /// <param name="out">-o, SHARDS: Prefix of the shards' names.</param>
     /// <param name="valTokens">First tokens to hold out for validation (0 to 100000000).</param>
     /// <param name="shardTokens">Most tokens in a shard for training (1 to 1000000000).</param>
-    /// <param name="field">Field of JSON lines, or column of Parquet, that has a document's text.</param>
+    /// <param name="field">TEXTS: Field of JSON lines, or column of Parquet, that has a document's text.</param>
     /// <param name="lossy">Put U+FFFD in place of bytes that are not UTF-8.</param>
-    /// <param name="files">Texts in UTF-8, in which &lt;|endoftext|&gt; divides documents; .jsonl and .parquet, with a
-    /// document a line or row; .gz and .zst of text and .jsonl; folders, for their .txt, .jsonl and .parquet; - for a
-    /// text on standard input. A document that is null or white space is left out.</param>
+    /// <param name="files">FILE: Texts in UTF-8, in which &lt;|endoftext|&gt; divides documents; .jsonl and .parquet,
+    /// with a document a line or row; .gz and .zst of text and .jsonl; folders, for their .txt, .jsonl and .parquet; -
+    /// for a text on standard input. A document that is null or white space is left out.</param>
     public int Tokenize(string @out, int valTokens = 0, int shardTokens = Tokenizer.ShardTokens, string field = "text",
         bool lossy = false, [Argument] params string[] files) =>
         Guard(global.Verbose, () => {
@@ -271,15 +252,16 @@ internal sealed class Commands(GlobalOptions global) {
 
             void Show(TimeSpan time) {
                 var part = total == 0 ? 0 : Math.Min(1, (double)done / total);
-                var left = part == 0 ? "" : $" | {time * (1 / part - 1):d\\.hh\\:mm\\:ss} left";
+                var left = part == 0 ? "" : $" | {Terminal.Time(time * (1 / part - 1))} left";
                 if (!Console.IsErrorRedirected)
                     Console.Error.Write($"\r{new string('#', (int)(24 * part)),-24} {done >> 20} MiB | " +
                         $"{done / 1e6 / Math.Max(1e-3, time.TotalSeconds):F1} MB/s{left}\e[K");
             }
         });
 
-    /// <summary>Compares logits, loss and gradients with a PyTorch debug state; exit status 1 if they differ.</summary>
-    /// <param name="init">-e, A model: llm.c's .bin, .safetensors, or the folder of either or of a run.</param>
+    /// <summary>Compares logits, loss and gradients with a PyTorch debug state; exit status 1 if they differ.
+    /// Example: gpt2 verify -e model.bin --state state.bin</summary>
+    /// <param name="init">-e, FILES: A model: llm.c's .bin, .safetensors, or the folder of either or of a run.</param>
     /// <param name="state">The debug state that PyTorch wrote for it.</param>
     public int Verify(string init, string state) => Guard(global.Verbose, () => {
         using var device = Open();
@@ -293,19 +275,52 @@ internal sealed class Commands(GlobalOptions global) {
         return good ? 0 : 1;
     });
 
-    /// <summary>Times training by operation, beside the device's measured peak.</summary>
-    /// <param name="init">-e, A model's file or folder, or random: d6, d12, d24, d36, d48.</param>
-    /// <param name="batch">-b, Sequences in a batch (1 or more). [64; 4 on a CPU]</param>
-    /// <param name="seq">-t, Tokens in a sequence (1 to 131072). [1024; 64 on a CPU]</param>
-    /// <param name="totalBatch">-d, Tokens in an update (1 or more): n x batch x seq. [524288; on a CPU n = 1]</param>
-    /// <param name="steps">-x, Steps (1 or more), of which the median counts.</param>
-    /// <param name="recompute">-r, As in training (0 to 2).</param>
+    /// <summary>Says what a model, a training state, a token shard, a run or a folder of these is.
+    /// Example: gpt2 info log</summary>
+    /// <param name="paths">FILE: Files or folders.</param>
+    public int Info([Argument] params string[] paths) => Guard(global.Verbose, () => {
+        Require(paths.Length > 0, "FILE", "one file or folder, or more", "none");
+        foreach (var (name, text) in paths.SelectMany(path => Gpt2.Info.Of(path).Prepend(("", path))))
+            Console.Out.WriteLine(name == "" ? text : $"{name,-8}{Terminal.Wrap(text, 8, Terminal.Width)}");
+        return 0;
+    });
+
+    /// <summary>Draws the losses of one run or more over one another, as an SVG.
+    /// Example: gpt2 plot log -o log.svg</summary>
+    /// <param name="out">-o, PICTURE: The file to write.</param>
+    /// <param name="runs">RUN: Runs' folders; a run of llm.c's will do.</param>
+    public int Plot(string @out = "plot.svg", [Argument] params string[] runs) => Guard(global.Verbose, () => {
+        Require(runs.Length > 0, "RUN", "one run or more", "none");
+        var picture = Picture.Draw([.. runs.Select(run => new RunLog(run))]);
+        Files.Write(@out, to => to.Write(Encoding.UTF8.GetBytes(picture)));
+        return 0;
+    });
+
+    /// <summary>Prints a script that lets a shell complete commands and options.
+    /// Example: source &lt;(gpt2 completion bash)</summary>
+    /// <param name="shell">SHELL: bash, zsh or fish.</param>
+    public int Completion([Argument] string shell = "") => Guard(global.Verbose, () => {
+        Console.Out.Write(Help.Completion(shell));
+        return 0;
+    });
+
+    /// <summary>Times training by operation, beside the device's measured peak.
+    /// Example: gpt2 bench -e d12 -b 16</summary>
+    /// <param name="init">-e, MODEL: A model's file or folder, or random: d6, d12, d24, d36, d48.</param>
+    /// <param name="batch">-b, Sequences in a batch (1 or more). [64; CPU: 4]</param>
+    /// <param name="seq">-t, Tokens in a sequence (1 to 131072). [1024; CPU: 64]</param>
+    /// <param name="totalBatch">-d, Tokens in an update (1 or more): n x batch x seq. [524288; CPU: n = 1]</param>
     /// <param name="optimizer">As in training: adamw or muon.</param>
+    /// <param name="steps">-x, MEASURE: Steps (1 or more), of which the median counts.</param>
+    /// <param name="decode">Time generation instead of training; takes --init alone.</param>
+    /// <param name="recompute">-r, HARDWARE: As in training (0 to 2).</param>
     /// <param name="portable">Do without the instructions that only Hopper GPUs have.</param>
-    /// <param name="decode">Time generation instead of training.</param>
-    public int Bench(string init = "d12", int? batch = null, int? seq = null, int? totalBatch = null, int steps = 5,
-        int recompute = 0, OptimizerKind optimizer = OptimizerKind.AdamW, bool portable = false, bool decode = false) =>
+    public int Bench(string init = "d12", int? batch = null, int? seq = null, int? totalBatch = null,
+        OptimizerKind optimizer = OptimizerKind.AdamW, int steps = 5, bool decode = false, int recompute = 0,
+        bool portable = false) =>
         Guard(global.Verbose, () => {
+            Require(!decode || (batch ?? seq ?? totalBatch, optimizer, steps, recompute) == (null, default, 5, 0),
+                "--decode", "--init alone beside it", "options of training");
             using var device = Open(portable);
             if (decode) {
                 Benchmark.Decode(init, device, Console.Out);
@@ -362,77 +377,6 @@ internal sealed class Commands(GlobalOptions global) {
     /// <summary>The glob pattern of a split's token shards; a folder stands for the shards in it.</summary>
     static string Shards(string data, string split) =>
         Directory.Exists(data) ? Path.Combine(data, $"*{split}*.bin") : data;
-}
-
-/// <summary>The command line, checked against the help text before ConsoleAppFramework parses it.</summary>
-internal static class CommandLine {
-    /// <summary>Checks the command, the names of its options and their values.</summary>
-    /// <returns>The command, each option once under its long name (the last one counts), then the files.</returns>
-    internal static string[] Normalize(string[] args, string help) {
-        if (args is [] or ["-h" or "--help" or "--version", ..])
-            return [.. args.Take(1)];
-        var command = args[0];
-        Require(help.StartsWith($"Usage: {command} "), "COMMAND", "one that gpt2 --help lists", $"'{command}'");
-        // An option's line reads "  -e, --init <string>    A model file. [Required]".
-        var options = help.Split('\n').Where(line => line.StartsWith("  -")).Select(line =>
-            (Line: line, Names: line.Trim().Split("  ")[0].Split([", ", " "], default))).ToArray();
-        var (given, files) = (new Dictionary<string, string?>(), new List<string>());
-        for (var i = 1; i < args.Length; i++) {
-            var word = args[i];
-            if (word is "-h" or "--help" or "--version")
-                return [command, word];
-            string[] parts = word.StartsWith("--") ? word.Split('=', 2) : [word];
-            var (line, names) = options.FirstOrDefault(option =>
-                word.StartsWith('-') && option.Names.Contains(parts[0], StringComparer.OrdinalIgnoreCase));
-            if (names != null) {
-                var (name, type) = (names.First(name => name.StartsWith("--")), names[^1].Trim('<', '>', '?'));
-                var value = parts.Length > 1 ? parts[1] : type == name ? null : args.ElementAtOrDefault(++i);
-                CheckValue(name, type, value, line);
-                given[name] = name == "--prompt" ? '\0' + value : value; // lest the framework acts on -- or -h
-            } else {
-                var isFile = help.Contains("[arguments...]") && word is "-" or [not '-', ..];
-                Require(isFile, command, $"what gpt2 {command} --help lists (quote patterns and texts)", $"'{word}'");
-                files.Add(word);
-            }
-        }
-        foreach (var (_, names) in options.Where(option => option.Line.EndsWith("[Required]")))
-            Require(given.ContainsKey(names[^2]), command, $"{names[^2]} (see gpt2 {command} --help)", "none");
-        return [command, .. given.SelectMany(pair => (string?[])[pair.Key, pair.Value]).OfType<string>(), .. files];
-    }
-
-    /// <summary>Checks an option's value against its type and its line of help, which has a number's range in
-    /// parentheses (1 or more, 0 to 1, above 0) or an enumeration's names. Numbers have no separators.</summary>
-    static void CheckValue(string option, string type, string? value, string help) {
-        var names = help.Split('.')[0].Split(["  ", ": "], default)[^1].Trim(); // of an enumeration
-        var range = help.Split('(', ')') is [_, var text, ..] ? text : "";
-        double[] bounds = [.. range.Split(' ').Where(word => word is [>= '0' and <= '9', ..]).Select(double.Parse)];
-        bool InRange(double x) => double.IsFinite(x) && (bounds.Length == 1 || x <= bounds[1]) &&
-            (x > bounds[0] || x == bounds[0] && !range.StartsWith("above"));
-        var (right, expected) = type switch {
-            "int" => (int.TryParse(value, out var number) && InRange(number),
-                $"a whole number, {range.Replace("or more", $"to {int.MaxValue}")}"),
-            "uint" => (uint.TryParse(value, out _), $"a whole number, 0 to {uint.MaxValue}"),
-            "int[]" => ($"{value}".Split(',').All(id => int.TryParse(id, out _)), "token ids such as 1,2,3"),
-            "float" => (float.TryParse(value, NumberStyles.Float, null, out var x) && InRange(x), $"a number, {range}"),
-            "string" => option == "--prompt" ? (value != null, "a text") : (value is [not '-', ..], "a name"),
-            _ when type == option => (value == null, "no value"),
-            _ => (names.Split([", ", " or "], default).Contains(value?.ToLowerInvariant()), names),
-        };
-        Require(right, option, expected, value == null ? "nothing" : $"'{value}'");
-    }
-
-    /// <summary>Runs a command and turns its exception, if any, into a sentence and an exit status.</summary>
-    /// <param name="speaker">Names this process among several, as the sentence's prefix.</param>
-    internal static int Guard(bool verbose, Func<int> command, Func<string>? speaker = null) {
-        try {
-            return command();
-        } catch (Exception e) {
-            e = (e as AggregateException)?.InnerException ?? e;
-            var who = e.Message.StartsWith("rank ") ? "" : speaker?.Invoke();
-            Console.Error.WriteLine($"gpt2: {who}{Sentence(e)}{(verbose ? $"\n{e}" : "")}");
-            return (e as Gpt2Exception)?.ExitCode ?? 1;
-        }
-    }
 }
 
 /// <summary>The process's standard streams and limits.</summary>

@@ -93,6 +93,10 @@ public sealed class Safetensors : BinaryFile {
     /// <summary>The type of its embedding.</summary>
     public StoredType Type => (StoredType)Array.IndexOf(types, tensors["wte.weight"].Type);
 
+    /// <summary>The type of the weights in a model's file of either format.</summary>
+    public static StoredType TypeOf(BinaryFile file) =>
+        file is Safetensors model ? model.Type : file.Header[1] == 5 ? StoredType.Bf16 : StoredType.Fp32;
+
     /// <summary>Reads the number of heads from config.json, whose other fields must be GPT-2's.</summary>
     int ReadHeads(string path) {
         var (heads, exists) = (Config.C / 64, File.Exists(path));

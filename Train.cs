@@ -13,7 +13,7 @@ public sealed record TrainOptions(
     float LearningRate, int Warmup, float FinalFraction, float WeightDecay, Schedule Schedule, int ValEvery,
     int ValBatches, int SampleEvery, int GenTokens, int CheckpointEvery, int Keep, bool Resume, int Recompute,
     bool Overfit, bool Shuffle, uint Seed, float SkipOutliers = 0, int Zero = 1, DataType? Precision = null,
-    OptimizerKind Optimizer = OptimizerKind.AdamW) {
+    OptimizerKind Optimizer = OptimizerKind.AdamW, bool KeepBest = false, int LogEvery = 1) {
     /// <summary>The options that a run's folder keeps, and --resume takes up unless they are given again.</summary>
     public IEnumerable<(string Option, object? Value)> Settings => [
         ("--init", Init), ("--train-data", TrainData), ("--val-data", ValData), ("--batch", B), ("--seq", T),
@@ -23,7 +23,7 @@ public sealed record TrainOptions(
         ("--gen-tokens", GenTokens), ("--checkpoint-every", CheckpointEvery), ("--keep", Keep),
         ("--recompute", Recompute), ("--overfit", Overfit), ("--no-shuffle", !Shuffle),
         ("--skip-outliers", SkipOutliers), ("--seed", Seed), ("--zero", Zero), ("--precision", Precision),
-        ("--optimizer", Optimizer),
+        ("--optimizer", Optimizer), ("--keep-best", KeepBest), ("--log-every", LogEvery > 1 ? LogEvery : null),
     ];
 
     /// <summary>The learning rate of the update that follows <paramref name="step"/> others.</summary>
@@ -67,6 +67,7 @@ public sealed class Trainer : IDisposable {
     readonly FileStream? runLock;
     readonly RunLog? runLog;
     readonly int firstStep, microSteps;
+    readonly long room; // bytes that were free before the model took its memory
 
     /// <summary>Opens the data, and the checkpoint or a new model.</summary>
     /// <param name="output">For step lines and samples.</param>
@@ -91,6 +92,7 @@ public sealed class Trainer : IDisposable {
         val = new TokenShards(options.ValData, config.V);
         valRows = val.Rows(options.T, options.B * ranks.Size, options.ValBatches, rows: 128);
         var (part, parts) = options.Zero == 1 ? (ranks.Rank, ranks.Size) : (0, 1);
+        room = device.FreeMemory + device.Workspace;
         model = new Model(
             config, device, options.B, options.T, Purpose.Train, options.Recompute, part, parts, options.Optimizer);
         optimizer = new Optimizer(model, ranks);
@@ -136,21 +138,48 @@ public sealed class Trainer : IDisposable {
         return Checkpoints.Open(init);
     }
 
+    /// <summary>A row of the table that stands before the steps, and of the one after them.</summary>
+    void Row(string name, string text) => log.ZLogInformation($"{name,-8}{Terminal.Wrap(text, 8, Terminal.Width)}");
+
     void Describe() {
         var (config, o) = (model.Config, options);
-        log.ZLogInformation($"model   {config.Summary}; {config.ParameterCount / 1e6:F1} M parameters");
-        log.ZLogInformation($"data    {o.TrainData}: {train.Tokens} tokens; {o.ValData}: {val.Tokens}, of which " +
+        Row("model", $"{config.Summary}; {config.ParameterCount / 1e6:F1} M parameters");
+        Row("data", $"{o.TrainData}: {train.Tokens} tokens; {o.ValData}: {val.Tokens}, of which " +
             $"{valRows.Length} x {o.T} are validated on");
         foreach (var path in train.TooShort)
-            log.ZLogInformation($"data    {path} is passed over: it has no sample of {train.SampleTokens} tokens");
+            Row("data", $"{path} is passed over: it has no sample of {train.SampleTokens} tokens");
         var many = ranks.Size > 1 ? $" x {ranks.Size} ranks" : "";
-        log.ZLogInformation($"batch   {o.B} x {o.T} tokens x {microSteps} micro-steps{many} = {o.TotalBatch} tokens");
+        Row("batch", $"{o.B} x {o.T} tokens x {microSteps} micro-steps{many} = {o.TotalBatch} tokens");
         var epoch = (double)train.Samples * train.SampleTokens / o.TotalBatch;
-        log.ZLogInformation($"steps   {firstStep} to {o.MaxSteps}; {epoch:F1} an epoch");
-        log.ZLogInformation($"device  {model.Device.Name}{many}");
+        Row("steps", $"{firstStep} to {o.MaxSteps}; {epoch:F1} an epoch");
+        var heights = Enumerable.Range(0, 24).Select(i =>
+            7 * o.LearningRateAt((int)(i * (o.MaxSteps - 1L) / 23)) / o.LearningRate);
+        Row("rate", string.Concat(heights.Select(height => "▁▂▃▄▅▆▇█"[Math.Clamp((int)height, 0, 7)])) +
+            $" up to {o.LearningRate}, {o.Schedule}, for {o.Optimizer}".ToLowerInvariant());
+        Row("device", $"{model.Device.Name}{many}");
         (string Name, long Bytes)[] memory = [.. model.Memory, ("workspace", model.Device.Workspace)];
-        foreach (var (name, bytes) in memory.Append(("together", memory.Sum(part => part.Bytes))))
-            log.ZLogInformation($"memory  {name,-16}{bytes / 1e6,9:F1} MB");
+        var bar = new string('█', (int)(24 * Memory / room)).PadRight(24, '░');
+        Row("memory", $"{bar} {Size(Memory)} of {Size(room)}: " +
+            string.Join(", ", memory.Where(part => part.Bytes > 0).Select(part => $"{part.Name} {Size(part.Bytes)}")));
+
+        static string Size(long bytes) => bytes < 1e9 ? $"{bytes / 1e6:F1} MB" : $"{bytes / 1e9:F1} GB";
+    }
+
+    /// <summary>Bytes that the model, its training and the device take.</summary>
+    long Memory => model.Memory.Sum(part => part.Bytes) + model.Device.Workspace;
+
+    /// <summary>Says what came of the run, and what to type next.</summary>
+    void Report(int step, TimeSpan time) {
+        var (program, isText) = (Environment.GetCommandLineArgs()[0], model.Config.V == Tokenizer.EndOfTextId + 1);
+        if (step > firstStep)
+            Row("done", $"{step - firstStep} steps in {Terminal.Time(time)}, " +
+                $"{(step - firstStep) * (options.TotalBatch / time.TotalSeconds):F0} tokens/s: " +
+                checkpoints.ModelPath(step));
+        if (runLog?.BestAt(step) is { } best)
+            Row("best", $"validation loss {best.Loss:F4} at step {best.Step}" +
+                (File.Exists(checkpoints.BestPath(best.Step)) ? $": {checkpoints.BestPath(best.Step)}" : ""));
+        Row("next", $"{program} " + (step < options.MaxSteps ? $"train -y -o {options.Out}"
+            : $"sample -e {options.Out}{(isText ? "" : " --prompt-ids 1,2,3")}"));
     }
 
     /// <summary>Trains to the last step, or until a signal, and leaves a checkpoint.</summary>
@@ -167,22 +196,29 @@ public sealed class Trainer : IDisposable {
         using var terminate = PosixSignalRegistration.Create(PosixSignal.SIGTERM, Stop);
         using var interrupt = PosixSignalRegistration.Create(PosixSignal.SIGINT, Stop);
         using var hangUp = PosixSignalRegistration.Create(PosixSignal.SIGHUP, Stop);
-        var (live, begin) = (Terminal.IsLive, Stopwatch.GetTimestamp());
+        var (live, begin, shown) = (Terminal.IsLive, Stopwatch.GetTimestamp(), 0L);
         var peak = model.Device is Cpu ? (double?)null : model.Device.PeakFlops(); // a CPU's hangs on what else runs
         var perToken = model.Config.FlopsPerToken(options.T) / peak / ranks.Size;
         if (firstStep == 0 && options.ValEvery > 0)
             Validate(0);
-        for (var (step, stopping) = (firstStep, false); step < options.MaxSteps && !stopping;) {
+        var step = firstStep;
+        for (var stopping = false; step < options.MaxSteps && !stopping;) {
             ranks.Place = $"step {step + 1}";
             var start = Stopwatch.GetTimestamp();
             var (loss, norm, skipped) = Step(step);
             var seconds = Stopwatch.GetElapsedTime(start).TotalSeconds;
             var (rate, speed) = (options.LearningRateAt(step), options.TotalBatch / seconds);
-            runLog?.Train(step, loss, rate, norm);
+            runLog?.Update(step, loss, rate, norm, options.TotalBatch, seconds, speed * perToken, Memory);
             step++;
-            output.WriteLine(Terminal.Over($"step {step,4}/{options.MaxSteps} | loss {loss:F6} | " +
-                $"norm {norm:F4} | lr {rate:0.00e+00} | {seconds * 1e3:F2} ms | " +
-                $"{speed * perToken:0.0% 'MFU | '}{speed:F0} tok/s{(skipped ? " | outlier, not updated" : "")}"));
+            // On a terminal at most ten a second.
+            var shows = skipped || step == firstStep + 1 || step == options.MaxSteps || step % options.LogEvery == 0 &&
+                (!live || Stopwatch.GetElapsedTime(shown) > TimeSpan.FromSeconds(0.1));
+            if (shows) {
+                shown = Stopwatch.GetTimestamp();
+                output.WriteLine(Terminal.Over($"step {step,4}/{options.MaxSteps} | loss {loss:F6} | " +
+                    $"norm {norm:F4} | lr {rate:0.00e+00} | {seconds * 1e3:F2} ms | " +
+                    $"{speed * perToken:0.0% 'MFU | '}{speed:F0} tok/s{(skipped ? " | outlier, not updated" : "")}"));
+            }
             bool Due(int period) => step == options.MaxSteps || period > 0 && step % period == 0;
             if (Due(options.ValEvery))
                 Validate(step);
@@ -191,22 +227,28 @@ public sealed class Trainer : IDisposable {
             stopping = ranks.Sum(stop ? 1 : 0) > 0; // read once: a signal after this waits for the next step
             if (Due(options.CheckpointEvery) || stopping)
                 Save(step);
-            if (live && step < options.MaxSteps && !stopping) {
-                var left = Stopwatch.GetElapsedTime(begin) / (step - firstStep) * (options.MaxSteps - step);
+            // The first step warms up.
+            var left = step == firstStep + 2 ? TimeSpan.FromSeconds(seconds) * (options.MaxSteps - step)
+                : Stopwatch.GetElapsedTime(begin) / (step - firstStep) * (options.MaxSteps - step);
+            if (step == firstStep + 2 && step < options.MaxSteps) {
+                output.Write(Terminal.Over(""));
+                Row("time", $"about {Terminal.Time(left)}" +
+                    (left.TotalDays < 1 ? $", until {DateTime.Now + left:HH:mm}" : ""));
+            } else if (live && shows && step < options.MaxSteps && !stopping)
                 output.Write(Terminal.Over($"{(double)step / options.MaxSteps:0.0%} | loss {loss:F3} | " +
-                    $"{speed:F0} tok/s | {left:d\\.hh\\:mm\\:ss} left"));
-            }
+                    $"{speed:F0} tok/s | {Terminal.Time(left)} left"));
         }
         if (stop)
             log.ZLogInformation($"stopped by a signal; --resume goes on from here");
         else if (firstStep >= options.MaxSteps)
             log.ZLogInformation($"nothing to do: {firstStep} steps are done, and --max-steps is {options.MaxSteps}");
+        Report(step, Stopwatch.GetElapsedTime(begin));
     }
 
     /// <summary>Writes a checkpoint if the loss is finite, so that a useless one takes no good one's place.</summary>
     void Save(int step) {
         CheckFinite(step, ranks.Sum(model.Evaluate()), "loss after the update", "nothing was saved");
-        checkpoints.Save(step, model, optimizer, train, options.Keep, ranks);
+        checkpoints.Save(step, model, optimizer, train, options.Keep, ranks, at => runLog?.BestAt(at)?.Step);
     }
 
     void CheckFinite(int step, double value, string what, string consequence) {
@@ -234,8 +276,9 @@ public sealed class Trainer : IDisposable {
     void Validate(int step) {
         var loss = Evaluation.Loss(model, val, valRows, ranks);
         CheckFinite(step, loss, "validation loss", "no checkpoint was written");
-        output.WriteLine(Terminal.Over($"val loss {loss:F6}"));
-        runLog?.Validation(step, loss);
+        output.WriteLine(Terminal.Over($"val loss {loss:F6}{runLog?.Validated(step, loss)}"));
+        if (options.KeepBest && step > 0 && runLog?.BestAt(step)?.Step == step)
+            Files.Write(checkpoints.BestPath(step), model.Save);
     }
 
     void Sample() {
@@ -367,7 +410,7 @@ public sealed class Optimizer {
 
 /// <summary>The checkpoints in a run's folder: a model and state files each, complete once DONE is there.</summary>
 public sealed class Checkpoints(string folder) {
-    const int Magic = 20240527;
+    public const int Magic = 20240527;
     const int SampleTokens = 40, OptimizerField = 41, Data = 42; // in a state's header; llm.c leaves 0 there
 
     /// <summary>Whether the folder holds anything of a run.</summary>
@@ -439,6 +482,7 @@ public sealed class Checkpoints(string folder) {
     }
 
     public string ModelPath(int step) => Path.Combine(folder, $"model_{step:d8}.bin");
+    public string BestPath(int step) => Path.Combine(folder, $"best_{step:d8}.bin");
     string StatePath(int step, int? rank) =>
         Path.Combine(folder, $"state_{step:d8}_{(rank is { } r ? $"{r:d5}" : "*")}.bin");
     string DonePath(int step) => Path.Combine(folder, $"DONE_{step:d8}");
@@ -469,9 +513,21 @@ public sealed class Checkpoints(string folder) {
 
     BinaryFile OpenState(int step, int part) => new(StatePath(step, part), "a training state", Magic, 1);
 
+    /// <summary>What a state's header says, in rows.</summary>
+    public static IEnumerable<(string Name, string Text)> Describe(string path) {
+        using var state = new BinaryFile(path, "a training state", Magic, 1);
+        var header = state.Header;
+        yield return ("state", $"of step {header[10]}, part {header[3] + 1} of {header[2]}");
+        yield return ("holds", $"moments of {(OptimizerKind)header[OptimizerField]}" +
+            (header[4] == 1 ? ", master weights" : "") + ", the place in the data");
+        yield return ("data", $"shard {header[30]}, sample {header[32]}, {(header[5] == 1 ? "shuffled" : "in order")}");
+    }
+
     /// <summary>Writes a checkpoint: rank 0 the model, each rank its part of the state, and DONE last; then all but the
-    /// newest <paramref name="keep"/> go.</summary>
-    public void Save(int step, Model model, Optimizer optimizer, TokenLoader loader, int keep, ICollective ranks) {
+    /// newest <paramref name="keep"/> go, and all but the best model up to each of these.</summary>
+    /// <param name="bestAt">The step of the best validation up to a step.</param>
+    public void Save(int step, Model model, Optimizer optimizer, TokenLoader loader, int keep, ICollective ranks,
+        Func<int, int?> bestAt) {
         var parts = model.IsCut ? ranks.Size : 1;
         var header = new int[BinaryFile.HeaderLength];
         (header[0], header[1], header[2], header[3]) = (Magic, 1, parts, ranks.Rank);
@@ -503,12 +559,15 @@ public sealed class Checkpoints(string folder) {
         var list = string.Concat(files.Select(file => Files.Describe(file) + "\n"));
         Files.Write(DonePath(step), to => to.Write(Encoding.UTF8.GetBytes(list)));
         // Newer checkpoints are those that this run could not go on from.
-        var kept = Complete.Where(other => other <= step).TakeLast(keep);
+        var kept = Complete.Where(other => other <= step).TakeLast(keep).ToArray();
         foreach (var old in Steps("*").Except(kept)) {
             // DONE first, so that nobody finds it without its files.
             foreach (var path in (string[])[DonePath(old), ModelPath(old), .. Files.Glob(StatePath(old, null))])
                 File.Delete(path);
         }
+        var best = kept.Select(bestAt).OfType<int>().Select(BestPath);
+        foreach (var path in Files.Glob(Path.Combine(folder, "best_????????.bin")).Except(best))
+            File.Delete(path);
     }
 
     /// <summary>Reads the moments and the loader's position of a checkpoint of any number of ranks.</summary>
@@ -545,97 +604,6 @@ public sealed class Checkpoints(string folder) {
             loader.Load(file, header[5] == 1, (header[30], header[32]), header[SampleTokens]);
             file.CheckEnd();
         }
-    }
-}
-
-/// <summary>A run's main.log, and loss.svg, its picture.</summary>
-public sealed partial class RunLog {
-    readonly string folder;
-    readonly List<(int Step, double Loss)> train = [], validation = [];
-    readonly List<double> norms = [];
-
-    /// <summary>Goes on with the log of a run as it was at a step; what was written later is dropped.</summary>
-    public RunLog(string folder, int firstStep) {
-        this.folder = folder;
-        // A run that starts anew validates anew too.
-        var lines = File.Exists(LogPath) && firstStep > 0 ? File.ReadAllLines(LogPath) : [];
-        var kept = lines.Where(line => Line().Match(line) is { Success: true } match &&
-            int.Parse(match.Groups[1].Value) < firstStep + (match.Groups[2].Value == "trl" ? 0 : 1)).Select(Add);
-        Files.Write(LogPath, to => to.Write(Encoding.UTF8.GetBytes(string.Concat(kept))));
-    }
-
-    string LogPath => Path.Combine(folder, "main.log");
-
-    [GeneratedRegex(@"^s:([0-9]{1,9}) (trl|tel|eval):(-?[0-9]+\.[0-9]{4})( lr:[0-9.]+ norm:([0-9]+\.[0-9]{2}))?$")]
-    private static partial Regex Line();
-
-    /// <summary>Adds a line's loss to its curve, rounded as it is, so that a resumed run draws the same.</summary>
-    string Add(string line) {
-        var groups = Line().Match(line).Groups;
-        var (step, loss) = (int.Parse(groups[1].Value), double.Parse(groups[3].Value));
-        if (groups[2].Value != "eval")
-            (groups[2].Value == "trl" ? train : validation).Add((step, loss));
-        if (groups[5].Success)
-            norms.Add(double.Parse(groups[5].Value));
-        return line + "\n";
-    }
-
-    /// <summary>How many standard deviations a loss or norm is above the last 128 in the log, rounded as those are: the
-    /// larger of the two, or 0 while there are fewer.</summary>
-    public double Deviation(double loss, double norm) {
-        const int window = 128;
-        return norms.Count < window ? 0 : Math.Max(Above(double.Parse($"{loss:F4}"), train.Select(point => point.Loss)),
-            Above(double.Parse($"{norm:F2}"), norms));
-
-        static double Above(double value, IEnumerable<double> all) {
-            var last = all.TakeLast(window).ToArray();
-            var mean = last.Average();
-            return (value - mean) / Math.Sqrt(last.Average(x => (x - mean) * (x - mean)) + 1e-10);
-        }
-    }
-
-    /// <summary>Logs an update.</summary>
-    public void Train(int step, double loss, float rate, float norm) =>
-        File.AppendAllText(LogPath, Add($"s:{step} trl:{loss:F4} lr:{rate:F6} norm:{norm:F2}"));
-
-    /// <summary>Logs a validation after <paramref name="step"/> updates, and draws the curves.</summary>
-    public void Validation(int step, double loss) {
-        File.AppendAllText(LogPath, Add($"s:{step} tel:{loss:F4}"));
-        Files.Write(Path.Combine(folder, "loss.svg"), to => to.Write(Encoding.UTF8.GetBytes(Draw())));
-    }
-
-    /// <summary>Training and validation loss against steps.</summary>
-    string Draw() {
-        const int right = 780, top = 20, left = 60, bottom = 400, ticks = 5;
-        var points = train.Concat(validation).ToArray();
-        var lastStep = Math.Max(1, points.Max(point => point.Step));
-        var low = Math.Floor(points.Min(point => point.Loss));
-        var high = Math.Max(low + 1, Math.Ceiling(points.Max(point => point.Loss)));
-        double X(double step) => left + (right - left) * step / lastStep;
-        double Y(double loss) => bottom - (bottom - top) * (loss - low) / (high - low);
-        string Points(List<(int Step, double Loss)> curve) =>
-            string.Join(' ', curve.Select(point => $"{X(point.Step):F1},{Y(point.Loss):F1}"));
-        var grid = Enumerable.Range(0, ticks + 1).Select(tick => {
-            var (step, loss) = ((double)lastStep * tick / ticks, low + (high - low) * tick / ticks);
-            return $"""
-                <path d="M{left} {Y(loss):F1}H{right}" stroke="#ddd"/>
-                <text x="{left - 8}" y="{Y(loss) + 4:F1}" text-anchor="end">{loss:F1}</text>
-                <text x="{X(step):F1}" y="{bottom + 20}" text-anchor="middle">{step:F0}</text>
-                """;
-        });
-        return $"""
-            <svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 800 450" font-family="Arial" font-size="13">
-            <rect width="800" height="450" fill="white"/>
-            {string.Join('\n', grid)}
-            <text x="420" y="442" text-anchor="middle">steps</text>
-            <text x="66" y="34">loss</text>
-            <polyline points="{Points(train)}" fill="none" stroke="#4878b0" stroke-width="1.5"/>
-            <text x="770" y="40" text-anchor="end" fill="#4878b0">training</text>
-            <polyline points="{Points(validation)}" fill="none" stroke="#d05020" stroke-width="1.5"/>
-            <text x="770" y="60" text-anchor="end" fill="#d05020">validation</text>
-            </svg>
-
-            """;
     }
 }
 
@@ -807,21 +775,4 @@ public static class Benchmark {
     }
 
     static double Median(double[] values) => values.Order().ElementAt(values.Length / 2);
-}
-
-/// <summary>Lines that fit into the terminal, and overwrite the live line before them.</summary>
-static class Terminal {
-    /// <summary>True if lines can be overwritten. Standard output alone may be a terminal that mpirun gives to its
-    /// processes, while its own goes elsewhere.</summary>
-    public static bool IsLive => !Console.IsOutputRedirected && !Console.IsErrorRedirected &&
-        Environment.GetEnvironmentVariable("TERM") != "dumb" &&
-        string.IsNullOrEmpty(Environment.GetEnvironmentVariable("NO_COLOR"));
-
-    /// <summary>A line of fields between bars, without the last ones if the terminal is too narrow.</summary>
-    public static string Over(string line) {
-        var width = Console.IsOutputRedirected || Console.WindowWidth <= 0 ? int.MaxValue : Console.WindowWidth;
-        while (line.Length >= width && line.LastIndexOf(" | ") is > 0 and var bar)
-            line = line[..bar];
-        return IsLive ? $"\r\e[K{line}" : line;
-    }
 }

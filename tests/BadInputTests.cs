@@ -462,6 +462,29 @@ public partial class BadInputTests {
         new("a word after --", $"{Train} -- more", 2, "gpt2 train --help '--'"),
         new("a text after --", "tokenize -o new -- text.txt", 2, "gpt2 tokenize --help '--'", WriteText),
         new("an empty name of a text", "tokenize -o new ''", 2, "gpt2 tokenize --help ''"),
+        new("plot of nothing", "plot", 2, "RUN one run or more"),
+        new("plot of a folder that is none", "plot none", 1, "none/main.log expected"),
+        new("plot of a log that is not ours", "plot logs", 1, "logs/main.log llm.c found none", folder => {
+            Directory.CreateDirectory(folder["logs"]);
+            File.WriteAllText(folder["logs/main.log"], "step 1: loss 3\n\0\n");
+        }),
+        new("info about nothing", "info", 2, "FILE one file or folder"),
+        new("info about no file", "info none", 1, "none expected a file of this name"),
+        new("info about another file", "info a.txt", 1, "a.txt a model, a training state, or a token shard", folder =>
+            File.WriteAllText(folder["a.txt"], "step 1: loss 3")),
+        new("info about a file of 3 bytes", "info a.txt", 1, "a.txt more data", folder =>
+            File.WriteAllText(folder["a.txt"], "abc")),
+        new("info about half a model", "info half.bin", 1, "half.bin bytes by its header", folder =>
+            File.WriteAllBytes(folder["half.bin"], File.ReadAllBytes(folder["model.bin"])[..5000])),
+        new("info about an empty folder", "info empty", 1, "empty expected token shards", folder =>
+            Directory.CreateDirectory(folder["empty"])),
+        new("info about a log that is not ours", "info logs", 1, "logs/main.log llm.c found none", folder => {
+            Directory.CreateDirectory(folder["logs"]);
+            File.WriteAllText(folder["logs/main.log"], "step 1 trl:3\n");
+        }),
+        new("completion for no shell", "completion", 2, "SHELL bash, zsh or fish ''"),
+        new("completion for another shell", "completion tcsh", 2, "SHELL bash, zsh or fish 'tcsh'"),
+        new("bench --decode with more", "bench --decode -e model.bin -b 3", 2, "--decode --init alone"),
         new("sample without a model", "sample -n 3", 2, "sample --init"),
         new("eval without a model", "eval -j val.bin", 2, "eval --init"),
         new("verify without a state", "verify -e model.bin", 2, "verify --state"),
@@ -565,6 +588,7 @@ public partial class BadInputTests {
     [Test]
     [Arguments("main.log")]
     [Arguments("loss.svg")]
+    [Arguments("metrics.jsonl")]
     [Arguments("model_00000001.bin")]
     [Arguments("state_00000001_00000.bin")]
     [Arguments("DONE_00000001")]

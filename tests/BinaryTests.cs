@@ -26,8 +26,8 @@ public partial class BinaryTests {
         }
         await Assert.That(result.Lines).Count(line => line.StartsWith("val loss ")).IsEqualTo(2);
         var validation = result.Lines.Last(line => line.StartsWith("val loss "));
-        await Assert.That(validation).Matches(@"^val loss \d+\.\d{6}$");
-        await Near(validation["val loss ".Length..], expected[^1]["val ".Length..], 1e-4);
+        await Assert.That(validation).Matches(@"^val loss \d+\.\d{6} \| better by \d\.\d{4}$");
+        await Near(validation.Split(' ')[2], expected[^1]["val ".Length..], 1e-4);
 
         var log = File.ReadAllLines(Path.Combine(folder["out"], "main.log"));
         await Assert.That(log).Count().IsEqualTo(12);
@@ -37,7 +37,7 @@ public partial class BinaryTests {
             await Near(log[i + 1].Split(':', ' ')[3], expected[i].Split(' ')[1], 1e-4);
             await Near(log[i + 1].Split(':', ' ')[5], expected[i].Split(' ')[3], 1e-4);
         }
-        await Assert.That(log[11]).IsEqualTo($"s:10 tel:{double.Parse(validation["val loss ".Length..]):F4}");
+        await Assert.That(log[11]).IsEqualTo($"s:10 tel:{double.Parse(validation.Split(' ')[2]):F4}");
 
         static async Task Near(string found, string expected, double tolerance) {
             var (a, b) = (double.Parse(found), double.Parse(expected));
@@ -72,7 +72,7 @@ public partial class BinaryTests {
         using var folder = Folders.Goldens();
         var result = await Gpt2Process.RunIn(Terminal, folder.Path, TenSteps);
         await Assert.That(result.ExitCode).IsEqualTo(0).Because(result.ToString());
-        await Assert.That(result.Output).Matches(@"50\.0% \| loss \d\.\d+ \| \d+ tok/s \| \S+ left");
+        await Assert.That(result.Output).Matches(@"10\.0% \| loss \d\.\d+ \| \d+ tok/s \| \S+ left");
         // Once each live line has been wiped, none is left over.
         foreach (var line in result.Output.Split("\r\n"))
             await Assert.That(line.Split("\e[K")[^1]).DoesNotContain("left");
@@ -95,7 +95,7 @@ public partial class BinaryTests {
     public async Task Evaluation_equals_the_validation_of_training() {
         using var folder = Folders.Goldens();
         var trained = await Gpt2Process.Succeed(folder.Path, TenSteps);
-        var loss = trained.Lines.Last(line => line.StartsWith("val loss "))["val loss ".Length..];
+        var loss = trained.Lines.Last(line => line.StartsWith("val loss ")).Split(' ')[2];
         const string eval = "eval -e out/model_00000010.bin -j val.bin -b 2 -t 21";
         var part = await Gpt2Process.Succeed(folder.Path, $"{eval} -m 5");
         await Assert.That(part.Output).StartsWith($"loss {loss} | perplexity ").And.EndsWith(" | 210 tokens\n");
@@ -322,16 +322,21 @@ public partial class BinaryTests {
     [Test]
     [Arguments("train", "-i,--train-data -j,--val-data -e,--init -o,--out -b,--batch -t,--seq -d,--total-batch " +
         "-x,--max-steps -l,--lr -u,--warmup -q,--final-lr-frac -c,--weight-decay -k,--schedule -v,--val-every " +
-        "-m,--val-batches -s,--sample-every -g,--gen-tokens -n,--checkpoint-every --keep -y,--resume -r,--recompute " +
-        "-a,--overfit --no-shuffle --skip-outliers --optimizer --device --precision --seed --verbose")]
+        "-m,--val-batches -s,--sample-every -g,--gen-tokens -n,--checkpoint-every --keep --keep-best --log-every " +
+        "-y,--resume -r,--recompute -a,--overfit --no-shuffle --skip-outliers --optimizer --gpus -z,--zero --timeout " +
+        "--device --precision --seed --verbose")]
     [Arguments("sample", "-e,--init -p,--prompt --prompt-ids -n,--tokens --temperature --top-k --top-p --num --seed " +
+        "--stop-at-context --quiet --device --precision --verbose")]
+    [Arguments("eval", "-e,--init -j,--val-data -m,--val-batches -b,--batch -t,--seq --hellaswag --gpus --timeout " +
         "--device --precision --verbose")]
-    [Arguments("eval", "-e,--init -j,--val-data -m,--val-batches -b,--batch -t,--seq --hellaswag --device " +
-        "--precision --verbose")]
     [Arguments("tokenize", "-o,--out --val-tokens --shard-tokens --field --lossy --verbose")]
     [Arguments("verify", "-e,--init --state --device --precision --verbose")]
     [Arguments("bench", "-e,--init -b,--batch -t,--seq -d,--total-batch -x,--steps -r,--recompute --device " +
-        "--precision --optimizer --portable --verbose")]
+        "--precision --optimizer --portable --decode --verbose")]
+    [Arguments("export", "-e,--init -o,--out --type --verbose")]
+    [Arguments("plot", "-o,--out --verbose")]
+    [Arguments("info", "--verbose")]
+    [Arguments("completion", "--verbose")]
     public async Task Help_names_every_option(string command, string options) {
         using var folder = new TemporaryFolder();
         var overview = await Gpt2Process.Succeed(folder.Path, "--help");
@@ -339,15 +344,65 @@ public partial class BinaryTests {
         var help = await Gpt2Process.Succeed(folder.Path, $"{command} --help");
         foreach (var option in options.Split(' ')) {
             // An option has a line of its own, which begins with its names and goes on to say something.
-            var line = new Regex($@"^ +{option.Replace(",", ", ")}(, --\w+)?( <\S+>)? .*[a-z.]");
+            var line = new Regex($@"^ +{option.Replace(",", ", ")}( (N|X|IDS|TEXT|NAME))?  +\S.*[a-z.]");
             await Assert.That(help.Lines.Count(line.IsMatch)).IsEqualTo(1).Because($"{command} {option}");
         }
+        // And there are no others.
+        await Assert.That(help.Lines.Count(line => Regex.IsMatch(line, "^ +-"))).IsEqualTo(options.Split(' ').Length);
         await Assert.That(help.Error).IsEmpty();
-        // The program reads them there: the range of a number, and the values of an enumeration.
-        foreach (var line in help.Lines.Where(line => Regex.IsMatch(line, @" <(int|float)\??> ")))
-            await Assert.That(line).Matches(@"\((0 or 1|(above )?\d+ (or more|to \d+|and up to \d+)|above 0)\)");
-        foreach (var line in help.Lines.Where(line => Regex.IsMatch(line, " <[A-Z]")))
-            await Assert.That(line).Matches(@"( |: )\w+(, \w+)* or \w+\. ");
+        await Assert.That(help.Lines).Contains(line => line.StartsWith($"Usage: gpt2 {command} "));
+        await Assert.That(help.Lines).Contains(line => Regex.IsMatch(line, $"^Example: .*gpt2 {command} "));
+        // A number's range is there, and an enumeration's values; nothing of C#.
+        var entries = Regex.Split(help.Output, "\n(?=\n|  +-)").Select(entry => Regex.Replace(entry, @"\s+", " "));
+        foreach (var entry in entries.Where(entry => Regex.IsMatch(entry, "^ (-., )?--\\S+ [NX] ")))
+            await Assert.That(entry).Matches(@"\((0 or 1|(above )?\d+ (or more|to \d+|and up to \d+)|above 0)\)");
+        foreach (var name in (string[])["schedule", "optimizer", "type", "device", "precision"]) {
+            foreach (var entry in entries.Where(entry => entry.Contains($"--{name} NAME")))
+                await Assert.That(entry).Matches(@"( |: )\w+(, \w+)* or \w+\.");
+        }
+        foreach (var output in (string[])[overview.Output, help.Output]) {
+            await Assert.That(output.Split('\n')).All(line => line.Length <= 80);
+            await Assert.That(output).DoesNotMatch(@"<(int|uint|float|string|[A-Z])|Default:|@""");
+        }
+    }
+
+    [Test]
+    public async Task Help_names_groups_of_options() {
+        var help = await Gpt2Process.Succeed(".", "train --help");
+        await Assert.That(string.Join(' ', help.Lines.Where(line => Regex.IsMatch(line, "^[A-Z]+$"))))
+            .IsEqualTo("DATA MODEL OPTIMIZATION SCHEDULE OUTPUT HARDWARE OTHER");
+    }
+
+    [Test]
+    public async Task Help_fits_a_narrow_terminal() {
+        foreach (var command in (string[])["--help", "train --help", "tokenize --help"]) {
+            var help = await Gpt2Process.RunIn("exec script -qec \"stty cols 40; $*\" /dev/null", ".", command);
+            var lines = help.Output.Split("\r\n").Where(line => !line.StartsWith("Example: ")).ToArray();
+            await Assert.That(lines.Length).IsGreaterThan(10);
+            await Assert.That(lines).All(line => line.Length <= 40);
+        }
+    }
+
+    [Test]
+    [Arguments("tr", "train")]
+    [Arguments("train --sc", "--schedule")]
+    [Arguments("train -k l", "linear")]
+    [Arguments("sample --device c", "cuda cpu")]
+    [Arguments("train -i a_", "")]
+    [Arguments("completion z", "zsh")]
+    public async Task A_shell_completes_commands_options_and_values(string words, string offered) {
+        const string bash = "COMP_LINE=\"gpt2 ${*:2}\" \"$1\" completion gpt2 -b";
+        var result = await Gpt2Process.RunIn(bash, ".", words);
+        await Assert.That(string.Join(' ', result.Lines)).IsEqualTo(offered).Because(result.ToString());
+    }
+
+    [Test]
+    public async Task Every_shell_gets_a_script() {
+        foreach (var shell in (string[])["bash", "zsh", "fish"])
+            await Assert.That((await Gpt2Process.Succeed(".", $"completion {shell}")).Output)
+                .Contains($"{Gpt2Process.Binary} completion").And.Contains("gpt2").And.EndsWith("\n");
+        var bash = await Gpt2Process.RunIn("bash -c \"$(\"$1\" completion bash)\"' && complete -p gpt2'", ".", "");
+        await Assert.That(bash.Output).IsEqualTo($"complete -o default -C '{Gpt2Process.Binary} completion' gpt2\n");
     }
 
     [Test]
@@ -374,18 +429,101 @@ public partial class BinaryTests {
         var size = ((string)root.Attribute("viewBox")!).Split(' ').Select(double.Parse).ToArray();
         var curves = root.Elements(svg + "polyline").Select(line => ((string)line.Attribute("points")!).Split(' ')
             .Select(point => point.Split(',').Select(double.Parse).ToArray()).ToArray()).ToArray();
-        await Assert.That(string.Join(' ', curves.Select(curve => curve.Length))).IsEqualTo("10 3");
+        // The training losses, their means, which for so few are the same, the validation losses, rates and norms.
+        await Assert.That(string.Join(' ', curves.Select(curve => curve.Length))).IsEqualTo("10 10 2 10 10");
         await Assert.That(curves.SelectMany(curve => curve)).All(point =>
             point[0] > 0 && point[0] < size[2] && point[1] > 0 && point[1] < size[3]);
         // Time goes to the right, and these losses go down from first to last.
-        foreach (var curve in curves) {
+        foreach (var (i, curve) in curves.Index()) {
             await Assert.That(curve.Zip(curve.Skip(1))).All(pair => pair.First[0] < pair.Second[0]);
-            await Assert.That(curve[^1][1]).IsGreaterThan(curve[0][1]);
+            if (i < 3)
+                await Assert.That(curve[^1][1]).IsGreaterThan(curve[0][1]);
         }
         var texts = root.Elements(svg + "text").Select(text => text.Value).ToArray();
-        foreach (var label in (string[])["step", "loss", "training", "validation"])
+        foreach (var label in (string[])["out", "tokens", "loss", "training", "validation", "learning rate", "norm",
+            "init model.bin, total-batch 126, max-steps 10, lr 0.01, "])
             await Assert.That(texts).Contains(text => text.StartsWith(label));
-        await Assert.That(texts).Contains("0").And.Contains("10");
+        await Assert.That(texts).Contains("200").And.Contains("1k");
+    }
+
+    [Test]
+    public async Task Several_runs_are_drawn_over_one_another() {
+        using var folder = Folders.Goldens();
+        await Gpt2Process.Succeed(folder.Path, $"{TenSteps} -v 5");
+        await Gpt2Process.Succeed(folder.Path, $"{TenSteps.Replace("-o out", "-o <b>")} -v 5 -l 1e-3");
+        // A run of llm.c, of which there is a log alone.
+        Directory.CreateDirectory(folder["c"]);
+        File.Copy(folder["out/main.log"], folder["c/main.log"]);
+        await Gpt2Process.Succeed(folder.Path, "plot out <b> c/");
+        var root = XDocument.Load(folder["plot.svg"]).Root!;
+        XNamespace svg = "http://www.w3.org/2000/svg";
+        var texts = root.Elements(svg + "text").Select(text => text.Value).ToArray();
+        foreach (var label in (string[])["3 runs", "out", "<b>", "c"])
+            await Assert.That(texts).Contains(label);
+        await Assert.That(root.Elements(svg + "polyline").Count()).IsEqualTo(3 * 3 + 2 * 3);
+        await Gpt2Process.Succeed(folder.Path, "plot c -o c.svg");
+        await Assert.That(File.ReadAllText(folder["c.svg"])).Contains(">updates<").And.DoesNotContain("NaN");
+    }
+
+    [Test]
+    public async Task The_end_says_what_came_of_the_run_and_what_to_type_next() {
+        using var folder = Folders.Goldens();
+        var first = await Gpt2Process.Succeed(folder.Path, TenSteps);
+        await Assert.That(first.Error).Matches(@"\ntime    about \S+, until \d\d:\d\d\n");
+        await Assert.That(first.Error).Matches(@"\ndone    10 steps in \S+, \d+ tokens/s: out/model_00000010.bin\n" +
+            @"best    validation loss \d\.\d{4} at step 10\nnext    \S+ sample -e out --prompt-ids 1,2,3\n$");
+        await Gpt2Process.Succeed(folder.Path, "sample -e out --prompt-ids 1,2,3 -n 2");
+        var second = await Gpt2Process.Succeed(folder.Path, $"{TenSteps} -y -x 20 --log-every 4");
+        await Assert.That(string.Join(' ', second.Lines.Where(line => line.StartsWith("step"))
+            .Select(line => line[5..9].Trim()))).IsEqualTo("11 12 16 20");
+    }
+
+    [Test]
+    public async Task Info_says_what_a_file_or_a_folder_is() {
+        using var folder = Folders.Goldens();
+        await Gpt2Process.Succeed(folder.Path, $"{TenSteps} -n 5");
+        await Gpt2Process.Succeed(folder.Path, "export -e model.bin -o hf --type bf16");
+        File.WriteAllText(folder["a.txt"], "Once upon a time,\n\nthere were two");
+        await Gpt2Process.Succeed(folder.Path, "tokenize -o shards/a --val-tokens 4 a.txt");
+        const string sizes = "model   2 layers, 3 heads, 48 channels, vocabulary 211, sequences up to 32\n";
+        foreach (var (path, expected) in ((string, string)[])[
+            ("model.bin", $"{sizes}weights 70464 numbers, fp32\n"), ("hf", $"{sizes}weights 70464 numbers, bf16\n"),
+            ("hf/model.safetensors", $"{sizes}weights 70464 numbers, bf16\n"),
+            ("out/state_00000005_00000.bin", "state   of step 5, part 1 of 1\n" +
+                "holds   moments of AdamW, the place in the data\ndata    shard 0, sample 15, in order\n"),
+            ("shards/a_val_000000.bin", "shards  1 with 4 tokens\ntext    Once upon...\n"),
+            ("shards", "shards  2 with 11 tokens\ntext    time, there were...\n"),
+        ])
+            await Assert.That((await Gpt2Process.Succeed(folder.Path, $"info {path}")).Output)
+                .IsEqualTo($"{path}\n{expected}");
+        var run = await Gpt2Process.Succeed(folder.Path, "info out/ model.bin");
+        await Assert.That(run.Output).Matches(@"^out/\nrun     10 updates in its log; the newest checkpoint is of " +
+            @"step 10\noptions init model.bin, total-batch 126, max-steps 10, lr 0.01, .*\n" +
+            @"loss    \d\.\d+ in training at the end; \d\.\d+ in validation after step 10, the best\n" +
+            @"model   2 layers.*\nweights .*\nmodel.bin\nmodel ");
+    }
+
+    [Test]
+    public async Task Other_programs_can_read_the_metrics() {
+        using var folder = Folders.Goldens();
+        await Gpt2Process.Succeed(folder.Path, $"{TenSteps} -v 5");
+        var lines = File.ReadAllLines(folder["out/metrics.jsonl"])
+            .Select(line => System.Text.Json.JsonDocument.Parse(line).RootElement).ToArray();
+        await Assert.That(string.Join(' ', lines.Select(line => line.GetProperty("step").GetInt32())))
+            .IsEqualTo("0 1 2 3 4 5 5 6 7 8 9 10 10");
+        var log = File.ReadAllLines(folder["out/main.log"]);
+        foreach (var (line, metrics) in log.Zip(lines)) {
+            var loss = metrics.GetProperty(line.Contains("tel") ? "val" : "loss").GetDouble();
+            await Assert.That(line).Contains($":{loss:F4}");
+            await Assert.That(metrics.GetProperty("seconds").GetDouble()).IsGreaterThanOrEqualTo(0);
+            if (line.Contains("tel"))
+                continue;
+            await Assert.That(line).Contains($"norm:{metrics.GetProperty("norm").GetDouble():F2}");
+            await Assert.That(metrics.GetProperty("tokens").GetInt64())
+                .IsEqualTo(126 * metrics.GetProperty("step").GetInt32());
+            foreach (var name in (string[])["lr", "tokens_per_second", "memory"])
+                await Assert.That(metrics.GetProperty(name).GetDouble()).IsGreaterThan(0);
+        }
     }
 
     [Test]
@@ -418,6 +556,13 @@ public partial class BinaryTests {
         const string garbage =
             "s:3 trl:\ns: tel:4\n\0\u00ff\n\ns:99999999999 trl:1 lr:1 norm:1\ns:4 trl:x lr:1 norm:1\ns:5 trl:5.1";
         await Assert.That(await ResumedLog("again", garbage)).IsEqualTo(log);
+        // Metrics that are none go, as a line that a kill has cut off does.
+        var metrics = File.ReadAllLines(folder["out/metrics.jsonl"]);
+        Folders.Copy(folder["out"], folder["half"], name => !name.Contains("00000010"));
+        File.WriteAllText(folder["half/metrics.jsonl"], string.Join('\n', metrics[..6]) + "\n\0\n{\"step\":3}\n[]\n" +
+            metrics[6][..30]);
+        await Gpt2Process.Succeed(folder.Path, TenSteps.Replace("-o out", "-o half -y"));
+        await Assert.That(Folders.Contents(folder["half"])).IsEqualTo(Folders.Contents(folder["out"]));
         // Another program's lines about earlier steps are kept.
         await Assert.That(await ResumedLog("more", "s:3 eval:0.2891\n")).Contains("s:3 eval:0.2891\n");
 

@@ -15,6 +15,7 @@ public partial class CheckpointTests {
     [Arguments("--recompute 2")]
     [Arguments("--schedule wsd")]
     [Arguments("--optimizer muon")]
+    [Arguments("--keep-best")]
     public async Task A_resumed_run_equals_an_unbroken_one(string option) {
         using var folder = Folders.Inputs();
         var whole = await Gpt2Process.Succeed(folder.Path, $"{Run} {option} -o whole");
@@ -91,7 +92,7 @@ public partial class CheckpointTests {
     [Test]
     public async Task Killed_at_thirty_random_moments_it_always_finds_a_complete_checkpoint() {
         const int kills = 30, seed = 20261123;
-        const string run = $"{Train} -x 90 -v 10 -n 1 --keep 2";
+        const string run = $"{Train} -x 90 -v 10 -n 1 --keep 2 --keep-best";
         Console.WriteLine($"moments of the kills: seed {seed}");
         var random = new Random(seed);
         using var folder = Folders.Inputs();
@@ -142,6 +143,8 @@ public partial class CheckpointTests {
     [Arguments("model_00000012.bin.tmp")]
     [Arguments("state_00000012_00000.bin.tmp")]
     [Arguments("main.log.tmp")]
+    [Arguments("metrics.jsonl.tmp")]
+    [Arguments("best_00000012.bin")]
     public async Task What_a_kill_may_leave_is_not_taken_for_a_checkpoint(string name) {
         using var folder = Folders.Inputs();
         await Gpt2Process.Succeed(folder.Path, $"{Run} -x 10 -o part");
@@ -174,12 +177,52 @@ public partial class CheckpointTests {
         using var folder = Folders.Inputs();
         await Gpt2Process.Succeed(folder.Path, $"{Train} -x 7 -n 2 --keep 2 -o out");
         await Assert.That(Folders.Names(folder["out"])).IsEqualTo("DONE_00000006 DONE_00000007 lock loss.svg " +
-            "main.log " +
+            "main.log metrics.jsonl " +
             "model_00000006.bin model_00000007.bin settings.txt state_00000006_00000.bin " +
             "state_00000007_00000.bin");
         await Gpt2Process.Succeed(folder.Path, $"{Train} -x 8 -n 0 --keep 1 -o out -y");
         await Assert.That(Folders.Names(folder["out"])).IsEqualTo(
-            "DONE_00000008 lock loss.svg main.log model_00000008.bin settings.txt state_00000008_00000.bin");
+            "DONE_00000008 lock loss.svg main.log metrics.jsonl model_00000008.bin settings.txt " +
+            "state_00000008_00000.bin");
+    }
+
+    [Test]
+    public async Task The_best_model_is_kept_besides_the_newest() {
+        using var folder = Folders.Inputs();
+        // The rate is so high that the validation loss soon rises.
+        const string run = $"{Train} -l 5e-2 -k constant -x 24 -v 2";
+        await Gpt2Process.Succeed(folder.Path, $"{run} -n 1 --keep 99 -o all");
+        await Gpt2Process.Succeed(folder.Path, $"{run} -n 10 --keep 1 --keep-best -o out");
+        var best = File.ReadLines(folder["out/main.log"]).Where(line => line.Contains(" tel:"))
+            .Select(line => line.Split(':', ' ')).MinBy(words => double.Parse(words[3]))!;
+        var name = $"best_{int.Parse(best[1]):d8}.bin";
+        await Assert.That(int.Parse(best[1])).IsBetween(2, 22);
+        await Assert.That(Folders.Names(folder["out"])).IsEqualTo($"DONE_00000024 {name} lock loss.svg main.log " +
+            "metrics.jsonl model_00000024.bin settings.txt state_00000024_00000.bin");
+        await Assert.That(File.ReadAllBytes(Path.Combine(folder["out"], name)).AsSpan()
+            .SequenceEqual(File.ReadAllBytes(Path.Combine(folder["all"], name.Replace("best", "model"))))).IsTrue();
+        // The folder still stands for the newest, and a run that goes on knows the best.
+        var outputs = new List<string>();
+        foreach (var init in (string[])["out", "out/model_00000024.bin"])
+            outputs.Add((await Gpt2Process.Succeed(folder.Path, $"eval -j val.bin -b 1 -t 16 -e {init}")).Output);
+        await Assert.That(outputs[0]).IsEqualTo(outputs[1]);
+        var resumed = await Gpt2Process.Succeed(folder.Path, "train -y -o out -x 26");
+        await Assert.That(resumed.Output).Matches($"val loss .* worse by .* than at step {best[1]}\n");
+        await Assert.That(resumed.Error).Contains($" at step {best[1]}: out/{name}\n");
+        await Assert.That(Folders.Names(folder["out"])).Contains(name);
+    }
+
+    [Test]
+    public async Task The_best_models_of_all_kept_checkpoints_are_kept() {
+        using var folder = Folders.Inputs();
+        const string run = $"{Train} -x 20 -v 4 -n 10 --keep 2 --keep-best";
+        await Gpt2Process.Succeed(folder.Path, $"{run} -o whole");
+        // The loss goes down: the best up to step 10 is that of step 8, and step 20's is the best of all.
+        await Assert.That(Folders.Names(folder["whole"])).Contains("best_00000008.bin best_00000020.bin");
+        // So a run that must go back to step 10 has its best, and makes the later one again.
+        Folders.Copy(folder["whole"], folder["part"], name => StepOf(name) <= 10);
+        await Gpt2Process.Succeed(folder.Path, "train -y -o part");
+        await Same(folder["whole"], folder["part"], "resumed");
     }
 
     [Test]
@@ -342,7 +385,8 @@ public partial class CheckpointTests {
         return OutputFile().Match(result.Sentences[0]).Value;
     }
 
-    [GeneratedRegex(@"model_\d{8}\.bin|state_\d{8}_00000\.bin|DONE_\d{8}|main\.log|loss\.svg|settings\.txt")]
+    [GeneratedRegex(@"(model|best)_\d{8}\.bin|state_\d{8}_00000\.bin|DONE_\d{8}|main\.log|metrics\.jsonl|loss\.svg|" +
+        @"settings\.txt")]
     private static partial Regex OutputFile();
 
     /// <summary>Requires every model and state under its own name to have its whole size, every DONE to be true, and
@@ -354,7 +398,7 @@ public partial class CheckpointTests {
             var name = Path.GetFileName(path);
             var size = new FileInfo(path).Length;
             await Assert.That(name).DoesNotContain(".tmp");
-            if (name.StartsWith("model_"))
+            if (name.StartsWith("model_") || name.StartsWith("best_"))
                 await Assert.That(size).IsEqualTo(new FileInfo(Support.Golden("model.bin")).Length);
             else if (name.StartsWith("state_"))
                 await Assert.That(size).IsGreaterThan(2 * (new FileInfo(Support.Golden("model.bin")).Length - 1024));

@@ -15,7 +15,7 @@ sealed record Result(int ExitCode, string Output, string Error) {
     public override string ToString() => $"exit status {ExitCode}\n{Output}{Error}";
 
     static bool IsTable(string line) =>
-        Regex.IsMatch(line, "^(model|data|batch|steps|device|memory|changed|speed|context) ");
+        Regex.IsMatch(line, "^(model|data|batch|steps|rate|device|memory|time|done|best|next|changed|speed|context) ");
 }
 
 /// <summary>The real binary at work: ./gpt2 in the repository's root, or what the environment's GPT2 names.</summary>
@@ -160,16 +160,25 @@ sealed partial class Gpt2Process : IDisposable {
 }
 
 /// <summary>Whole folders, compared and copied.</summary>
-static class Folders {
-    /// <summary>Each file's path in the folder, size and hash, a line each, in order; not the lock of a run.</summary>
+static partial class Folders {
+    /// <summary>The path, size and hash of each file in the folder, in order; not the lock of a run, and without
+    /// the times in its metrics, and the speed and the run's name in its picture.</summary>
     public static string Contents(string folder) => string.Join('\n', Directory
         .EnumerateFiles(folder, "*", SearchOption.AllDirectories).Where(path => Path.GetFileName(path) != "lock")
         .Order(StringComparer.Ordinal).Select(path => {
             if (new FileInfo(path).LinkTarget is { } target)
                 return $"{Path.GetRelativePath(folder, path)} -> {target}";
             var bytes = File.ReadAllBytes(path);
+            if (Path.GetExtension(path) is ".jsonl" or ".svg")
+                bytes = Encoding.UTF8.GetBytes(Timed().Replace(Encoding.UTF8.GetString(bytes), "")
+                    .Replace($">{new DirectoryInfo(folder).Name}<", ">run<"));
             return $"{Path.GetRelativePath(folder, path)} {bytes.Length} {XxHash3.HashToUInt64(bytes):x16}";
         }));
+
+    [GeneratedRegex("""
+        "(seconds|tokens_per_second|mfu)":[0-9.]+|(?s)<g class="speed">.*</g>
+        """)]
+    private static partial Regex Timed();
 
     /// <summary>The names of the files in a folder, in order.</summary>
     public static string Names(string folder) =>

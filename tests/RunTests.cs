@@ -202,7 +202,8 @@ public partial class RunTests {
         await Assert.That(resumed.Sentences[0]).Contains("DONE_00000008").And.Contains("checkpoint of step 4");
         await Assert.That(resumed.Lines[^3].Split(" | lr")[0]).IsEqualTo(whole.Lines[^3].Split(" | lr")[0]);
         await Assert.That(Folders.Names(folder["out"])).IsEqualTo(
-            "DONE_00000006 lock loss.svg main.log model_00000006.bin settings.txt state_00000006_00000.bin");
+            "DONE_00000006 lock loss.svg main.log metrics.jsonl model_00000006.bin settings.txt " +
+            "state_00000006_00000.bin");
     }
 
     [Test]
@@ -335,7 +336,7 @@ public partial class RunTests {
         await Gpt2Process.Succeed(folder.Path, $"{Train} -x 5 -o out -y");
         await Assert.That(File.ReadAllText(InRun(folder, "main.log"))).Contains("s:3 tel:-0.0000\n");
         using var log = new TemporaryFolder();
-        new RunLog(log.Path, 0).Validation(0, -1e-9);
+        new RunLog(log.Path, 0).Validated(0, -1e-9);
     }
 
     [Test]
@@ -343,14 +344,14 @@ public partial class RunTests {
         using var folder = new TemporaryFolder();
         var log = new RunLog(folder.Path, 0);
         for (var step = 0; step < 128; step++)
-            log.Train(step, 1e-6, 1e-3f, 1e-5f);
+            log.Update(step, 1e-6, 1e-3f, 1e-5f, 1, 1, null, 1);
         await Assert.That(log.Deviation(4e-5, 0.004)).IsEqualTo(0).Because("logged as 0.0000 and 0.00");
         await Assert.That(log.Deviation(4e-5, 0.02)).IsGreaterThan(6);
         // However far the norm has moved, it becomes the usual one.
         var skipped = 0;
         for (var step = 128; step < 256; step++) {
             skipped += log.Deviation(0, 1) > 6 ? 1 : 0;
-            log.Train(step, 0, 1e-3f, 1);
+            log.Update(step, 0, 1e-3f, 1, 1, 1, null, 1);
         }
         await Assert.That(skipped).IsBetween(1, 10);
     }
@@ -387,9 +388,23 @@ public partial class RunTests {
         var lines = result.Output.Split("\n", StringSplitOptions.RemoveEmptyEntries)
             .SelectMany(line => line.TrimEnd('\r').Split("\r\e[K"))
             .Where(line => Regex.IsMatch(line, "^(step|val|[0-9])")).ToArray();
-        await Assert.That(lines.Count(line => line.StartsWith("step "))).IsEqualTo(5);
+        // The first and the last step are shown, the others if a tenth of a second has passed.
+        var steps = lines.Where(line => line.StartsWith("step ")).ToArray();
+        await Assert.That(steps[0]).StartsWith("step    1/5");
+        await Assert.That(steps[^1]).StartsWith("step    5/5");
         await Assert.That(lines).All(line => line.Length < columns);
         await Assert.That(lines.Any(line => line.EndsWith("tok/s") && line.StartsWith("step"))).IsEqualTo(columns > 60);
+    }
+
+    [Test]
+    public async Task A_terminal_shows_at_most_ten_steps_a_second() {
+        using var folder = Folders.Inputs();
+        var watch = Stopwatch.StartNew();
+        var result = await Gpt2Process.RunIn(string.Format(Terminal, "TERM=xterm", 80), folder.Path,
+            $"{Train.Replace('*', '0')} -x 400 -v 0 -g 0 -o out");
+        var shown = Regex.Count(result.Output, @"step +\d+/400 ");
+        await Assert.That(shown).IsBetween(2, 2 + (int)(10 * watch.Elapsed.TotalSeconds)).Because(result.ToString());
+        await Assert.That(shown).IsLessThan(400);
     }
 
     [Test]

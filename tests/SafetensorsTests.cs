@@ -538,7 +538,7 @@ public class SafetensorsCommandTests {
     [Test]
     public async Task Help_names_every_option() {
         var help = await Gpt2Process.Succeed(".", "export --help");
-        foreach (var option in (string[])["-e, --init <string>", "-o, --out <string>", "--type <Stored", "--verbose"])
+        foreach (var option in (string[])["-e, --init NAME", "-o, --out NAME", "    --type NAME", "    --verbose"])
             await Assert.That(help.Output).Contains($"  {option}");
         await Assert.That(help.Output).DoesNotContain("--device").And.DoesNotContain("--precision");
     }

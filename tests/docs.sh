@@ -60,12 +60,13 @@ for word; do [[ \$word =~ ^d[0-9]+\$ ]] && word=$work/tiny.bin; words+=("\$word"
 case \$1 in
     train) echo >>$work/trainings
         words=(train -e $work/tiny.bin "\${words[@]:1}" -b 1 -t 32 -d 32 -x \$((2 * \$(wc -l <$work/trainings))) -m 1 -g 4) ;;
-    bench) words=(bench -e $work/tiny.bin "\${words[@]:1}" -b 1 -t 32 -x 1) ;;
+    bench) [[ " \$* " = *" --decode "* ]] || words=(bench -e $work/tiny.bin "\${words[@]:1}" -b 1 -t 32 -x 1) ;;
 esac
 exec $root/gpt2 "\${words[@]}" --device cpu
 END
-sed -i '/^exec/i [[ $1 =~ ^(tokenize|export|help)$ ]] \&\& exec '"$root"'/gpt2 "${words[@]}"' "$work/clone/gpt2"
+sed -i '/^exec/i [[ $1 =~ ^(tokenize|export|help|completion|plot|info)$ ]] \&\& exec '"$root"'/gpt2 "${words[@]}"' "$work/clone/gpt2"
 chmod +x "$work/clone/gpt2"
+ln -s "$work/clone/gpt2" "$work/bin/gpt2"
 
 hold() { mkdir -p "$work/hub/$(dirname "$2")" && cp "$1" "$work/hub/$2"; } # FILE PATH
 ./gpt2 tokenize -o "$work/shard" --val-tokens 3000 "$work/clone/my.txt" 2>/dev/null
@@ -94,6 +95,13 @@ for page in "${pages[@]}"; do
     for link in $(grep -o '](\(<[^>]*>\|[^)]*\))' "$page" | sed 's/^](//; s/)$//; s/#.*//' | grep -v '^http' | sort -u); do
         check "$page: $link exists" test -e "$(dirname "$page")/$link"
     done
+done
+
+# Each command's example, in a folder of its own.
+mkdir -p "$work/examples/data" && cp "$work/clone/my.txt" tests/golden/{model,state}.bin "$work/examples"
+for command in tokenize train info plot sample eval export bench verify completion; do
+    line=$(./gpt2 help $command | sed -n 's/^Example: //p')
+    check "gpt2 help $command: $line" timeout 120 bash -c "cd '$work/examples' && $line" </dev/null
 done
 
 short() { [ "$(wc -l <README.md)" -le 120 ] && [ "$(wc -w <README.md)" -le 1300 ]; }

@@ -56,7 +56,7 @@ for model in ${@:-d12 d48}; do
             rm -rf "$folder/run"
             train -i "$folder/text_train*" -j "$folder/text_val*" -o "$folder/run" -e "$model" -b "$batch" -t 1024 -d "$total" \
                 --gpus "$gpus" -z "$zero"
-            row_of "$model" "$gpus" "gpt2, ZeRO-$zero" "$(sed -n 's/^memory  together *//p' "$folder/err")"
+            row_of "$model" "$gpus" "gpt2, ZeRO-$zero" "$(sed -n 's/^memory  [^ ]* \([0-9.]* .B\) of .*/\1/p' "$folder/err")"
         done
         if [ -n "${RIVALS-yes}" ]; then
             timeout 400 python3 -m torch.distributed.run --nproc-per-node "$gpus" --master-addr 127.0.0.1 --master-port 29511 \
