@@ -648,8 +648,8 @@ public sealed unsafe class Cuda : IDevice {
         var (rows, count, C) = (tokens.Length, next.Length / tokens.Length, program[0].Y.Columns);
         var widest = arguments.Max(op => op.W == 0 || op.N == V ? 0 : Math.Max(op.N, op.K));
         var mailWords = (long)rows * (widest / 4 * kinds + C * Blocks(arguments.Max(op => op.T), partKeys));
-        var byMail = Precision == DataType.Bf16 && wholeHeads && rows * Blocks(C, 4 * threads) <= few &&
-            C <= 2 * 4 * threads && mailWords * 16 <= MailBytes;
+        var byMail = Precision == DataType.Bf16 && program[0].Kind == OperationKind.Embed && wholeHeads &&
+            rows * Blocks(C, 4 * threads) <= few && C <= 2 * 4 * threads && mailWords * 16 <= MailBytes;
         // Shared memory has slots for weights, sums, the program and, with mail, the rows of a product.
         const int rowBytes = 64, slotHeader = 16, sums = threads * 4 * warps * sizeof(float), own = 1024;
         var slot = slotHeader + channels * (slice * Tensor.SizeOf(Precision) + rowBytes);
@@ -666,8 +666,9 @@ public sealed unsafe class Cuda : IDevice {
             arguments.Length, rows, position, shared, count, choice.Drawn, choice.Sample, choice.TopK,
             choice.Selects(V) ? 1 : 0, choice.Temperature, choice.TopP, choice.Seed, decodeTime);
         decodeTime += (uint)(count * program.Length);
-        Launch(byMail ? "decode" : "decode_many", (blocks, 1, 1), threads + 32, largestShared - own - room + slots * slot,
-            2.0 * count * rows * bytes / Tensor.SizeOf(Precision), count * bytes, new Argument(0, (nint)(&run)));
+        Launch(byMail ? "decode" : "decode_many", (blocks, 1, 1), threads + 32,
+            largestShared - own - room + slots * slot, 2.0 * count * rows * bytes / Tensor.SizeOf(Precision),
+            count * bytes, new Argument(0, (nint)(&run)));
         Download<int>(places + sizeof(int) * (1 + rows), next.Length).CopyTo(next);
         if (next.ContainsAnyInRange(V, int.MaxValue))
             throw new Gpt2Exception("--init: expected finite logits, found others: the weights are too large");

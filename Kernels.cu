@@ -1824,8 +1824,8 @@ constexpr int PartKeys = 128; // keys that a block attends to at a time
 enum Kind { EmbedNext, LinearNext, GeluNext, ResidualNext, LogitsNext, AttentionNext, ChooseNext };
 
 // y (rows, T, N), of which the row at the position is written, from x (rows, K). An embedding has wte for x and wpe for
-// b, attention x (rows, T, 3K), and a choice logits (rows, K) in fp32. Tiles of eight columns are dealt out to the blocks
-// from block -turn on, so that all get as many in the end.
+// b, attention x (rows, T, 3K), and a choice logits (rows, K) in fp32. Blocks get tiles of eight columns in turn, and
+// each operation goes on where the one before it ended, so that all get as many in the end.
 struct Operation {
     int kind, N, K, T, heads, turn;
     const floatX *x, *norm_w, *norm_b, *b, *w; // norm_w and norm_b (K), or null; b (N), or null; w (N, K), or null
@@ -1991,28 +1991,23 @@ struct Weights {
 };
 
 // Four elements, and what they are in memory, which is asked for early and widened late.
-struct Four {
+struct alignas(16) Four {
     float x[4];
 };
 __device__ uint2 narrow(Four y) { return {pair(y.x[0], y.x[1]), pair(y.x[2], y.x[3])}; }
 #ifdef FP32
-struct RawFour {
-    uint32_t x, y, z, w;
-};
-PTX(load_raw, (RawFour& to, const floatX* from), "ld.global.v4.b32 {%0, %1, %2, %3}, [%4];"
-    : "=r"(to.x), "=r"(to.y), "=r"(to.z), "=r"(to.w) : "l"(from))
-__device__ Four widen(RawFour x) {
-    return {__uint_as_float(x.x), __uint_as_float(x.y), __uint_as_float(x.z), __uint_as_float(x.w)};
-}
-__device__ void store_four(float* to, Four y) { *(float4*)to = {y.x[0], y.x[1], y.x[2], y.x[3]}; }
+typedef Four RawFour;
+__device__ Four widen(RawFour x) { return x; }
+__device__ void load_raw(RawFour& to, const float* from) { to = *(const Four*)from; }
+__device__ void store_four(float* to, Four y) { *(Four*)to = y; }
 #else
 typedef uint2 RawFour;
-PTX(load_raw, (RawFour& to, const floatX* from), "ld.global.v2.b32 {%0, %1}, [%2];"
-    : "=r"(to.x), "=r"(to.y) : "l"(from))
 __device__ Four widen(RawFour x) {
     float2 low = unpair(x.x), high = unpair(x.y);
     return {low.x, low.y, high.x, high.y};
 }
+PTX(load_raw, (RawFour& to, const floatX* from), "ld.global.v2.b32 {%0, %1}, [%2];" // volatile, so not put off
+    : "=r"(to.x), "=r"(to.y) : "l"(from))
 __device__ void store_four(__nv_bfloat16* to, Four y) { *(uint2*)to = narrow(y); }
 #endif
 
@@ -2072,9 +2067,9 @@ __device__ void normalize_rows(const Operation& op, const Decode& run, float2* s
     }
 }
 
-// One product: y = x·wᵀ + b, with the rows of x normalized first if there are weights for that. Each warp multiplies its
-// part of the depth, for a group of tiles, whose sums go to scratch; then each thread adds up all warps' sums for four
-// results. There is mail for few rows.
+// One product: y = x·wᵀ + b, with the rows of x normalized first if there are weights for that. Each warp multiplies
+// its part of the depth, for a group of tiles, whose sums go to scratch; then each thread adds up all warps' sums for
+// four results. There is mail for few rows.
 template <bool Mails>
 struct Product {
     static constexpr int Rows = Mails ? FewRows : MostRows, Eights = Rows / 8, Group = DecodeThreads / (2 * Rows);
@@ -2313,13 +2308,13 @@ struct Product {
                     Raw a = x[i][0];
                     mma(sums[0][0], {a.x, a.y, a.z, a.w}, w[i].x, w[i].y); // of which the upper eight rows count
                     mma(sums[1][0], {a.x, a.y, a.z, a.w}, w[i].z, w[i].w); // of which the lower eight count
-                    continue;
-                }
+                } else {
 #pragma unroll
-                for (int j = 0; j + 1 < Eights; j += 2) {
-                    Raw low = x[i][j], high = x[i][j + 1];
-                    mma(sums[0][j / 2], {low.x, high.x, low.y, high.y}, w[i].x, w[i].y);
-                    mma(sums[1][j / 2], {low.z, high.z, low.w, high.w}, w[i].z, w[i].w);
+                    for (int j = 0; j < Eights; j += 2) {
+                        Raw low = x[i][j], high = x[i][j + 1];
+                        mma(sums[0][j / 2], {low.x, high.x, low.y, high.y}, w[i].x, w[i].y);
+                        mma(sums[1][j / 2], {low.z, high.z, low.w, high.w}, w[i].z, w[i].w);
+                    }
                 }
             }
         }
@@ -2352,15 +2347,6 @@ struct Product {
         }
     }
 };
-
-template <bool Mails>
-__device__ void multiply_rows(const Operation& op, const Decode& run, int n, Mail in, Mail stream, Mail out,
-    Weights& weights, float* scratch, floatX* staged) {
-    Product<Mails> product = {op, run, n, (int)threadIdx.x / Warp, (int)threadIdx.x % Warp, op.N, op.K,
-        (op.K + Slice - 1) / Slice * Pieces, in, stream, out, weights, scratch, staged,
-        op.norm_w ? run.normed : op.x};
-    product.compute();
-}
 
 // Eight channels of a head, or fewer; whole heads of a multiple of eight are loaded at once.
 template <bool Whole>
@@ -2431,10 +2417,10 @@ __device__ Attended attend_to_part(
         for (int i = 0; i < Batch; i++) {
             int key = begin + i * groups + group;
             if constexpr (Mails) {
-                if (key == position && own > 0) {
+                if (key == position && own > 0) { // nobody else has this key in later tokens
                     uint4* cache = (uint4*)(this_head + (int64_t)key * 3 * C + C);
-                    *cache = k[i] = make_uint4(now[2].x, now[2].y, now[3].x, now[3].y);
-                    cache[C / Width] = v[i] = make_uint4(now[4].x, now[4].y, now[5].x, now[5].y);
+                    *cache = *(uint4*)&k[i] = make_uint4(now[2].x, now[2].y, now[3].x, now[3].y);
+                    cache[C / Width] = *(uint4*)&v[i] = make_uint4(now[4].x, now[4].y, now[5].x, now[5].y);
                 }
             }
             float score = sum(q * widen(k[i])) * scale;
@@ -2760,7 +2746,10 @@ __device__ void run_program(const Decode& run) {
                     normalize_rows(op, run, (float2*)scratch);
                     meet(run.arrivals, ++meetings);
                 }
-                multiply_rows<Mails>(op, run, n, in, stream, out, weights, (float*)scratch, staged);
+                Product<Mails> product = {op, run, n, (int)threadIdx.x / Warp, (int)threadIdx.x % Warp, op.N, op.K,
+                    (op.K + Slice - 1) / Slice * Pieces, in, stream, out, weights, (float*)scratch, staged,
+                    op.norm_w ? run.normed : op.x};
+                product.compute();
             }
             if (!Mails || op.kind == LogitsNext)
                 meet(run.arrivals, ++meetings, !Mails || blockIdx.x < run.rows);
