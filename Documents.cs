@@ -10,8 +10,9 @@ using Fields = System.Collections.Generic.Dictionary<int, object>;
 
 namespace Gpt2;
 
-/// <summary>Documents in UTF-8 that a worker reads apart from others, from so many bytes in memory.</summary>
-public readonly record struct Block(int Bytes, Func<IEnumerable<ReadOnlyMemory<byte>>> Documents);
+/// <summary>Documents that a worker reads apart from others, from so many bytes in memory: in a pooled array, a mark
+/// before each.</summary>
+public readonly record struct Block(int Bytes, Func<ArraySegment<byte>> Text);
 
 /// <summary>Files of documents by kind: JSON lines (.jsonl), Parquet (.parquet), and everything else is text. Text and
 /// JSON lines may be compressed by gzip (.gz) or Zstandard (.zst).</summary>
@@ -67,9 +68,12 @@ public static class Documents {
         path.EndsWith(".parquet") ? Parquet.Read(path, field, progress)
         : Regex.IsMatch(path, @"\.jsonl(\.gz|\.zst)?$") ? Lines(path, field, lossy, progress) : null;
 
-    /// <summary>A block's documents in a pooled array, a mark before each.</summary>
-    public static ArraySegment<byte> Text(string path, Block block) => Whole<ArraySegment<byte>>(path, () => {
-        var documents = block.Documents();
+    /// <summary>A block's text, if it is UTF-8.</summary>
+    public static ArraySegment<byte> Text(string path, Block block) => Whole(path, () =>
+        block.Text() is var text && Utf8.IsValid(text) ? text : throw new InvalidDataException("text that is not UTF-8"));
+
+    /// <summary>Puts documents into a pooled array, a mark before each.</summary>
+    internal static ArraySegment<byte> Join(IEnumerable<ReadOnlyMemory<byte>> documents) {
         var (bytes, length) = (documents.Sum(document => (long)Tokenizer.Mark.Length + document.Length), 0);
         var text = Pool.Rent(bytes <= 2 * Largest ? (int)bytes : throw new InvalidDataException($"a page of {bytes}"));
         foreach (var document in documents) {
@@ -77,9 +81,8 @@ public static class Documents {
             document.Span.CopyTo(text.AsSpan(length + Tokenizer.Mark.Length));
             length += Tokenizer.Mark.Length + document.Length;
         }
-        return Utf8.IsValid(text.AsSpan(0, length)) ? new(text, 0, length)
-            : throw new InvalidDataException("text that is not UTF-8");
-    });
+        return new(text, 0, length);
+    }
 
     /// <summary>Reads from a file, whose damage ends in all kinds of exceptions.</summary>
     /// <exception cref="Gpt2Exception">It did.</exception>
@@ -107,34 +110,58 @@ public static class Documents {
             if (rest.Length >= Largest)
                 throw new Gpt2Exception($"{path}: line {number + 1}: expected less than {Largest} bytes, found more");
             yield return new(end, () => {
-                var documents = Parse(path, bytes.AsMemory(0, end), before, field);
+                var text = Parse(path, bytes.AsSpan(0, end), before, field);
                 Pool.Return(bytes);
-                return documents;
+                return text;
             });
         }
     }
 
-    /// <summary>The documents of some lines, before which there are others.</summary>
-    static List<ReadOnlyMemory<byte>> Parse(string path, ReadOnlyMemory<byte> lines, long number, string field) {
-        var documents = new List<ReadOnlyMemory<byte>>();
-        foreach (var range in lines.Span.Split((byte)'\n')) {
+    /// <summary>Puts the documents of some lines, before which there are others, into a pooled array, a mark before each.
+    /// </summary>
+    static ArraySegment<byte> Parse(string path, ReadOnlySpan<byte> lines, long number, string field) {
+        var mark = Tokenizer.Mark.Length;
+        var (text, length) = (Pool.Rent(lines.Length + mark * (lines.Count((byte)'\n') + 1)), 0);
+        foreach (var range in lines.Split((byte)'\n')) {
             var line = lines[range].TrimStart("\ufeff \t\r"u8);
             number++;
             if (line.IsEmpty)
                 continue;
             try {
-                using var json = JsonDocument.Parse(line);
-                if (!json.RootElement.TryGetProperty(field, out var value))
-                    throw new InvalidOperationException("no such field");
-                if (value.GetString() is { } text)
-                    documents.Add(Encoding.UTF8.GetBytes(text));
+                if (CopyField(line, field, text.AsSpan(length + mark)) is { } size) {
+                    Tokenizer.Mark.CopyTo(text.AsSpan(length));
+                    length += mark + size;
+                }
             } catch (Exception e) when (e is JsonException or InvalidOperationException) {
-                throw new Gpt2Exception($"{path}: line {number}: expected " + (!Utf8.IsValid(line.Span) ? NotUtf8
+                throw new Gpt2Exception($"{path}: line {number}: expected " + (!Utf8.IsValid(line) ? NotUtf8
                     : $"an object of JSON with a string '{field}' (or another --field), found: " +
                     e.Message.Replace("LineNumber: 0 | BytePositionInLine:", "At byte").TrimEnd('.')));
             }
         }
-        return documents;
+        return new(text, 0, length);
+    }
+
+    /// <summary>Copies a string out of an object of JSON. Nothing is allocated, which is what many cores wait for.</summary>
+    /// <returns>Its size in bytes; null if the field is null.</returns>
+    static int? CopyField(ReadOnlySpan<byte> line, string field, Span<byte> to) {
+        var json = new Utf8JsonReader(line);
+        var (found, size) = (false, (int?)null);
+        if (json.Read() && json.TokenType != JsonTokenType.StartObject)
+            throw new InvalidOperationException(NameOf(json));
+        while (json.Read()) {
+            if (json.CurrentDepth != 1 || json.TokenType != JsonTokenType.PropertyName || !json.ValueTextEquals(field))
+                continue;
+            (_, found) = (json.Read(), true);
+            size = json.TokenType switch {
+                JsonTokenType.String => json.CopyString(to),
+                JsonTokenType.Null => null,
+                _ => throw new InvalidOperationException($"a field of type {NameOf(json)}"),
+            };
+        }
+        return !found ? throw new InvalidOperationException("no such field")
+            : size == null || Utf8.IsValid(to[..size.Value]) ? size : throw new InvalidOperationException(NotUtf8);
+
+        static string NameOf(Utf8JsonReader json) => $"{json.TokenType}".Replace("Start", "");
     }
 }
 
@@ -168,10 +195,10 @@ static class Parquet {
                 var (count, levels) = (Size(values, 1), type == DataPage ? 0 : Size(values, 5) + Size(values, 6));
                 left -= count;
                 // Version 2 has levels first, which are not compressed, and the number of nulls.
-                yield return new(whole, () => type == DataPage
+                yield return new(whole, () => Documents.Join(type == DataPage
                     ? Values(Decompress(page, codec, whole), optional, count, Number(values, 2), known)
                     : Values(Decompress(page.AsSpan(levels), Number(values, 7, 1) * codec, whole - levels), false,
-                        count - Size(values, 2), Number(values, 4), known));
+                        count - Size(values, 2), Number(values, 4), known)));
             }
         }
     }

@@ -1,6 +1,7 @@
 """Proves that ./gpt2 and Hugging Face's transformers (5.x) read each other's models, bit by bit where that is possible.
 
-    python tests/hf.py [./gpt2]      a line for each check, exit status 1 if one fails; a minute, no network
+    python tests/hf.py [./gpt2]           a line for each check, exit status 1 if one fails; a minute, no network
+    python tests/hf.py --golden FOLDER    writes a model and its greedy text, which tests/golden/transformers has
 
 It makes random GPT-2s of odd sizes, saves them with transformers in every type, compares logits, greedy tokens and
 gradients, exports them again, and compares tokenizers. On a machine with a GPU, both devices compute, in fp32.
@@ -234,7 +235,16 @@ def check_llmc(work):
     check("golden model: its logits in transformers", error < 1e-5, f"{error:.2e}")
 
 
+def write_golden(folder):
+    """A small model, and 4 tokens with what it makes of them, for GenerationTests.ContinuesAsTransformersDoes."""
+    model = random_model(dict(n_layer=2, n_head=2, n_embd=32, vocab_size=90, n_positions=48))
+    model.save_pretrained(folder)
+    (folder / "greedy.txt").write_text(" ".join(map(str, greedy(model, [5, 1, 4, 2], 44))))
+
+
 torch.manual_seed(1337)
+if "--golden" in sys.argv:
+    sys.exit(write_golden(Path(sys.argv[-1])))
 with tempfile.TemporaryDirectory() as name:
     check_llmc(Path(name))
     check_models(Path(name))
