@@ -144,9 +144,9 @@ public sealed class Trainer : IDisposable {
     void Describe() {
         var (config, o) = (model.Config, options);
         Row("model", $"{config.Summary}; {config.ParameterCount / 1e6:F1} M parameters");
-        Row("data", $"{o.TrainData}: {train.Tokens} tokens; {o.ValData}: {val.Tokens}, of which " +
+        Row("data", $"{o.TrainData}: {train.Shards.Tokens} tokens; {o.ValData}: {val.Tokens}, of which " +
             $"{valRows.Length} x {o.T} are validated on");
-        foreach (var path in train.TooShort)
+        foreach (var path in train.Shards.TooShort(train.SampleTokens))
             Row("data", $"{path} is passed over: it has no sample of {train.SampleTokens} tokens");
         var many = ranks.Size > 1 ? $" x {ranks.Size} ranks" : "";
         Row("batch", $"{o.B} x {o.T} tokens x {microSteps} micro-steps{many} = {o.TotalBatch} tokens");
@@ -449,7 +449,7 @@ public sealed class Checkpoints(string folder) {
             .Select(setting => setting.Value is true ? setting.Option : $"{setting.Option} {setting.Value}").ToArray();
         var before = File.Exists(SettingsPath) ? ReadSettings() : [];
         lines = [.. lines.Any(IsInit) ? [] : before.Where(IsInit), .. lines];
-        Files.Write(SettingsPath, to => to.Write(Encoding.UTF8.GetBytes(string.Join('\n', lines) + "\n")));
+        Files.Write(SettingsPath, string.Join('\n', lines) + "\n");
         return before.Length == 0 || before.SequenceEqual(lines) ? ""
             : $"{string.Join(", ", before.Except(lines))} to {string.Join(", ", lines.Except(before))}";
     }
@@ -471,8 +471,7 @@ public sealed class Checkpoints(string folder) {
         return lines.Any(line => line.StartsWith("--optimizer ")) ? lines : [.. lines, "--optimizer AdamW"];
     }
 
-    /// <summary>Opens a model: a file of llm.c or safetensors, or a folder's, which for a run is the last complete
-    /// checkpoint.</summary>
+    /// <summary>Opens a model: a file of llm.c or safetensors, or a folder's, for a run the last whole one.</summary>
     public static (BinaryFile File, Config Config) Open(string path) {
         path = !Directory.Exists(path) ? path : new Checkpoints(path) is { Last: { } last } run ? run.ModelPath(last)
             : Safetensors.In(path) ?? throw new Gpt2Exception(
@@ -556,8 +555,7 @@ public sealed class Checkpoints(string folder) {
         // State files left over from a killed run with more ranks.
         foreach (var stale in Files.Glob(StatePath(step, null)).Except(files))
             File.Delete(stale);
-        var list = string.Concat(files.Select(file => Files.Describe(file) + "\n"));
-        Files.Write(DonePath(step), to => to.Write(Encoding.UTF8.GetBytes(list)));
+        Files.Write(DonePath(step), string.Concat(files.Select(file => Files.Describe(file) + "\n")));
         // Newer checkpoints are those that this run could not go on from.
         var kept = Complete.Where(other => other <= step).TakeLast(keep).ToArray();
         foreach (var old in Steps("*").Except(kept)) {
