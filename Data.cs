@@ -699,8 +699,7 @@ public sealed class Tokenizer {
         if (Files.Glob($"{prefix}_*.bin") is [var old, ..])
             throw new Gpt2Exception($"{old}: expected no shards of this name yet, found some; remove them first");
         var (written, number, paths) = (0L, valTokens > 0 ? 0 : 1, new List<string>());
-        var (running, waiting, rest) =
-            (new Queue<(int Bytes, Task<ArraySegment<ushort>> Tokens)>(), 0L, ArraySegment<ushort>.Empty);
+        var (running, rest) = (new Queue<(int Bytes, Task<ArraySegment<ushort>> Tokens)>(), ArraySegment<ushort>.Empty);
         using var blocks = files.SelectMany(file => Read(file, field, lossy, progress)).GetEnumerator();
         using var interrupted = PosixSignalRegistration.Create(PosixSignal.SIGINT, _ => Remove());
         using var terminated = PosixSignalRegistration.Create(PosixSignal.SIGTERM, _ => Remove());
@@ -720,15 +719,13 @@ public sealed class Tokenizer {
             var cores = Environment.ProcessorCount;
             while (rest.Count == 0) {
                 // Documents may be large: for those two blocks a core may be one block in all.
-                while (running.Count <= 2 * cores && waiting <= (long)cores * 8 * BlockBytes && blocks.MoveNext()) {
+                while (running.Count <= 2 * cores &&
+                    running.Sum(block => (long)block.Bytes) <= (long)cores * 8 * BlockBytes && blocks.MoveNext())
                     running.Enqueue(blocks.Current);
-                    waiting += blocks.Current.Bytes;
-                }
                 if (running.Count == 0)
                     return false;
                 ArrayPool<ushort>.Shared.Return(rest.Array!);
-                var (bytes, tokens) = running.Dequeue();
-                (rest, waiting) = (tokens.Result, waiting - bytes);
+                rest = running.Dequeue().Tokens.Result;
             }
             return true;
         }

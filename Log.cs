@@ -1,7 +1,6 @@
 namespace Gpt2;
 
-/// <summary>What is written down of a run: main.log as llm.c has it, metrics.jsonl for other programs, and loss.svg, a
-/// picture of both.</summary>
+/// <summary>What is written down of a run: main.log as llm.c has it, metrics.jsonl, and loss.svg, a picture.</summary>
 public sealed partial class RunLog {
     const string Log = "main.log", Metrics = "metrics.jsonl";
     readonly string folder;

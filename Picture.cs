@@ -2,21 +2,18 @@ using System.Security;
 
 namespace Gpt2;
 
-/// <summary>Pictures of runs, as SVG for a light or a dark background: losses against tokens, with learning rate, norm
-/// and speed below.</summary>
+/// <summary>Pictures of runs, as SVG for a light or a dark page: losses, learning rate, norm and speed.</summary>
 public static class Picture {
     const int Left = 60, Width = 720, Colors = 6;
 
     const string Style = """
         <style>
-        rect { fill: #fff } text { fill: #222 } .grid { stroke: #e2e6ec } polyline { fill: none; stroke-width: 2 }
-        .raw { stroke-width: 1; opacity: .4 } .dashed { stroke-dasharray: 5 3 }
-        .c0 { stroke: #2050a0 } .c1 { stroke: #d05020 } .c2 { stroke: #2a8a50 }
-        .c3 { stroke: #8a3fb0 } .c4 { stroke: #a87a00 } .c5 { stroke: #00808f }
+        rect { fill: #fff } text { fill: #222 } .grid { stroke: #e2e6ec }
         @media (prefers-color-scheme: dark) {
-        rect { fill: #0d1117 } text { fill: #e6e6e6 } .grid { stroke: #2b3440 }
-        .c0 { stroke: #6ea8ff } .c1 { stroke: #ff9566 } .c2 { stroke: #6fd19a }
-        .c3 { stroke: #cf9cf5 } .c4 { stroke: #e0b84a } .c5 { stroke: #50cfe0 } }
+        rect { fill: #0d1117 } text { fill: #e6e6e6 } .grid { stroke: #2b3440 } }
+        polyline { fill: none; stroke-width: 2 } .raw { stroke-width: 1; opacity: .4 } .dashed { stroke-dasharray: 5 3 }
+        .c0 { stroke: #3878d8 } .c1 { stroke: #e0662a } .c2 { stroke: #2c9c5e }
+        .c3 { stroke: #9a5cd0 } .c4 { stroke: #b08420 } .c5 { stroke: #1a96a6 }
         </style>
         """;
 
@@ -31,8 +28,8 @@ public static class Picture {
     public static string Draw(RunLog[] runs) {
         var isKnown = runs.All(run => run.TotalBatch != null);
         int[] batches = [.. runs.Select(run => isKnown ? run.TotalBatch!.Value : 1)];
-        var last = runs.Zip(batches, (run, batch) => (double)batch * run.Train.Concat(run.Validation)
-            .Max(point => point.Step)).Max();
+        var last = runs.Zip(batches, (run, batch) =>
+            (double)batch * run.Train.Concat(run.Validation).Max(point => point.Step)).Max();
         var scale = new Axis(batches.Min(), Math.Max(last, 2.0 * batches.Min()));
         var isOne = runs.Length == 1;
         var title = SecurityElement.Escape(isOne ? runs[0].Name : $"{runs.Length} runs");
@@ -58,8 +55,9 @@ public static class Picture {
 
             """;
 
-        Curve Means(string name, int run, List<(int Step, double Value)> values, int parts) => new(name, [.. values
-            .Select(point => (X: (double)batches[run] * point.Step, Y: point.Value))
+        IEnumerable<(double X, double Y)> Points(int run, List<(int Step, double Value)> values) =>
+            values.Where(point => point.Step > 0).Select(point => ((double)batches[run] * point.Step, point.Value));
+        Curve Means(string name, int run, List<(int, double)> values, int parts) => new(name, [.. Points(run, values)
             .GroupBy(point => (int)(parts * scale.At(point.X)))
             .Select(part => (part.Average(point => point.X), part.Average(point => point.Y)))]);
         IEnumerable<Curve> All(Func<RunLog, List<(int, double)>> values) =>
@@ -67,8 +65,7 @@ public static class Picture {
         Curve[] Losses(RunLog run, int i) => [
             Means($"c{i % Colors} raw", i, run.Train, Width),
             Means($"c{i % Colors}{(isOne ? "" : " dashed")}", i, run.Train, 150),
-            new($"c{(isOne ? 1 : i) % Colors}", [.. run.Validation.Where(point => point.Step > 0)
-                .Select(point => ((double)batches[i] * point.Step, point.Value))])];
+            new($"c{(isOne ? 1 : i) % Colors}", [.. Points(i, run.Validation)])];
     }
 
     /// <summary>A logarithmic axis.</summary>
@@ -76,9 +73,10 @@ public static class Picture {
         /// <summary>Where a value is, from 0 to 1.</summary>
         public double At(double x) => Math.Log(x / From) / Math.Log(To / From);
 
-        /// <summary>The round values, or of these the powers of ten if there is no room for all.</summary>
+        /// <summary>The round values, or as many powers of ten as have room.</summary>
         public IEnumerable<double> Ticks(double width) {
-            var (axis, step) = (this, 0.3 * width / Math.Log10(To / From) < 45 ? 3 : 1);
+            var (axis, decade) = (this, width / Math.Log10(To / From));
+            var step = 0.3 * decade >= 45 ? 1 : 3 * (int)Math.Ceiling(45 / decade);
             return round.Where((x, i) => i % step == 0 && x >= axis.From && x <= axis.To);
         }
     }

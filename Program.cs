@@ -127,8 +127,8 @@ internal sealed class Commands(GlobalOptions global) {
             Require(prompt == null || promptIds == null, "--prompt-ids", "no --prompt beside it", "both");
             var (file, config) = Checkpoints.Open(init);
             using var _ = file;
-            if (promptIds == null && config.V != Tokenizer.EndOfTextId + 1)
-                throw file.Fail("the tokenizer's vocabulary of 50257 (or --prompt-ids 1,2,3)", $"{config.V}");
+            file.Require(promptIds != null || config.V == Tokenizer.EndOfTextId + 1,
+                "the tokenizer's vocabulary of 50257 (or --prompt-ids 1,2,3)", $"{config.V}");
             foreach (var id in promptIds ?? [])
                 Require(id >= 0 && id < config.V, "--prompt-ids", $"ids from 0 to {config.V - 1}", id);
             var tokenizer = promptIds == null ? new Tokenizer() : null;

@@ -84,8 +84,7 @@ public sealed class Trainer : IDisposable {
         var (file, config) = Open(own ?? options.Init ?? (device is Cpu ? "d6" : "d12"));
         var (init, asked) = own == null || options.Init == null ? (null, config) : Open(options.Init);
         init?.Dispose();
-        if (asked != config)
-            throw file!.Fail($"--init's model ({asked.Summary})", config.Summary);
+        file?.Require(asked == config, $"--init's model ({asked.Summary})", config.Summary);
         microSteps = TrainOptions.MicroSteps(config, options.B, options.T, options.TotalBatch, ranks.Size);
         train = new TokenLoader(options.TrainData, options.B, options.T, config.V,
             options.Shuffle && !options.Overfit, options.Seed, ranks.Rank, ranks.Size);
@@ -583,12 +582,12 @@ public sealed class Checkpoints(string folder) {
             file.Check("upper half of the shard index", 31, header[31] == 0, "0");
             file.Check("upper half of the sample index", 33, header[33] == 0, "0");
             file.Check("step", 10, header[10] == step, $"{step} as its name says");
-            file.Check("optimizer", OptimizerField, header[OptimizerField] is 0 or 1, "0 (AdamW) or 1 (Muon)");
-            if ((OptimizerKind)header[OptimizerField] is var written && written != model.Optimizer)
-                throw file.Fail($"a state of --optimizer {model.Optimizer}", $"one of --optimizer {written}");
+            var written = (OptimizerKind)header[OptimizerField];
+            file.Require(written == model.Optimizer,
+                $"a state of --optimizer {model.Optimizer}", $"one of --optimizer {written}");
             var data = MemoryMarshal.Read<ulong>(MemoryMarshal.AsBytes(header.AsSpan(Data)));
-            if (data != 0 && data != loader.Fingerprint)
-                throw file.Fail("the shards of --train-data that this run began with (or another --out)", "others");
+            file.Require(data == 0 || data == loader.Fingerprint,
+                "the shards of --train-data that this run began with (or another --out)", "others");
             optimizer.RoundingSeed = (uint)header[20];
             // Without ZeRO-1, llm.c writes everything for every rank.
             var everything = (2 + header[4]) * sizeof(float) * model.Config.ParameterCount;
@@ -660,8 +659,7 @@ public static class Verification {
         reference.Read(model.Tokens.AsSpan());
         reference.Read(model.Targets.AsSpan());
         var wrong = model.Tokens.Concat(model.Targets).FirstOrDefault(token => token < 0 || token >= config.V);
-        if (wrong != 0)
-            throw reference.Fail($"tokens below the model's vocabulary of {config.V}", $"{wrong}");
+        reference.Require(wrong == 0, $"tokens below the model's vocabulary of {config.V}", $"{wrong}");
         model.Load(file);
         model.Forward();
         var rows = Enumerable.Range(0, model.LogitParts).Select(model.Logits)
@@ -742,8 +740,7 @@ public static class Benchmark {
         output.WriteLine($"{"together",-46}{total * 1e3,10:F3}");
     }
 
-    /// <summary>Prints how many tokens generation makes a second, and how many it would if it only read each weight
-    /// once a token.</summary>
+    /// <summary>Prints how many tokens generation makes a second, and the limit by reading each weight once.</summary>
     public static void Decode(string init, IDevice device, TextWriter output) {
         var (file, config) = Trainer.Open(init);
         var (most, bytes) = (device is Cpu ? 8 : IDevice.MostSequences, device.MeasureCeilings().Bytes);
