@@ -14,14 +14,13 @@ internal sealed record Option(string[] Names, string Type, string Group, string 
         : Text.Split('.')[0].Split(": ")[^1].Split([", ", " or "], default);
 
     /// <summary>Its names and what stands for its value: "-e, --init NAME".</summary>
-    public string Usage => string.Join(", ", Names.TakeWhile(name => name != Name).DefaultIfEmpty("  ")) +
-        (Names[0] == Name ? "  " : ", ") + Name + (Type switch {
-            "" => "",
-            "int" or "uint" => " N",
-            "float" => " X",
-            "int[]" => " IDS",
-            _ => Name == "--prompt" ? " TEXT" : " NAME",
-        });
+    public string Usage => (Names[0] == Name ? "    " : $"{Names[0]}, ") + Name + Type switch {
+        "" => "",
+        "int" or "uint" => " N",
+        "float" => " X",
+        "int[]" => " IDS",
+        _ => Name == "--prompt" ? " TEXT" : " NAME",
+    };
 
     /// <summary>Throws unless a value is of the type and in the range. Numbers have no separators.</summary>
     public void Check(string? value) {
@@ -111,8 +110,7 @@ internal sealed partial class Help(Func<string[], string> textOf) {
         _ => throw new Gpt2Exception($"SHELL: expected bash, zsh or fish, found '{shell}'", usage: true),
     };
 
-    /// <summary>What the last word of a line may become, each in a line: commands, options, or an enumeration's values.
-    /// </summary>
+    /// <summary>What the last word of a line may become, each in a line: commands, options or their values.</summary>
     public string Complete(string line) {
         var (words, commands) = (line.Split(' '), Commands.Select(command => command.Name));
         var options = words.Length > 2 && commands.Contains(words[1]) ? OptionsOf(words[1]) : [];
@@ -156,6 +154,12 @@ internal static class CommandLine {
             Require(given.ContainsKey(option.Name), command, $"{option.Name} (see gpt2 {command} --help)", "none");
         return [command, .. given.SelectMany(pair => (string?[])[pair.Key, pair.Value]).OfType<string>(), .. files];
     }
+
+    /// <summary>Runs a command that succeeds unless it throws.</summary>
+    internal static int Guard(bool verbose, Action command) => Guard(verbose, () => {
+        command();
+        return 0;
+    });
 
     /// <summary>Runs a command and turns its exception, if any, into a sentence and an exit status.</summary>
     /// <param name="speaker">Names this process among several, as the sentence's prefix.</param>

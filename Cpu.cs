@@ -534,20 +534,17 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
                 return logits.IndexOf(max);
             // Tokens of less than (1 − topP)/V of the likeliest one's probability are out, all together.
             var least = topP < 1 ? max + T * MathF.Log((1 - topP) / V) : float.NegativeInfinity;
-            if (choice.Selects(V)) {
-                if (topK > 0)
-                    least = MathF.Max(least, Threshold(new(some, groups), (ulong)topK, static _ => 1));
+            if (topK > 0 && choice.Selects(V)) {
+                least = MathF.Max(least, Threshold(new(some, groups), (ulong)topK, static _ => 1));
+                least = Threshold(AtLeast(x, V, least, some), (ulong)topK, static _ => 1);
+            }
+            if (topP < 1) {
+                ulong Weight(float logit) => (ulong)(MathF.Exp((logit - max) / T) * (1L << 40));
                 var candidates = AtLeast(x, V, least, some);
-                if (topK > 0)
-                    least = Threshold(new(some, candidates), (ulong)topK, static _ => 1);
-                if (topP < 1) {
-                    ulong Weight(float logit) => (ulong)(MathF.Exp((logit - max) / T) * (1L << 40));
-                    candidates = AtLeast(some, candidates, least, some);
-                    var all = 0ul;
-                    for (var i = 0; i < candidates; i++)
-                        all += Weight(some[i]);
-                    least = Threshold(new(some, candidates), Math.Max(1, (ulong)(topP * (double)all)), Weight);
-                }
+                var all = 0ul;
+                foreach (var logit in candidates)
+                    all += Weight(logit);
+                least = Threshold(candidates, Math.Max(1, (ulong)(topP * (double)all)), Weight);
             }
             return Draw(x, V, least, T, RandomBits(choice.Drawn, RandomBits(choice.Sample, choice.Seed)[0])[0]);
         }
@@ -565,8 +562,8 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
         return groups;
     }
 
-    /// <summary>Writes the numbers that are at least so large; returns how many those are.</summary>
-    static int AtLeast(float* x, int count, float least, float* to) {
+    /// <summary>Copies the numbers that are at least so large.</summary>
+    static Span<float> AtLeast(float* x, int count, float least, float* to) {
         var found = 0;
         for (int i = 0, n = count; n > 0; i += Lanes, n -= Lanes) {
             if (Vector.LessThanAll(Load(x + i, n, float.NegativeInfinity), new(least)))
@@ -576,35 +573,29 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
                     to[found++] = x[i + lane];
             }
         }
-        return found;
+        return new(to, found);
     }
 
-    /// <summary>The largest number that, with all larger ones, weighs at least the target; or else the smallest. Sorts
-    /// as little as it must (Hoare's quickselect).</summary>
+    /// <summary>The largest number that, with all larger ones, weighs at least the target; or else the smallest. Keeps,
+    /// in place, the side of a pivot on which it is (Hoare's quickselect).</summary>
     static float Threshold(Span<float> x, ulong target, Func<float, ulong> weight) {
         while (true) {
-            var (pivot, larger, smaller, over, equal) = (x[x.Length / 2], 0, x.Length, 0ul, 0ul);
-            for (var i = 0; i < smaller;) {
-                if (x[i] < pivot) {
-                    smaller--;
-                    (x[i], x[smaller]) = (x[smaller], x[i]);
-                } else if (x[i] > pivot) {
-                    over += weight(x[i]);
-                    (x[i], x[larger]) = (x[larger], x[i]);
-                    larger++;
-                    i++;
-                } else {
-                    equal += weight(x[i++]);
-                }
+            var (pivot, over, equal, kept) = (x[x.Length / 2], 0ul, 0ul, 0);
+            foreach (var value in x) {
+                over += value > pivot ? weight(value) : 0;
+                equal += value == pivot ? weight(value) : 0;
             }
-            if (over >= target)
-                x = x[..larger];
-            else if (over + equal >= target || smaller == x.Length)
+            if (over < target && over + equal >= target)
                 return pivot;
-            else {
-                target -= over + equal;
-                x = x[smaller..];
+            var isLarger = over >= target;
+            foreach (var value in x) { // without a branch that cannot be predicted
+                x[kept] = value;
+                kept += (isLarger ? value > pivot : value < pivot) ? 1 : 0;
             }
+            if (kept == 0)
+                return pivot;
+            x = x[..kept];
+            target -= isLarger ? 0 : over + equal;
         }
     }
 
@@ -615,24 +606,17 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
             var x = Load(logits + i, n, float.NegativeInfinity);
             if (Vector.LessThanAll(x, new(least)))
                 continue;
-            // Gumbel = −log(−log(u)) is at most −log(1 − u), and log2 of a float at least what its bits, read as an
-            // integer, are in units of 2^-23, less 127. A hundredth makes up for rounding.
-            var bits = RandomBits(i, seed) >> 9;
-            var rest = new Vector<float>((1 << 23) - 0.5f) - Vector.ConvertToSingle(Vector.AsVectorInt32(bits));
-            var log2 = Vector.ConvertToSingle(Vector.AsVectorInt32(rest)) / (1 << 23) - new Vector<float>(127 + 23);
-            if (Vector.LessThanAll(x / T + new Vector<float>(0.01f) - log2 * 0.6931472f, new(best)))
-                continue;
-            for (var lane = 0; lane < Math.Min(n, Lanes); lane++) {
-                var gumbel = -MathF.Log(-MathF.Log((bits[lane] + 0.5f) / (1 << 23)));
-                if (x[lane] >= least && x[lane] / T + gumbel > best)
-                    (best, token) = (x[lane] / T + gumbel, i + lane);
+            var uniform = Vector.ConvertToSingle(Vector.AsVectorInt32(RandomBits(i, seed) >> 9)) + new Vector<float>(0.5f);
+            var score = x / T - Vector.Log(-Vector.Log(uniform / (1 << 23)));
+            for (var lane = 0; lane < Lanes && Vector.GreaterThanAny(score, new(best)); lane++) {
+                if (x[lane] >= least && score[lane] > best)
+                    (best, token) = (score[lane], i + lane);
             }
         }
         return token;
     }
 
-    /// <summary>32 random bits for a seed and each counter from the first on: the finalizer of MurmurHash3, twice, as
-    /// in Kernels.cu.</summary>
+    /// <summary>32 random bits for a seed and each counter from the first on, by MurmurHash3's finalizer twice.</summary>
     static Vector<uint> RandomBits(int first, uint seed) {
         var counter = Vector<uint>.Indices + new Vector<uint>((uint)first);
         for (var round = 0; round < 2; round++) {
@@ -653,8 +637,7 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
         Profile?.Add(operation, Stopwatch.GetElapsedTime(start).TotalSeconds, flops, 0);
     }
 
-    /// <summary>Elements or columns that a thread takes at a time. Columns fill whole cache lines, so that no two
-    /// threads write to the same line.</summary>
+    /// <summary>Elements or columns that a thread takes at a time: columns fill cache lines, shared by none.</summary>
     const int FlatPart = 1 << 16, ColumnPart = 64;
 
     /// <summary>body(state, first, n) for each part [first, first + n) of <paramref name="count"/> elements.</summary>
@@ -827,8 +810,7 @@ static unsafe class Product {
         }
     }
 
-    /// <summary>Writes x in groups of width rows, each column by column; rows missing from the last group are not
-    /// written.</summary>
+    /// <summary>Writes x in groups of width rows, each column by column; the last group may lack rows.</summary>
     static void Pack(Matrix x, int width, float* to) {
         for (var i = 0; i < x.Rows; i += width, to += width * x.Columns) {
             var (row, rows) = (0, Math.Min(width, x.Rows - i));

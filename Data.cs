@@ -1,4 +1,3 @@
-using System.Numerics;
 using System.Buffers;
 using System.IO.Compression;
 using System.IO.Hashing;
@@ -95,15 +94,11 @@ public class BinaryFile : IDisposable {
 
     /// <summary>Fills a span with the weights that come next in a model, whatever their type.</summary>
     public virtual void ReadWeights(Span<float> values) {
-        if (Header[1] == 5)
-            ReadBFloat16(values);
-        else
+        if (Header[1] != 5) {
             Read(values);
-    }
-
-    /// <summary>Fills a span with the bfloat16 values that come next.</summary>
-    public void ReadBFloat16(Span<float> values) {
-        // Read into the second half of the span, and widened from the front: no value is overwritten before its turn.
+            return;
+        }
+        // bf16 is read into the second half of the span, and widened from the front, before it is overwritten.
         var halves = MemoryMarshal.Cast<float, ushort>(values)[values.Length..];
         Read(halves);
         BFloat16.Widen(halves, values);
@@ -114,18 +109,12 @@ public class BinaryFile : IDisposable {
 
 /// <summary>Checks of arrays of numbers.</summary>
 public static class Numbers {
-    /// <summary>The first value that is infinite or NaN, or null.</summary>
+    /// <summary>A value that is infinite or NaN, or null if there is none.</summary>
     public static float? NotFinite(ReadOnlySpan<float> values) {
-        // Infinity and NaN times zero are NaN, and stay it in a sum; if there is none, what is left needs a look.
-        var whole = MemoryMarshal.Cast<float, Vector<float>>(values);
-        var zeros = Vector<float>.Zero;
-        foreach (var value in whole)
-            zeros += value * 0;
-        foreach (var value in zeros == Vector<float>.Zero ? values[(whole.Length * Vector<float>.Count)..] : values) {
-            if (!float.IsFinite(value))
-                return value;
-        }
-        return null;
+        // Read as integers, infinity and NaN are the largest ones; with a sign, the last ones below 0.
+        var bits = MemoryMarshal.Cast<float, int>(values);
+        var i = Math.Max(bits.IndexOfAnyInRange(0x7f800000, int.MaxValue), bits.IndexOfAnyInRange(-0x800000, -1));
+        return i < 0 ? null : values[i];
     }
 }
 
@@ -176,6 +165,9 @@ public static class Files {
             throw;
         }
     }
+
+    /// <summary>Writes a text file likewise.</summary>
+    public static void Write(string path, string text) => Write(path, to => to.Write(Encoding.UTF8.GetBytes(text)));
 
     /// <summary>A file's fingerprint in a line: its name, size, and XXH3 hash.</summary>
     public static string Describe(string path) {
@@ -228,9 +220,7 @@ public sealed class Mt19937 {
         return y ^ y >> 18;
     }
 
-    /// <summary>Draws a uniform number in [0, 1) with 24 random bits.</summary>
-    public float NextFloat() => (NextUInt32() & 0xffffff) / 16777216f;
-
+    /// <summary>Draws uniform numbers in [0, 1) with 24 random bits.</summary>
     void NextFloats(Span<float> values) {
         while (values.Length >= Eight) {
             if (next == N)
@@ -242,7 +232,7 @@ public sealed class Mt19937 {
             values = values[count..];
         }
         foreach (ref var value in values)
-            value = NextFloat();
+            value = (NextUInt32() & 0xffffff) / 16777216f;
     }
 
     /// <summary>Number of normal draws that are made together, from as many uniform ones.</summary>
@@ -396,7 +386,6 @@ public sealed class TokenShards : IDisposable {
 /// <summary>Batches of (B, T) tokens from shards, in order or shuffled, as llm.c draws them. A sample is a batch of all
 /// ranks: ranks·B·T tokens, of which each rank takes B·T.</summary>
 public sealed class TokenLoader : IDisposable {
-    readonly TokenShards shards;
     readonly int B, T, rank, ranks;
     readonly Mt19937 random;
     readonly int[] shardOrder;
@@ -408,27 +397,24 @@ public sealed class TokenLoader : IDisposable {
     public TokenLoader(
         string pattern, int B, int T, int vocabulary, bool shuffle, uint seed = 42, int rank = 0, int ranks = 1) {
         (this.B, this.T, this.rank, this.ranks) = (B, T, rank, ranks);
-        shards = new TokenShards(pattern, vocabulary);
+        Shards = new TokenShards(pattern, vocabulary);
         (SampleTokens, Shuffles, random) = (ranks * B * T, shuffle, new Mt19937(seed));
-        shardOrder = [.. Enumerable.Range(0, shards.Counts.Length)];
-        (Samples, Fingerprint) = (shards.Samples(SampleTokens), shards.Fingerprint());
+        shardOrder = [.. Enumerable.Range(0, Shards.Counts.Length)];
+        (Samples, Fingerprint) = (Shards.Samples(SampleTokens), Shards.Fingerprint());
         Reset();
     }
 
     /// <summary>Whether batches come in random order.</summary>
     public bool Shuffles { get; }
 
-    /// <summary>Number of tokens in all shards.</summary>
-    public long Tokens => shards.Tokens;
+    /// <summary>The Shards. Those that have no whole sample are passed over.</summary>
+    public TokenShards Shards { get; }
 
     /// <summary>A hash of the data, <see cref="TokenShards.Fingerprint"/>.</summary>
     public ulong Fingerprint { get; }
 
     /// <summary>Number of samples in all shards: an epoch.</summary>
     public long Samples { get; private set; }
-
-    /// <summary>Paths of the shards that are skipped because they have no whole sample.</summary>
-    public IEnumerable<string> TooShort => shards.TooShort(SampleTokens);
 
     /// <summary>Number of tokens in a sample. A resumed run keeps the one that it began with.</summary>
     public int SampleTokens { get; private set; }
@@ -445,7 +431,7 @@ public sealed class TokenLoader : IDisposable {
         if (Shuffles && shard == 0)
             random.Permute(shardOrder);
         (Position, taken) = ((shard, 0), 0);
-        sampleOrder = [.. Enumerable.Range(0, shards.Samples(Shard, SampleTokens))];
+        sampleOrder = [.. Enumerable.Range(0, Shards.Samples(Shard, SampleTokens))];
         if (Shuffles)
             random.Permute(sampleOrder);
     }
@@ -457,7 +443,7 @@ public sealed class TokenLoader : IDisposable {
                 Open((Position.Shard + 1) % shardOrder.Length);
             if (row / B == rank) {
                 var (first, here) = ((long)sampleOrder[Position.Sample] * SampleTokens + taken, row % B * T);
-                shards.Read(Shard, first, inputs.Slice(here, T), targets.Slice(here, T));
+                Shards.Read(Shard, first, inputs.Slice(here, T), targets.Slice(here, T));
             }
             taken += T;
             if (taken == SampleTokens)
@@ -483,7 +469,7 @@ public sealed class TokenLoader : IDisposable {
         from.Require(sampleTokens >= 0 && sampleTokens % T == 0,
             $"samples of whole sequences of {T} tokens", $"{sampleTokens} tokens");
         SampleTokens = sampleTokens == 0 ? SampleTokens : sampleTokens;
-        Samples = shards.Samples(SampleTokens);
+        Samples = Shards.Samples(SampleTokens);
         from.Require(
             shuffled == Shuffles, Shuffles ? "a run that shuffles" : "a run with --no-shuffle", "the other kind");
         var shardIsValid = position.Shard >= 0 && position.Shard < shardOrder.Length;
@@ -491,7 +477,7 @@ public sealed class TokenLoader : IDisposable {
         if (Shuffles)
             ReadOrder(shardOrder, "shards");
         (Position, taken) = (position, 0);
-        sampleOrder = [.. Enumerable.Range(0, shards.Samples(Shard, SampleTokens))];
+        sampleOrder = [.. Enumerable.Range(0, Shards.Samples(Shard, SampleTokens))];
         from.Require(position.Sample >= 0 && position.Sample <= sampleOrder.Length,
             $"at most {sampleOrder.Length} batches of {SampleTokens} tokens", $"{position.Sample}");
         if (!Shuffles)
@@ -509,7 +495,7 @@ public sealed class TokenLoader : IDisposable {
         }
     }
 
-    public void Dispose() => shards.Dispose();
+    public void Dispose() => Shards.Dispose();
 }
 
 /// <summary>A question with several completions, one of them right. A row is the context and a completion.</summary>
@@ -584,8 +570,7 @@ public sealed class Tokenizer {
         ranks = Enumerable.Range(0, EndOfTextId).ToDictionary(token => XxHash3.HashToUInt64(vocabulary[token]));
     }
 
-    /// <summary>The two tokens that each one is merged from, in the order of ranks: all but the 256 bytes and the mark.
-    /// </summary>
+    /// <summary>The two tokens that each one is merged from, for all but the 256 bytes and the mark.</summary>
     public IEnumerable<(int Left, int Right)> Merges => Enumerable.Range(256, EndOfTextId - 256).Select(token => {
         var (parts, count) = (new ushort[vocabulary[token].Length], 0);
         EncodePiece(vocabulary[token], parts, ref count, below: (ushort)token);
@@ -596,9 +581,6 @@ public sealed class Tokenizer {
     /// themselves; the next 68 are the others, for which there are the letters from U+0100 on.</summary>
     public string Letters(int token) => string.Concat(vocabulary[token].Select(value =>
         (char)(Rank([value]) is var rank && rank < 188 ? value : 0x100 + rank - 188)));
-
-    /// <summary>Whether a token stands for text, and not for its end.</summary>
-    public static bool IsText(int token) => token != EndOfTextId;
 
     /// <summary>Encodes text, in which the mark becomes its token.</summary>
     public IEnumerable<int> Encode(string text) => text.Split(EndOfText)
@@ -717,8 +699,7 @@ public sealed class Tokenizer {
         if (Files.Glob($"{prefix}_*.bin") is [var old, ..])
             throw new Gpt2Exception($"{old}: expected no shards of this name yet, found some; remove them first");
         var (written, number, paths) = (0L, valTokens > 0 ? 0 : 1, new List<string>());
-        var (running, waiting, rest) =
-            (new Queue<(int Bytes, Task<ArraySegment<ushort>> Tokens)>(), 0L, ArraySegment<ushort>.Empty);
+        var (running, rest) = (new Queue<(int Bytes, Task<ArraySegment<ushort>> Tokens)>(), ArraySegment<ushort>.Empty);
         using var blocks = files.SelectMany(file => Read(file, field, lossy, progress)).GetEnumerator();
         using var interrupted = PosixSignalRegistration.Create(PosixSignal.SIGINT, _ => Remove());
         using var terminated = PosixSignalRegistration.Create(PosixSignal.SIGTERM, _ => Remove());
@@ -738,15 +719,13 @@ public sealed class Tokenizer {
             var cores = Environment.ProcessorCount;
             while (rest.Count == 0) {
                 // Documents may be large: for those two blocks a core may be one block in all.
-                while (running.Count <= 2 * cores && waiting <= (long)cores * 8 * BlockBytes && blocks.MoveNext()) {
+                while (running.Count <= 2 * cores &&
+                    running.Sum(block => (long)block.Bytes) <= (long)cores * 8 * BlockBytes && blocks.MoveNext())
                     running.Enqueue(blocks.Current);
-                    waiting += blocks.Current.Bytes;
-                }
                 if (running.Count == 0)
                     return false;
                 ArrayPool<ushort>.Shared.Return(rest.Array!);
-                var (bytes, tokens) = running.Dequeue();
-                (rest, waiting) = (tokens.Result, waiting - bytes);
+                rest = running.Dequeue().Tokens.Result;
             }
             return true;
         }

@@ -214,14 +214,15 @@ static class Parquet {
         Fields[] leaves = [.. Structs(footer[2]).Where(element => Number(element, 5) == 0)]; // in the order of columns
         Fields[][] groups = [.. Structs(footer[4])
             .Select(group => Structs(group[1]).Select(part => (Fields)part[3]).ToArray())];
-        string[] names = [.. groups.Take(1).SelectMany(group => group).Select(data =>
+        if (groups.Length == 0)
+            return (false, []);
+        string[] names = [.. groups[0].Select(data =>
             (List<object>)data[3] is [byte[] name] ? Encoding.UTF8.GetString(name) : "(nested)")];
         var at = Array.IndexOf(names, column);
-        if (groups.Length > 0 && (at < 0 || Number(leaves[at], 1) != Strings || Number(leaves[at], 3) == Repeated))
+        if (at < 0 || Number(leaves[at], 1) != Strings || Number(leaves[at], 3) == Repeated)
             throw new Gpt2Exception($"{path}: expected a column of strings '{column}' (or another --field), " +
                 $"found columns {string.Join(", ", names.Take(20))}");
-        return groups.Length == 0 ? (false, [])
-            : (Number(leaves[at], 3) == Optional, [.. groups.Select(group => group[at])]);
+        return (Number(leaves[at], 3) == Optional, [.. groups.Select(group => group[at])]);
     }
 
     static IEnumerable<Fields> Structs(object list) => ((List<object>)list).Cast<Fields>();
@@ -286,8 +287,7 @@ static class Parquet {
     }
 }
 
-/// <summary>Reads Thrift's compact protocol. It throws at the stream's end, and where there is more than any Parquet
-/// file needs.</summary>
+/// <summary>Reads Thrift's compact protocol. It throws where there is more than any Parquet file needs.</summary>
 sealed class CompactReader(Stream from) : BinaryReader(from) {
     int left = 1 << 22; // values
 

@@ -1,8 +1,8 @@
 namespace Gpt2;
 
-/// <summary>What is written down of a run: main.log as llm.c has it, metrics.jsonl for other programs, and loss.svg, a
-/// picture of both.</summary>
+/// <summary>What is written down of a run: main.log as llm.c has it, metrics.jsonl, and loss.svg, a picture.</summary>
 public sealed partial class RunLog {
+    const string Log = "main.log", Metrics = "metrics.jsonl";
     readonly string folder;
     long tokens; // of all updates so far, and the seconds they took
     double seconds;
@@ -11,66 +11,60 @@ public sealed partial class RunLog {
     /// <param name="firstStep">Given if the run goes on from there: what was written later is dropped.</param>
     public RunLog(string folder, int? firstStep = null) {
         this.folder = folder;
-        foreach (var line in Kept("main.log", line => Line().Match(line) is { Success: true } match && !(int.Parse(
-            match.Groups[1].Value) >= firstStep + (match.Groups[2].Value == "trl" ? 0 : 1))))
-            Add(line);
-        foreach (var line in Kept("metrics.jsonl", line => Metrics().Match(line) is { Success: true } match &&
-            !(int.Parse(match.Groups[1].Value) > firstStep)))
-            AddMetrics(line);
-        if (firstStep == null && Train.Count == 0)
-            throw new Gpt2Exception($"{Path.Combine(folder, "main.log")}: expected a log as llm.c has it, found none");
-
-        IEnumerable<string> Kept(string name, Func<string, bool> counts) {
+        foreach (var name in (string[])[Log, Metrics]) {
             // A run that starts anew validates anew too.
             var path = Path.Combine(folder, name);
-            string[] kept = firstStep == 0 || !File.Exists(path) ? [] : [.. File.ReadAllLines(path).Where(counts)];
+            string[] kept = firstStep == 0 || !File.Exists(path) ? []
+                : [.. File.ReadAllLines(path).Where(line => Add(name, line, firstStep))];
             if (firstStep != null)
-                Files.Write(path, to => to.Write(Encoding.UTF8.GetBytes(string.Concat(kept.Select(x => x + "\n")))));
-            return kept;
+                Files.Write(path, string.Concat(kept.Select(line => line + "\n")));
         }
+        if (firstStep == null && Train.Count == 0)
+            throw new Gpt2Exception($"{Path.Combine(folder, Log)}: expected a log as llm.c has it, found none");
     }
 
     /// <summary>The run's name: its folder's.</summary>
     public string Name => new DirectoryInfo(folder).Name;
 
-    /// <summary>Losses, learning rates, norms before clipping, and tokens a second, each with the number of updates
-    /// before it.</summary>
+    /// <summary>Losses, learning rates, norms before clipping, and tokens a second, after so many updates.</summary>
     public List<(int Step, double Value)> Train { get; } = [];
     public List<(int Step, double Value)> Validation { get; } = [];
     public List<(int Step, double Value)> Rates { get; } = [];
     public List<(int Step, double Value)> Norms { get; } = [];
     public List<(int Step, double Value)> Speeds { get; } = [];
 
-    [GeneratedRegex("^s:([0-9]{1,9}) (trl|tel|eval):(-?[0-9]+\\.[0-9]{4})" +
-        "( lr:([0-9]+\\.[0-9]{6}) norm:([0-9]+\\.[0-9]{2}))?$")]
-    private static partial Regex Line();
+    [GeneratedRegex("^s:(?<step>[0-9]{1,9}) (trl:(?<trl>-?[0-9]+\\.[0-9]{4})|tel:(?<tel>-?[0-9]+\\.[0-9]{4})|" +
+        "eval:[0-9]+\\.[0-9]{4})( lr:(?<lr>[0-9]+\\.[0-9]{6}) norm:(?<norm>[0-9]+\\.[0-9]{2}))?$")]
+    private static partial Regex LogLine();
 
-    [GeneratedRegex("^\\{\"step\":([0-9]{1,9}),.*\"tokens\":([0-9]{1,18}),\"seconds\":([0-9]{1,9}\\.[0-9]{3})" +
-        "(,\"tokens_per_second\":([0-9]{1,15}),.*)?\\}$")]
-    private static partial Regex Metrics();
+    [GeneratedRegex("^\\{\"step\":(?<step>[0-9]{1,9}),.*\"tokens\":(?<tokens>[0-9]{1,18})," +
+        "\"seconds\":(?<seconds>[0-9]{1,9}\\.[0-9]{3})(,\"tokens_per_second\":(?<speed>[0-9]{1,15}),.*)?\\}$")]
+    private static partial Regex MetricsLine();
 
-    /// <summary>Adds a line of main.log to the curves, rounded as it is: a resumed run draws the same.</summary>
-    string Add(string line) {
-        var groups = Line().Match(line).Groups;
-        var (step, loss) = (int.Parse(groups[1].Value), double.Parse(groups[3].Value));
-        if (groups[2].Value != "eval")
-            (groups[2].Value == "trl" ? Train : Validation).Add((step, loss));
-        if (groups[4].Success) {
-            Rates.Add((step, double.Parse(groups[5].Value)));
-            Norms.Add((step, double.Parse(groups[6].Value)));
+    /// <summary>Adds a line's numbers to the curves, rounded as they are: a resumed run draws the same.</summary>
+    /// <returns>False if it is no line of such a file, or tells what followed the last step.</returns>
+    bool Add(string name, string line, int? last = null) {
+        var groups = (name == Log ? LogLine() : MetricsLine()).Match(line).Groups;
+        if (!groups[0].Success)
+            return false;
+        // In main.log an update has the number of those before it.
+        var step = int.Parse(groups["step"].Value) + (groups["trl"].Success ? 1 : 0);
+        if (step > last)
+            return false;
+        foreach (var (curve, points) in ((string, List<(int, double)>)[])[
+            ("trl", Train), ("tel", Validation), ("lr", Rates), ("norm", Norms), ("speed", Speeds)]) {
+            if (groups[curve].Success)
+                points.Add((step, double.Parse(groups[curve].Value)));
         }
-        return line + "\n";
+        if (groups["tokens"].Success)
+            (tokens, seconds) = (long.Parse(groups["tokens"].Value), double.Parse(groups["seconds"].Value));
+        return true;
     }
 
-    string AddMetrics(string line) {
-        var groups = Metrics().Match(line).Groups;
-        (tokens, seconds) = (long.Parse(groups[2].Value), double.Parse(groups[3].Value));
-        if (groups[4].Success)
-            Speeds.Add((int.Parse(groups[1].Value) - 1, double.Parse(groups[5].Value)));
-        return line + "\n";
+    void Append(string name, string line) {
+        Add(name, line);
+        File.AppendAllText(Path.Combine(folder, name), line + "\n");
     }
-
-    void Append(string name, string text) => File.AppendAllText(Path.Combine(folder, name), text);
 
     /// <summary>The best validation up to a step, if any; of equal ones the first.</summary>
     public (int Step, double Loss)? BestAt(int step) => Validation.Where(point => point.Step <= step)
@@ -97,21 +91,20 @@ public sealed partial class RunLog {
     /// <param name="memory">Bytes of memory that training takes.</param>
     public void Update(
         int step, double loss, float rate, float norm, int batch, double time, double? mfu, long memory) {
-        Append("main.log", Add($"s:{step} trl:{loss:F4} lr:{rate:F6} norm:{norm:F2}"));
-        Append("metrics.jsonl", AddMetrics($"{{\"step\":{step + 1},\"loss\":{loss:F6},\"lr\":{rate:G6}," +
+        Append(Log, $"s:{step} trl:{loss:F4} lr:{rate:F6} norm:{norm:F2}");
+        Append(Metrics, $"{{\"step\":{step + 1},\"loss\":{loss:F6},\"lr\":{rate:G6}," +
             $"\"norm\":{norm:F4},\"tokens\":{tokens + batch},\"seconds\":{seconds + time:F3}," +
             $"\"tokens_per_second\":{batch / time:F0}," + (mfu == null ? "" : $"\"mfu\":{mfu:F4},") +
-            $"\"memory\":{memory}}}"));
+            $"\"memory\":{memory}}}");
     }
 
     /// <summary>Logs a validation after <paramref name="step"/> updates, and draws the curves.</summary>
     /// <returns>What it is compared with the best one before, in words.</returns>
     public string Validated(int step, double loss) {
         var best = BestAt(int.MaxValue);
-        Append("main.log", Add($"s:{step} tel:{loss:F4}"));
-        Append("metrics.jsonl",
-            $"{{\"step\":{step},\"val\":{loss:F6},\"tokens\":{tokens},\"seconds\":{seconds:F3}}}\n");
-        Files.Write(Path.Combine(folder, "loss.svg"), to => to.Write(Encoding.UTF8.GetBytes(Picture.Draw([this]))));
+        Append(Log, $"s:{step} tel:{loss:F4}");
+        Append(Metrics, $"{{\"step\":{step},\"val\":{loss:F6},\"tokens\":{tokens},\"seconds\":{seconds:F3}}}");
+        Files.Write(Path.Combine(folder, "loss.svg"), Picture.Draw([this]));
         var by = Validation[^1].Value - best?.Loss;
         return by == null ? "" : by < 0 ? $" | better by {-by:F4}" : $" | worse by {by:F4} than at step {best?.Step}";
     }
@@ -119,6 +112,10 @@ public sealed partial class RunLog {
     /// <summary>The settings that matter most, as in "lr 0.001"; none for a run of llm.c.</summary>
     public IEnumerable<string> Summary => Path.Combine(folder, "settings.txt") is var path && !File.Exists(path) ? []
         : File.ReadLines(path).Where(line => SummaryLine().IsMatch(line)).Select(line => line[2..]);
+
+    /// <summary>Tokens in an update; null if the settings do not tell.</summary>
+    public int? TotalBatch => Summary.FirstOrDefault(line => line.StartsWith("total-batch ")) is { } line &&
+        int.TryParse(line.Split(' ')[1], out var batch) && batch > 0 ? batch : null;
 
     [GeneratedRegex("^--(init|optimizer|lr|schedule|total-batch|max-steps|seed) ")]
     private static partial Regex SummaryLine();
@@ -139,18 +136,9 @@ public static class Terminal {
     public static int Width =>
         Console.IsOutputRedirected || Console.WindowWidth <= 0 ? int.MaxValue : Console.WindowWidth;
 
-    /// <summary>Breaks a text that begins in a column into lines, all of which begin there, of less than a width.
-    /// </summary>
-    public static string Wrap(string text, int column, int width) {
-        var lines = new StringBuilder();
-        var end = column - 1; // of the last word
-        foreach (var word in text.Split(' ', StringSplitOptions.RemoveEmptyEntries)) {
-            var fits = end < column || end + 1 + word.Length < width;
-            lines.Append(lines.Length == 0 ? "" : fits ? " " : "\n" + new string(' ', column)).Append(word);
-            end = (fits ? end + 1 : column) + word.Length;
-        }
-        return $"{lines}";
-    }
+    /// <summary>Breaks a text that begins in a column into lines of less than a width, which begin there too.</summary>
+    public static string Wrap(string text, int column, int width) => string.Join("\n" + new string(' ', column),
+        Regex.Matches(text, $@"\S.{{0,{Math.Max(0, width - column - 2)}}}(?= |$)|\S+"));
 
     /// <summary>A line of fields between bars, without the last ones if the terminal is too narrow.</summary>
     public static string Over(string line) {

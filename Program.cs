@@ -127,8 +127,8 @@ internal sealed class Commands(GlobalOptions global) {
             Require(prompt == null || promptIds == null, "--prompt-ids", "no --prompt beside it", "both");
             var (file, config) = Checkpoints.Open(init);
             using var _ = file;
-            if (promptIds == null && config.V != Tokenizer.EndOfTextId + 1)
-                throw file.Fail("the tokenizer's vocabulary of 50257 (or --prompt-ids 1,2,3)", $"{config.V}");
+            file.Require(promptIds != null || config.V == Tokenizer.EndOfTextId + 1,
+                "the tokenizer's vocabulary of 50257 (or --prompt-ids 1,2,3)", $"{config.V}");
             foreach (var id in promptIds ?? [])
                 Require(id >= 0 && id < config.V, "--prompt-ids", $"ids from 0 to {config.V - 1}", id);
             var tokenizer = promptIds == null ? new Tokenizer() : null;
@@ -156,7 +156,6 @@ internal sealed class Commands(GlobalOptions global) {
             } while (types);
             if (types)
                 Console.Error.WriteLine();
-            return 0;
         });
 
     /// <summary>Measures a model's loss and perplexity on token shards, and its accuracy on multiple choices.
@@ -216,7 +215,6 @@ internal sealed class Commands(GlobalOptions global) {
             Safetensors.ExportFolder(@out, file, config, type ?? own);
         if (!isFile && config.V != Tokenizer.EndOfTextId + 1)
             Console.Error.WriteLine($"gpt2: {@out} has no tokenizer: the vocabulary is {config.V}, not GPT-2's");
-        return 0;
     });
 
     /// <summary>Encodes documents as token shards PREFIX_val_000000.bin and PREFIX_train_000001.bin, ...
@@ -248,7 +246,6 @@ internal sealed class Commands(GlobalOptions global) {
                 Console.Error.WriteLine();
             }
             Console.Error.WriteLine($"{tokens} tokens: {valTokens} for validation, the others in {shards} shards");
-            return 0;
 
             void Show(TimeSpan time) {
                 var part = total == 0 ? 0 : Math.Min(1, (double)done / total);
@@ -282,7 +279,6 @@ internal sealed class Commands(GlobalOptions global) {
         Require(paths.Length > 0, "FILE", "one file or folder, or more", "none");
         foreach (var (name, text) in paths.SelectMany(path => Gpt2.Info.Of(path).Prepend(("", path))))
             Console.Out.WriteLine(name == "" ? text : $"{name,-8}{Terminal.Wrap(text, 8, Terminal.Width)}");
-        return 0;
     });
 
     /// <summary>Draws the losses of one run or more over one another, as an SVG.
@@ -291,18 +287,14 @@ internal sealed class Commands(GlobalOptions global) {
     /// <param name="runs">RUN: Runs' folders; a run of llm.c's will do.</param>
     public int Plot(string @out = "plot.svg", [Argument] params string[] runs) => Guard(global.Verbose, () => {
         Require(runs.Length > 0, "RUN", "one run or more", "none");
-        var picture = Picture.Draw([.. runs.Select(run => new RunLog(run))]);
-        Files.Write(@out, to => to.Write(Encoding.UTF8.GetBytes(picture)));
-        return 0;
+        Files.Write(@out, Picture.Draw([.. runs.Select(run => new RunLog(run))]));
     });
 
     /// <summary>Prints a script that lets a shell complete commands and options.
     /// Example: source &lt;(gpt2 completion bash)</summary>
     /// <param name="shell">SHELL: bash, zsh or fish.</param>
-    public int Completion([Argument] string shell = "") => Guard(global.Verbose, () => {
-        Console.Out.Write(Help.Completion(shell));
-        return 0;
-    });
+    public int Completion([Argument] string shell = "") =>
+        Guard(global.Verbose, () => Console.Out.Write(Help.Completion(shell)));
 
     /// <summary>Times training by operation, beside the device's measured peak.
     /// Example: gpt2 bench -e d12 -b 16</summary>
@@ -324,12 +316,11 @@ internal sealed class Commands(GlobalOptions global) {
             using var device = Open(portable);
             if (decode) {
                 Benchmark.Decode(init, device, Console.Out);
-                return 0;
+                return;
             }
             var (B, T) = Sizes(device, batch, seq, (64, 1024), (4, 64));
             totalBatch ??= device is Cpu ? B * T : 524_288;
             Benchmark.Run(init, B, T, totalBatch.Value, steps, recompute, optimizer, device, Console.Out);
-            return 0;
         });
 
     /// <summary>Runs an action on the device asked for: on several GPUs, in one process each.</summary>

@@ -114,12 +114,9 @@ internal sealed partial record Job(int Rank, int Size, int LocalRank, string Hos
     public Peers Meet(TimeSpan timeout) => new(this, timeout, why => {
         // Only one rank reports the loss: rank 0, the lost rank itself, or rank 1 if rank 0 is the one lost.
         if (Rank == 0 || why.StartsWith($"rank {Rank}:") || Rank == 1 && why.StartsWith("rank 0 "))
-            Say(why);
+            Console.Error.WriteLine($"gpt2: {why}");
         _exit(1); // at once: another thread may wait for a GPU that waits for the lost rank
     });
-
-    /// <summary>Writes a line to standard error.</summary>
-    public static void Say(string what) => Console.Error.WriteLine($"gpt2: {what}");
 
     /// <summary>Starts this program once for each rank and waits for all of them. If one fails, all end.</summary>
     /// <returns>The exit status of the first that failed, or 0.</returns>
@@ -166,7 +163,7 @@ internal sealed partial record Job(int Rank, int Size, int LocalRank, string Hos
             if (status == 0 || result != 0)
                 continue;
             if (status > 128) // and the signal's number
-                Say($"rank {rank} was ended by signal {status - 128}");
+                Console.Error.WriteLine($"gpt2: rank {rank} was ended by signal {status - 128}");
             result = status > 128 ? 1 : status;
             killer.Change(patience, Timeout.InfiniteTimeSpan);
         }
@@ -223,8 +220,8 @@ public sealed class Peers : IDisposable {
         if (!NativeLibrary.TryLoad("libssl.so.3", out _) && !NativeLibrary.TryLoad("libssl.so.1.1", out _))
             throw new Gpt2Exception("--gpus: expected OpenSSL (libssl.so.3, on the loader's path), found none");
         using var end = new CancellationTokenSource(timeout);
-        using var waiting = new Timer(
-            _ => Job.Say($"rank {Rank}: waiting for {awaited()}"), null, Patience, Timeout.InfiniteTimeSpan);
+        using var waiting = new Timer(_ => Console.Error.WriteLine($"gpt2: rank {Rank}: waiting for {awaited()}"),
+            null, Patience, Timeout.InfiniteTimeSpan);
         links = (Rank == 0 ? Gather(end) : Reach(end.Token)).GetAwaiter().GetResult();
         if (links.Length < (Rank == 0 ? Size - 1 : 1))
             throw new Gpt2Exception($"rank {Rank}: expected {awaited()} in {timeout.TotalSeconds:F0} s, found none");

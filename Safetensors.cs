@@ -22,8 +22,7 @@ public sealed class Safetensors : BinaryFile {
     readonly Queue<Part> parts; // that are still to be read, in llm.c's order
     ReadOnlyMemory<float> weights; // that are left of the last one
 
-    /// <summary>A tensor in bytes [First, End) of a file, and how many that should be; 0 if the type is no weights'.
-    /// </summary>
+    /// <summary>A tensor in bytes [First, End) of a file, and how many that should be; 0 for another type.</summary>
     sealed record Entry(string Path, string Name, string Type, long[] Shape, long First, long End, long Bytes);
 
     /// <summary>A layer (rows, columns) of a parameter tensor, and its name and shape here.</summary>
@@ -245,8 +244,7 @@ public sealed class Safetensors : BinaryFile {
             throw;
         }
 
-        void Write(string name, string fields) => Files.Write(
-            Path.Combine(folder, name), to => to.Write(Encoding.UTF8.GetBytes($"{{\n  {fields}\n}}\n")));
+        void Write(string name, string fields) => Files.Write(Path.Combine(folder, name), $"{{\n  {fields}\n}}\n");
     }
 
     static void WriteTensors(Stream to, BinaryFile file, Config config, StoredType type) {

@@ -84,8 +84,7 @@ public sealed class Trainer : IDisposable {
         var (file, config) = Open(own ?? options.Init ?? (device is Cpu ? "d6" : "d12"));
         var (init, asked) = own == null || options.Init == null ? (null, config) : Open(options.Init);
         init?.Dispose();
-        if (asked != config)
-            throw file!.Fail($"--init's model ({asked.Summary})", config.Summary);
+        file?.Require(asked == config, $"--init's model ({asked.Summary})", config.Summary);
         microSteps = TrainOptions.MicroSteps(config, options.B, options.T, options.TotalBatch, ranks.Size);
         train = new TokenLoader(options.TrainData, options.B, options.T, config.V,
             options.Shuffle && !options.Overfit, options.Seed, ranks.Rank, ranks.Size);
@@ -144,9 +143,9 @@ public sealed class Trainer : IDisposable {
     void Describe() {
         var (config, o) = (model.Config, options);
         Row("model", $"{config.Summary}; {config.ParameterCount / 1e6:F1} M parameters");
-        Row("data", $"{o.TrainData}: {train.Tokens} tokens; {o.ValData}: {val.Tokens}, of which " +
+        Row("data", $"{o.TrainData}: {train.Shards.Tokens} tokens; {o.ValData}: {val.Tokens}, of which " +
             $"{valRows.Length} x {o.T} are validated on");
-        foreach (var path in train.TooShort)
+        foreach (var path in train.Shards.TooShort(train.SampleTokens))
             Row("data", $"{path} is passed over: it has no sample of {train.SampleTokens} tokens");
         var many = ranks.Size > 1 ? $" x {ranks.Size} ranks" : "";
         Row("batch", $"{o.B} x {o.T} tokens x {microSteps} micro-steps{many} = {o.TotalBatch} tokens");
@@ -449,7 +448,7 @@ public sealed class Checkpoints(string folder) {
             .Select(setting => setting.Value is true ? setting.Option : $"{setting.Option} {setting.Value}").ToArray();
         var before = File.Exists(SettingsPath) ? ReadSettings() : [];
         lines = [.. lines.Any(IsInit) ? [] : before.Where(IsInit), .. lines];
-        Files.Write(SettingsPath, to => to.Write(Encoding.UTF8.GetBytes(string.Join('\n', lines) + "\n")));
+        Files.Write(SettingsPath, string.Join('\n', lines) + "\n");
         return before.Length == 0 || before.SequenceEqual(lines) ? ""
             : $"{string.Join(", ", before.Except(lines))} to {string.Join(", ", lines.Except(before))}";
     }
@@ -471,8 +470,7 @@ public sealed class Checkpoints(string folder) {
         return lines.Any(line => line.StartsWith("--optimizer ")) ? lines : [.. lines, "--optimizer AdamW"];
     }
 
-    /// <summary>Opens a model: a file of llm.c or safetensors, or a folder's, which for a run is the last complete
-    /// checkpoint.</summary>
+    /// <summary>Opens a model: a file of llm.c or safetensors, or a folder's, for a run the last whole one.</summary>
     public static (BinaryFile File, Config Config) Open(string path) {
         path = !Directory.Exists(path) ? path : new Checkpoints(path) is { Last: { } last } run ? run.ModelPath(last)
             : Safetensors.In(path) ?? throw new Gpt2Exception(
@@ -556,8 +554,7 @@ public sealed class Checkpoints(string folder) {
         // State files left over from a killed run with more ranks.
         foreach (var stale in Files.Glob(StatePath(step, null)).Except(files))
             File.Delete(stale);
-        var list = string.Concat(files.Select(file => Files.Describe(file) + "\n"));
-        Files.Write(DonePath(step), to => to.Write(Encoding.UTF8.GetBytes(list)));
+        Files.Write(DonePath(step), string.Concat(files.Select(file => Files.Describe(file) + "\n")));
         // Newer checkpoints are those that this run could not go on from.
         var kept = Complete.Where(other => other <= step).TakeLast(keep).ToArray();
         foreach (var old in Steps("*").Except(kept)) {
@@ -585,12 +582,12 @@ public sealed class Checkpoints(string folder) {
             file.Check("upper half of the shard index", 31, header[31] == 0, "0");
             file.Check("upper half of the sample index", 33, header[33] == 0, "0");
             file.Check("step", 10, header[10] == step, $"{step} as its name says");
-            file.Check("optimizer", OptimizerField, header[OptimizerField] is 0 or 1, "0 (AdamW) or 1 (Muon)");
-            if ((OptimizerKind)header[OptimizerField] is var written && written != model.Optimizer)
-                throw file.Fail($"a state of --optimizer {model.Optimizer}", $"one of --optimizer {written}");
+            var written = (OptimizerKind)header[OptimizerField];
+            file.Require(written == model.Optimizer,
+                $"a state of --optimizer {model.Optimizer}", $"one of --optimizer {written}");
             var data = MemoryMarshal.Read<ulong>(MemoryMarshal.AsBytes(header.AsSpan(Data)));
-            if (data != 0 && data != loader.Fingerprint)
-                throw file.Fail("the shards of --train-data that this run began with (or another --out)", "others");
+            file.Require(data == 0 || data == loader.Fingerprint,
+                "the shards of --train-data that this run began with (or another --out)", "others");
             optimizer.RoundingSeed = (uint)header[20];
             // Without ZeRO-1, llm.c writes everything for every rank.
             var everything = (2 + header[4]) * sizeof(float) * model.Config.ParameterCount;
@@ -662,8 +659,7 @@ public static class Verification {
         reference.Read(model.Tokens.AsSpan());
         reference.Read(model.Targets.AsSpan());
         var wrong = model.Tokens.Concat(model.Targets).FirstOrDefault(token => token < 0 || token >= config.V);
-        if (wrong != 0)
-            throw reference.Fail($"tokens below the model's vocabulary of {config.V}", $"{wrong}");
+        reference.Require(wrong == 0, $"tokens below the model's vocabulary of {config.V}", $"{wrong}");
         model.Load(file);
         model.Forward();
         var rows = Enumerable.Range(0, model.LogitParts).Select(model.Logits)
@@ -744,8 +740,7 @@ public static class Benchmark {
         output.WriteLine($"{"together",-46}{total * 1e3,10:F3}");
     }
 
-    /// <summary>Prints how many tokens generation makes a second, and how many it would if it only read each weight
-    /// once a token.</summary>
+    /// <summary>Prints how many tokens generation makes a second, and the limit by reading each weight once.</summary>
     public static void Decode(string init, IDevice device, TextWriter output) {
         var (file, config) = Trainer.Open(init);
         var (most, bytes) = (device is Cpu ? 8 : IDevice.MostSequences, device.MeasureCeilings().Bytes);

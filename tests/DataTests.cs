@@ -175,7 +175,7 @@ public class TokenLoaderTests {
     public async Task BatchesComeInTheDocumentedOrder(bool shuffle) {
         using var folder = new TemporaryFolder();
         using var loader = new TokenLoader(WriteShards(folder), B, T, AnyVocabulary, shuffle);
-        await Assert.That(loader.Tokens).IsEqualTo(Counts.Sum());
+        await Assert.That(loader.Shards.Tokens).IsEqualTo(Counts.Sum());
         await Assert.That(loader.Samples).IsEqualTo(Samples.Sum());
         foreach (var first in FirstTokens(shuffle).Take(5 * Samples.Sum()))
             await Same(Next(loader), Batch(first));
@@ -322,7 +322,7 @@ public class TokenLoaderTests {
         foreach (var shuffle in (bool[])[false, true]) {
             using var loader = new TokenLoader(folder["*.bin"], B, T, 9, shuffle);
             await Assert.That(loader.Samples).IsEqualTo(1);
-            await Same(loader.TooShort, [folder["a0.bin"], folder["a3.bin"], folder["a6.bin"]]);
+            await Same(loader.Shards.TooShort(loader.SampleTokens), [folder["a0.bin"], folder["a3.bin"], folder["a6.bin"]]);
             for (var i = 0; i < 5; i++)
                 await Same(Next(loader), Batch(1));
         }
@@ -423,10 +423,10 @@ public class BinaryFileTests {
         // One, −0, infinity, not a number, the smallest and the largest number among others.
         ushort[] halves = [0x3f80, 0x8000, 0x7f80, 0x7fc0, 0x0001, 0x7f7f];
         halves = [.. Tokens(1, count, 1 << 16).Select(half => (ushort)half).Concat(halves).TakeLast(count)];
-        WriteFile(folder["file"], [7, 1], MemoryMarshal.AsBytes(halves.AsSpan()));
-        using var file = new BinaryFile(folder["file"], "a test", 7, 1);
+        WriteFile(folder["file"], [7, 5], MemoryMarshal.AsBytes(halves.AsSpan()));
+        using var file = new BinaryFile(folder["file"], "a test", 7, 5);
         var values = new float[count];
-        file.ReadBFloat16(values);
+        file.ReadWeights(values);
         file.CheckEnd();
         await Same(values.Select(BitConverter.SingleToUInt32Bits), halves.Select(half => (uint)half << 16));
     }

@@ -176,7 +176,7 @@ static partial class Folders {
         }));
 
     [GeneratedRegex("""
-        "(seconds|tokens_per_second|mfu)":[0-9.]+|(?s)<g class="speed">.*</g>
+        "(seconds|tokens_per_second|mfu)":[0-9.]+|(?s)<g class='speed'>.*</g>
         """)]
     private static partial Regex Timed();
 
