@@ -606,7 +606,8 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
             var x = Load(logits + i, n, float.NegativeInfinity);
             if (Vector.LessThanAll(x, new(least)))
                 continue;
-            var uniform = Vector.ConvertToSingle(Vector.AsVectorInt32(RandomBits(i, seed) >> 9)) + new Vector<float>(0.5f);
+            var bits = Vector.AsVectorInt32(RandomBits(i, seed) >> 9);
+            var uniform = Vector.ConvertToSingle(bits) + new Vector<float>(0.5f);
             var score = x / T - Vector.Log(-Vector.Log(uniform / (1 << 23)));
             for (var lane = 0; lane < Lanes && Vector.GreaterThanAny(score, new(best)); lane++) {
                 if (x[lane] >= least && score[lane] > best)
@@ -616,7 +617,7 @@ public sealed unsafe class Cpu(int threads = 0) : IDevice {
         return token;
     }
 
-    /// <summary>32 random bits for a seed and each counter from the first on, by MurmurHash3's finalizer twice.</summary>
+    /// <summary>32 random bits for a seed and each counter from the first on: MurmurHash3's finalizer, twice.</summary>
     static Vector<uint> RandomBits(int first, uint seed) {
         var counter = Vector<uint>.Indices + new Vector<uint>((uint)first);
         for (var round = 0; round < 2; round++) {

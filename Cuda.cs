@@ -526,9 +526,11 @@ public sealed unsafe class Cuda : IDevice {
     public void LinearClassify(Tensor x, Tensor w, ReadOnlySpan<int> targets, int vocabulary, Tensor logits,
         Tensor losses, float gradientScale, Tensor dx, Tensor dw) {
         const string operation = nameof(LinearClassify);
-        const int rowsOfBlock = 32, threads = 256, chunk = 64;
+        // Rounding small exponentials pays, and does no harm, where there are many.
+        const int rowsOfBlock = 32, threads = 256, chunk = 64, manyClasses = 10_000;
         var (rows, C, Vp, chunks) = (x.AllRows, x.Columns, w.AllRows, Blocks(w.AllRows, chunk));
-        if (gradientScale == 0 || !IsForHopper(x, w) || (chunks + 2L) * rows * sizeof(float) > ScratchBytes) {
+        if (gradientScale == 0 || vocabulary < manyClasses || !IsForHopper(x, w) ||
+            (chunks + 2L) * rows * sizeof(float) > ScratchBytes) {
             Linear(x, w, default, logits);
             Classify(logits, targets, vocabulary, losses, gradientScale);
             if (gradientScale != 0)

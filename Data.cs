@@ -147,16 +147,20 @@ public static class Files {
         return [.. files.Select(file => Path.Combine(folder, file.Name)).Order(StringComparer.Ordinal)];
     }
 
-    /// <summary>Writes a file under a temporary name, flushes it to disk, and renames it. Creates its folder.</summary>
+    /// <summary>Writes a file, or what a link to one leads to, under a temporary name, flushes it to disk, and renames
+    /// it. Creates its folder.</summary>
     public static void Write(string path, Action<Stream> content) {
-        var temporary = path + ".tmp";
-        Directory.CreateDirectory(Path.GetDirectoryName(Path.GetFullPath(path))!);
+        var target = File.Exists(path) ? File.ResolveLinkTarget(path, returnFinalTarget: true)?.FullName ?? path : path;
+        var (temporary, full) = (target + ".tmp", Path.GetFullPath(target));
+        if (full.StartsWith("/dev/") || full.StartsWith("/proc/"))
+            throw new Gpt2Exception($"{path}: expected a file to write, found a device");
+        Directory.CreateDirectory(Path.GetDirectoryName(full)!);
         try {
             using (var stream = new FileStream(temporary, FileMode.Create, FileAccess.Write, FileShare.None, 1 << 16)) {
                 content(stream);
                 stream.Flush(flushToDisk: true);
             }
-            File.Move(temporary, path, overwrite: true);
+            File.Move(temporary, target, overwrite: true);
         } catch (Exception e) {
             File.Delete(temporary); // makes room on a full disk
             // .NET reports EFBIG as ArgumentOutOfRangeException, without the path.

@@ -1,6 +1,7 @@
 using System.Buffers;
 using System.IO.Compression;
 using System.IO.Enumeration;
+using System.IO.Pipelines;
 using System.Text.Json;
 using System.Text.Unicode;
 using Microsoft.Win32.SafeHandles;
@@ -49,7 +50,29 @@ public static class Documents {
         Stream stream = new Input(handle, progress);
         stream = path.EndsWith(".gz") ? new GZipStream(stream, CompressionMode.Decompress)
             : path.EndsWith(".zst") ? new DecompressionStream(stream, leaveOpen: false) : stream;
-        return lossy ? Encoding.CreateTranscodingStream(stream, Encoding.UTF8, Encoding.UTF8) : stream;
+        stream = lossy ? Encoding.CreateTranscodingStream(stream, Encoding.UTF8, Encoding.UTF8) : stream;
+        return stream is Input ? stream : Ahead(stream);
+    }
+
+    /// <summary>Reads a stream on a thread of its own, so that others need not wait for decompression.</summary>
+    static Stream Ahead(Stream stream) {
+        var pipe = new Pipe(
+            new(pauseWriterThreshold: 4 << 20, resumeWriterThreshold: 2 << 20, minimumSegmentSize: 1 << 17));
+        Task.Factory.StartNew(() => {
+            using var closed = stream;
+            Exception? damage = null;
+            try {
+                for (int read; (read = stream.Read(pipe.Writer.GetSpan())) > 0;) {
+                    pipe.Writer.Advance(read);
+                    if (pipe.Writer.FlushAsync().AsTask().Result.IsCompleted)
+                        break;
+                }
+            } catch (Exception e) {
+                damage = e;
+            }
+            pipe.Writer.Complete(damage); // which the reader throws
+        }, TaskCreationOptions.LongRunning);
+        return pipe.Reader.AsStream();
     }
 
     sealed class Input(SafeFileHandle handle, Action<int> progress) : FileStream(handle, FileAccess.Read, 0) {
@@ -70,7 +93,8 @@ public static class Documents {
 
     /// <summary>A block's text, if it is UTF-8.</summary>
     public static ArraySegment<byte> Text(string path, Block block) => Whole(path, () =>
-        block.Text() is var text && Utf8.IsValid(text) ? text : throw new InvalidDataException("text that is not UTF-8"));
+        block.Text() is var text && Utf8.IsValid(text) ? text
+            : throw new InvalidDataException("text that is not UTF-8"));
 
     /// <summary>Puts documents into a pooled array, a mark before each.</summary>
     internal static ArraySegment<byte> Join(IEnumerable<ReadOnlyMemory<byte>> documents) {
@@ -117,13 +141,14 @@ public static class Documents {
         }
     }
 
-    /// <summary>Puts the documents of some lines, before which there are others, into a pooled array, a mark before each.
+    /// <summary>Puts the documents of some lines, before which there are others, into a pooled array, marks between.
     /// </summary>
     static ArraySegment<byte> Parse(string path, ReadOnlySpan<byte> lines, long number, string field) {
         var mark = Tokenizer.Mark.Length;
         var (text, length) = (Pool.Rent(lines.Length + mark * (lines.Count((byte)'\n') + 1)), 0);
         foreach (var range in lines.Split((byte)'\n')) {
-            var line = lines[range].TrimStart("\ufeff \t\r"u8);
+            var line = lines[range];
+            line = line[(line.StartsWith(Encoding.UTF8.Preamble) ? 3 : 0)..].TrimStart(" \t\r"u8);
             number++;
             if (line.IsEmpty)
                 continue;
@@ -141,7 +166,7 @@ public static class Documents {
         return new(text, 0, length);
     }
 
-    /// <summary>Copies a string out of an object of JSON. Nothing is allocated, which is what many cores wait for.</summary>
+    /// <summary>Copies a string out of an object of JSON.</summary>
     /// <returns>Its size in bytes; null if the field is null.</returns>
     static int? CopyField(ReadOnlySpan<byte> line, string field, Span<byte> to) {
         var json = new Utf8JsonReader(line);

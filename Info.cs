@@ -8,7 +8,9 @@ public static class Info {
         if (Path.GetFileName(path).Contains(".safetensors") || Safetensors.In(path) != null)
             return OfModel(path);
         if (Directory.Exists(path))
-            return new Checkpoints(path).HasRun ? OfRun(path) : OfShards(Path.Combine(path, "*.bin"));
+            return File.Exists(Path.Combine(path, "settings.txt")) ? OfRun(path, new RunLog(path))
+                : new Checkpoints(path).HasRun ? OfRun(path, new RunLog(path).Begun())
+                : OfShards(Path.Combine(path, "*.bin"));
         using var file = new BinaryFile(path, "a file of llm.c or gpt2");
         int[] magic = [0];
         file.Read(magic.AsSpan());
@@ -27,13 +29,15 @@ public static class Info {
         yield return ("weights", $"{config.ParameterCount} numbers, {Safetensors.TypeOf(file)}".ToLowerInvariant());
     }
 
-    static IEnumerable<(string, string)> OfRun(string path) {
-        var (run, log) = (new Checkpoints(path), new RunLog(path));
+    static IEnumerable<(string, string)> OfRun(string path, RunLog log) {
+        var run = new Checkpoints(path);
         yield return ("run", $"{log.Train.Count} updates in its log; " +
             (run.Last is { } newest ? $"the newest checkpoint is of step {newest}" : "no checkpoint"));
         yield return ("options", string.Join(", ", log.Summary));
-        yield return ("loss", $"{log.Train[^1].Value} in training at the end" + (log.BestAt(int.MaxValue) is { } best
-            ? $"; {best.Loss} in validation after step {best.Step}, the best" : ""));
+        if (log.Train.Count > 0)
+            yield return ("loss", $"{log.Train[^1].Value} in training at the end" +
+                (log.BestAt(int.MaxValue) is not { } best ? ""
+                    : $"; {best.Loss} in validation after step {best.Step}, the best"));
         foreach (var row in run.Last != null ? OfModel(path) : [])
             yield return row;
     }

@@ -19,11 +19,15 @@ public sealed partial class RunLog {
             if (firstStep != null)
                 Files.Write(path, string.Concat(kept.Select(line => line + "\n")));
         }
-        if (firstStep == null && Train.Count == 0)
-            throw new Gpt2Exception($"{Path.Combine(folder, Log)}: expected a log as llm.c has it, found none");
     }
 
-    /// <summary>The run's name: its folder's.</summary>
+    /// <summary>This log, if it has an update.</summary>
+    /// <exception cref="Gpt2Exception">It has none.</exception>
+    public RunLog Begun() => Train.Count > 0 ? this
+        : throw new Gpt2Exception($"{Path.Combine(folder, Log)}: expected a log as llm.c has it, found none");
+
+    /// <summary>The run's folder, as it was given, and its name.</summary>
+    public string Folder => folder;
     public string Name => new DirectoryInfo(folder).Name;
 
     /// <summary>Losses, learning rates, norms before clipping, and tokens a second, after so many updates.</summary>
@@ -91,6 +95,7 @@ public sealed partial class RunLog {
     /// <param name="memory">Bytes of memory that training takes.</param>
     public void Update(
         int step, double loss, float rate, float norm, int batch, double time, double? mfu, long memory) {
+        tokens = tokens == 0 ? (long)step * batch : tokens; // of a run that had no metrics yet
         Append(Log, $"s:{step} trl:{loss:F4} lr:{rate:F6} norm:{norm:F2}");
         Append(Metrics, $"{{\"step\":{step + 1},\"loss\":{loss:F6},\"lr\":{rate:G6}," +
             $"\"norm\":{norm:F4},\"tokens\":{tokens + batch},\"seconds\":{seconds + time:F3}," +

@@ -34,7 +34,8 @@ public static class Picture {
         var isOne = runs.Length == 1;
         var title = SecurityElement.Escape(isOne ? runs[0].Name : $"{runs.Length} runs");
         var settings = isOne ? string.Join(", ", runs[0].Summary) : "solid: validation; dashed: training";
-        var legend = isOne ? ["training", "validation"] : runs.Select(run => run.Name);
+        var legend = isOne ? ["training", "validation"] : runs.Select(run =>
+            runs.Count(other => other.Name == run.Name) > 1 ? run.Folder : run.Name);
         return $"""
             <svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 800 660' font-family='Arial' font-size='12'>
             <title>{title}</title>

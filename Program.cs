@@ -287,7 +287,7 @@ internal sealed class Commands(GlobalOptions global) {
     /// <param name="runs">RUN: Runs' folders; a run of llm.c's will do.</param>
     public int Plot(string @out = "plot.svg", [Argument] params string[] runs) => Guard(global.Verbose, () => {
         Require(runs.Length > 0, "RUN", "one run or more", "none");
-        Files.Write(@out, Picture.Draw([.. runs.Select(run => new RunLog(run))]));
+        Files.Write(@out, Picture.Draw([.. runs.Select(run => new RunLog(run).Begun())]));
     });
 
     /// <summary>Prints a script that lets a shell complete commands and options.

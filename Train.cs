@@ -276,8 +276,10 @@ public sealed class Trainer : IDisposable {
         var loss = Evaluation.Loss(model, val, valRows, ranks);
         CheckFinite(step, loss, "validation loss", "no checkpoint was written");
         output.WriteLine(Terminal.Over($"val loss {loss:F6}{runLog?.Validated(step, loss)}"));
-        if (options.KeepBest && step > 0 && runLog?.BestAt(step)?.Step == step)
-            Files.Write(checkpoints.BestPath(step), model.Save);
+        if (!options.KeepBest || step == 0 || runLog?.BestAt(step)?.Step != step)
+            return;
+        Files.Write(checkpoints.BestPath(step), model.Save);
+        checkpoints.PruneBest(step, at => runLog.BestAt(at)?.Step);
     }
 
     void Sample() {
@@ -562,7 +564,12 @@ public sealed class Checkpoints(string folder) {
             foreach (var path in (string[])[DonePath(old), ModelPath(old), .. Files.Glob(StatePath(old, null))])
                 File.Delete(path);
         }
-        var best = kept.Select(bestAt).OfType<int>().Select(BestPath);
+        PruneBest(step, bestAt);
+    }
+
+    /// <summary>Deletes all best models but the best up to a step, and up to each checkpoint.</summary>
+    public void PruneBest(int step, Func<int, int?> bestAt) {
+        var best = Complete.Append(step).Select(bestAt).OfType<int>().Select(BestPath);
         foreach (var path in Files.Glob(Path.Combine(folder, "best_????????.bin")).Except(best))
             File.Delete(path);
     }

@@ -468,6 +468,10 @@ public partial class BadInputTests {
             Directory.CreateDirectory(folder["logs"]);
             File.WriteAllText(folder["logs/main.log"], "step 1: loss 3\n\0\n");
         }),
+        new("plot to a device", "plot logs -o /dev/stdout", 1, "/dev/stdout a file to write a device", folder => {
+            Directory.CreateDirectory(folder["logs"]);
+            File.WriteAllText(folder["logs/main.log"], "s:0 trl:3.0000 lr:0.001000 norm:1.00\n");
+        }),
         new("info about nothing", "info", 2, "FILE one file or folder"),
         new("info about no file", "info none", 1, "none expected a file of this name"),
         new("info about another file", "info a.txt", 1, "a.txt a model, a training state, or a token shard", folder =>

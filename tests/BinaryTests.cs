@@ -485,6 +485,8 @@ public partial class BinaryTests {
         await Gpt2Process.Succeed(folder.Path, "export -e model.bin -o hf --type bf16");
         File.WriteAllText(folder["a.txt"], "Once upon a time,\n\nthere were two");
         await Gpt2Process.Succeed(folder.Path, "tokenize -o shards/a --val-tokens 4 a.txt");
+        Directory.CreateDirectory(folder["begun"]);
+        File.WriteAllText(folder["begun/settings.txt"], "--init d6\n");
         const string sizes = "model   2 layers, 3 heads, 48 channels, vocabulary 211, sequences up to 32\n";
         foreach (var (path, expected) in ((string, string)[])[
             ("model.bin", $"{sizes}weights 70464 numbers, fp32\n"), ("hf", $"{sizes}weights 70464 numbers, bf16\n"),
@@ -493,6 +495,7 @@ public partial class BinaryTests {
                 "holds   moments of AdamW, the place in the data\ndata    shard 0, sample 15, in order\n"),
             ("shards/a_val_000000.bin", "shards  1 with 4 tokens\ntext    Once upon...\n"),
             ("shards", "shards  2 with 11 tokens\ntext    time, there were...\n"),
+            ("begun", "run     0 updates in its log; no checkpoint\noptions init d6\n"),
         ])
             await Assert.That((await Gpt2Process.Succeed(folder.Path, $"info {path}")).Output)
                 .IsEqualTo($"{path}\n{expected}");

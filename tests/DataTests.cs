@@ -322,7 +322,8 @@ public class TokenLoaderTests {
         foreach (var shuffle in (bool[])[false, true]) {
             using var loader = new TokenLoader(folder["*.bin"], B, T, 9, shuffle);
             await Assert.That(loader.Samples).IsEqualTo(1);
-            await Same(loader.Shards.TooShort(loader.SampleTokens), [folder["a0.bin"], folder["a3.bin"], folder["a6.bin"]]);
+            await Same(loader.Shards.TooShort(loader.SampleTokens),
+                [folder["a0.bin"], folder["a3.bin"], folder["a6.bin"]]);
             for (var i = 0; i < 5; i++)
                 await Same(Next(loader), Batch(1));
         }

@@ -83,6 +83,7 @@ public class DocumentTests {
     [Arguments("{\"text\": \"a\u0001\"}", "The string should be correctly escaped. At byte 11")]
     [Arguments("{\"text\": \"a\u00ff\"}", "text in UTF-8, found something else; --lossy")] // as Latin-1
     [Arguments("{\"text\": \"a\\n\u00ff\"}", "text in UTF-8, found something else; --lossy")]
+    [Arguments("\u00bf\u00ef{\"text\": \"a\"}", "text in UTF-8, found something else; --lossy")] // bytes of a mark
     public async Task ABadLineIsNamed(string line, string words) {
         using var folder = new TemporaryFolder();
         foreach (var before in (int[])[0, 2, 40_000]) {
