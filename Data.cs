@@ -411,7 +411,7 @@ public sealed class TokenLoader : IDisposable {
     /// <summary>Whether batches come in random order.</summary>
     public bool Shuffles { get; }
 
-    /// <summary>The Shards. Those that have no whole sample are passed over.</summary>
+    /// <summary>The shards; those without a whole sample are passed over.</summary>
     public TokenShards Shards { get; }
 
     /// <summary>A hash of the data, <see cref="TokenShards.Fingerprint"/>.</summary>

@@ -33,7 +33,6 @@ mkdir -p "$work"/{bin,clone/books,hub}
 git ls-files Makefile '*.cs' '*.cu' '*.csproj' '*.awk' | xargs cp --parents -t "$work/clone"
 cp tests/golden/rows/rows.txt "$work/clone/books/a.txt"
 cp tests/golden/rows/arrow.jsonl "$work/clone/books/b.jsonl"
-cp tests/golden/rows/arrow.jsonl.gz "$work/clone/rows.jsonl.gz"
 cp tests/golden/rows/arrow.jsonl.zst "$work/clone/rows.jsonl.zst"
 cp tests/golden/rows/arrow_snappy.parquet "$work/clone/rows.parquet"
 for _ in {1..20}; do cat Model.cs; done | tee "$work/clone/my.txt" | sed '1i First Citizen:' >"$work/hub/input.txt"
